@@ -1,0 +1,79 @@
+"""torch's own flash attention: the CPU kernel, and on CUDA the one that torch is built with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+_CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bias: bool) -> list[str]:
+    """Why this kernel cannot compute this; empty where it can."""
+    reasons = []
+    if has_bias:
+        reasons.append("it has no gradient for a relative bias")
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8:
+            reasons.append("it needs a GPU of compute capability 8.0 or above")
+        if dtype not in _CUDA_DTYPES:
+            reasons.append(f"on CUDA it takes bfloat16 and float16, not {dtype}")
+        if head_dim % 8 or head_dim > 256:
+            reasons.append(f"on CUDA it takes head dims that are multiples of 8 up to 256, not {head_dim}")
+    elif device.type == "cpu":
+        if dtype not in _CPU_DTYPES:
+            reasons.append(f"on CPU it takes float64, float32, bfloat16 and float16, not {dtype}")
+    else:
+        reasons.append(f"torch has no flash attention for {device.type}")
+    return reasons
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Any = None
+) -> tuple[Tensor, Tensor]:
+    """Attention of a rectangle; see `longnet_dist.kernels` for the contract."""
+    if q.is_cuda:
+        # Its causal mask is bottom-right aligned, which on a square is the diagonal too.
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
+        )
+        return out, lse
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_second(q, k, v), 0.0, causal, scale=scale
+    )
+    return out.transpose(1, 2), lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    bias: Any = None,
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    """Gradients of a rectangle under the given out and lse; see `longnet_dist.kernels`."""
+    if q.is_cuda:
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal,
+            no_dropout, no_dropout.new_empty(0), scale=scale,
+        )  # fmt: skip
+        return dq, dk, dv, None
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *_heads_second(dout, q, k, v, out), lse, 0.0, causal, scale=scale
+    )
+    dq, dk, dv = _heads_second(*grads)
+    return dq, dk, dv, None
+
+
+def _heads_second(*tensors: Tensor) -> list[Tensor]:
+    """(b, I, H, D) as (b, H, I, D), which is how the CPU kernel takes and gives them; and back."""
+    return [x.transpose(1, 2) for x in tensors]

@@ -1,0 +1,154 @@
+"""Which key a query sees. Standard library only: this file is the definition, `reference` is its use.
+
+Run `python -m longnet_dist.pattern` to print a small pattern.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+HEAD_PHASES = ("interleaved", "blocked")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch (w, r) of dilated attention: segments of `segment_length` rows, one row in `dilation_rate` kept.
+
+    LongNet, section 2.2 (equations 3 to 5).
+    """
+
+    segment_length: int
+    dilation_rate: int
+
+    def keeps(self, position: int, phase: int) -> bool:
+        """Whether the row at global `position` is kept by heads of this `phase`."""
+        return position % self.segment_length % self.dilation_rate == phase
+
+    def __str__(self) -> str:
+        return f"(w={self.segment_length}, r={self.dilation_rate})"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The branches of a dilated attention, and which phase each head has.
+
+    Args:
+        segment_lengths: rows in a segment, w, one a branch.
+        dilation_rates: r, one a branch; one row in r is kept; 1 <= r <= w.
+        head_phases: "interleaved" (the paper: phase = head mod r) or "blocked" (torchscale's
+            weights: phase = head // ceil(heads / r)). Heads are key/value heads: with
+            grouped-query attention a query head has the phase of its key/value head.
+
+    Raises:
+        ValueError: for an empty pattern, unequal lengths, a value that is not a positive
+            integer, a rate above its segment length, or an unknown phase rule.
+
+    Example:
+        >>> Pattern(segment_lengths=(4, 8), dilation_rates=(1, 2)).branches[1]
+        Branch(segment_length=8, dilation_rate=2)
+    """
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    head_phases: str = "interleaved"
+
+    def __post_init__(self) -> None:
+        lengths = _positive_integers("segment_lengths", self.segment_lengths)
+        rates = _positive_integers("dilation_rates", self.dilation_rates)
+        if len(lengths) != len(rates):
+            raise ValueError(
+                f"segment_lengths has {len(lengths)} entries {lengths} and dilation_rates has {len(rates)} {rates}; "
+                "there must be one of each a branch, for example segment_lengths=(2048, 8192), dilation_rates=(1, 4)"
+            )
+        for w, r in zip(lengths, rates, strict=True):
+            if r > w:
+                raise ValueError(
+                    f"dilation rate {r} is above its segment length {w}, so some heads would keep no row at all; "
+                    f"use a rate of at most {w}, or a segment of at least {r}"
+                )
+        if self.head_phases not in HEAD_PHASES:
+            raise ValueError(f"head_phases is {self.head_phases!r}; it must be one of {', '.join(HEAD_PHASES)}")
+        object.__setattr__(self, "segment_lengths", lengths)
+        object.__setattr__(self, "dilation_rates", rates)
+
+    @classmethod
+    def geometric(
+        cls, max_length: int, base: int = 2048, growth: int = 4, head_phases: str = "interleaved"
+    ) -> Pattern:
+        """Segments base, base * growth, ... up to `max_length`, rates 1, growth, ...: w / r is constant.
+
+        The last segment is the first that reaches `max_length`, so that every two tokens of a
+        sequence of that length share a segment (LongNet, section 2.2: geometric w and r).
+
+        Raises:
+            ValueError: where an argument is not a positive integer, or `growth` is 1.
+
+        Example:
+            >>> Pattern.geometric(max_length=32768, base=2048, growth=4)
+            Pattern(segment_lengths=(2048, 8192, 32768), dilation_rates=(1, 4, 16), head_phases='interleaved')
+        """
+        (max_length,) = _positive_integers("max_length", (max_length,))
+        (base,) = _positive_integers("base", (base,))
+        (growth,) = _positive_integers("growth", (growth,))
+        if growth < 2:
+            raise ValueError(f"growth is {growth}; segments must grow, so it must be at least 2, for example 4")
+        lengths, rates = [base], [1]
+        while lengths[-1] < max_length:
+            lengths.append(lengths[-1] * growth)
+            rates.append(rates[-1] * growth)
+        return cls(tuple(lengths), tuple(rates), head_phases)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """The branches, in the order given."""
+        return tuple(map(Branch, self.segment_lengths, self.dilation_rates))
+
+    def phase(self, kv_head: int, num_kv_heads: int, branch: Branch) -> int:
+        """The phase of a key/value head (and of the query heads that it serves) in `branch`: 0 <= phase < r."""
+        if self.head_phases == "blocked":
+            return kv_head // -(-num_kv_heads // branch.dilation_rate)
+        return kv_head % branch.dilation_rate
+
+    def __str__(self) -> str:
+        return " ".join(map(str, self.branches)) + f" {self.head_phases}"
+
+
+def _positive_integers(name: str, values: Iterable[int] | int) -> tuple[int, ...]:
+    """`values` as a tuple of positive ints, or a ValueError; bool, float and str are not integers."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise ValueError(f"{name} is {values!r}; it must be a sequence of positive integers, for example (2048, 8192)")
+    given = tuple(values)
+    if not given:
+        raise ValueError(f"{name} is empty; a pattern needs at least one branch, for example (2048,)")
+    result = []
+    for value in given:
+        try:
+            integer = operator.index(value)
+        except TypeError:
+            integer = 0
+        if integer < 1 or isinstance(value, bool):
+            raise ValueError(f"{name} has {value!r} in {given}; every entry must be a positive integer")
+        result.append(integer)
+    return tuple(result)
+
+
+def _main() -> None:
+    pattern, num_tokens = Pattern((4, 8, 16), (1, 2, 4)), 16
+    for head in range(4):
+        print(f"head {head}: a digit is the number of branches in which the row sees the column")
+        for query in range(num_tokens):
+            counts = (
+                sum(
+                    b.keeps(query, p) and b.keeps(key, p) and query // b.segment_length == key // b.segment_length
+                    for b in pattern.branches
+                    for p in [pattern.phase(head, 4, b)]
+                )
+                for key in range(query + 1)
+            )
+            print("  " + "".join(f"{count or '.'}" for count in counts))
+
+
+if __name__ == "__main__":
+    _main()
