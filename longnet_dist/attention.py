@@ -27,7 +27,7 @@ from longnet_dist.kernels.bias import RectangleBias
 from longnet_dist.mesh import SequenceMesh, mesh_of
 from longnet_dist.pattern import Pattern
 from longnet_dist.plan import Heads, OwnBlock, Plan, RemoteBlock, Rows, Shard, SharedSegment, make_plan
-from longnet_dist.rows import merge_, rectangle
+from longnet_dist.rows import MergedRows, SummedRows, accumulation_dtype, rectangle
 
 
 def dilated_attention(
@@ -160,23 +160,15 @@ def _forward_op(
     q, k, v = (_unit_stride(x) for x in (q, k, v))
     gathers = _start_gathers(call, k, v)
 
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    out = torch.zeros(q.shape, dtype=accumulate, device=q.device)
-    lse = torch.full(q.shape[:-1], -torch.inf, dtype=accumulate, device=q.device)
-    q_BLGRD, out_BLGRD, lse_BLGR = (call.by_kv_head(x) for x in (q, out, lse))
+    q_BLGRD = call.by_kv_head(q)
+    merged = MergedRows(q_BLGRD)
 
     def attend(heads: Heads, rows: Rows, keys: list[Rows], keys_values: tuple[Tensor, Tensor], causal: bool) -> None:
         bias = call.bias(heads, rows, keys, len(q))
-        q_r = rectangle(q_BLGRD, heads, rows)
-        out_r, lse_r = call.kernel.forward(
-            _batch_first(q_r).flatten(2, 3), *map(_batch_first, keys_values), causal=causal, scale=scale, bias=bias
-        )
-        merge_(
-            rectangle(out_BLGRD, heads, rows),
-            rectangle(lse_BLGR, heads, rows),
-            out_r.view(q_r.shape) if out_r.is_contiguous() else out_r.reshape(q_r.shape),
-            lse_r.transpose(1, 2).reshape(q_r.shape[:-1]),
-        )
+        q_r = _batch_first(rectangle(q_BLGRD, heads, rows)).flatten(2, 3)
+        k_r, v_r = map(_batch_first, keys_values)
+        out_r, lse_r = call.kernel.forward(q_r, k_r, v_r, causal=causal, scale=scale, bias=bias)
+        merged.merge(heads, rows, out_r, lse_r.transpose(1, 2))
 
     for block in _own_blocks(call.plan):
         own = (rectangle(k, block.heads, block.rows), rectangle(v, block.heads, block.rows))
@@ -189,7 +181,8 @@ def _forward_op(
             attend(block.heads, block.rows, keys, _gathered_keys(gathered, block), causal=False)
         if the_mesh is not None and the_mesh.keep_kv:
             kept.append(gathered.flatten())
-    return out.to(q.dtype), lse, torch.cat(kept) if kept else q.new_empty(0)
+    out, lse = merged.result()
+    return out.to(q.dtype).view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if kept else q.new_empty(0)
 
 
 @torch.library.custom_op("longnet_dist::dilated_attention_backward", mutates_args=())
@@ -217,10 +210,8 @@ def _backward_op(
     dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
     gathers = _start_gathers(call, k, v, gathered)
 
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=q.device) for x in (q, k, v))
-    dbias = torch.zeros_like(rel_bias if rel_bias is not None else q.new_empty(0), dtype=accumulate)
-    dq_BLGRD = call.by_kv_head(dq)
+    dq_BLGRD, dk, dv = SummedRows(call.by_kv_head(q)), SummedRows(k), SummedRows(v)
+    dbias = torch.zeros_like(rel_bias if rel_bias is not None else q.new_empty(0), dtype=accumulation_dtype(q.dtype))
     inputs = [call.by_kv_head(x) for x in (dout, q, out)]
     lse_BLGR = call.by_kv_head(lse)
 
@@ -234,16 +225,16 @@ def _backward_op(
         dq_r, dk_r, dv_r, dtable = call.kernel.backward(
             dout_r, q_r, k_r, v_r, out_r, lse_r, causal=causal, scale=scale, bias=bias
         )
-        target = rectangle(dq_BLGRD, heads, rows)
-        target += dq_r.reshape(target.shape)
+        dq_BLGRD.add(heads, rows, dq_r)
         if dtable is not None:
             _add_bias_gradient_(call, dbias, heads, dtable)
         return dk_r.reshape(keys_values[0].shape), dv_r.reshape(keys_values[1].shape)
 
     def own_backward(block: OwnBlock) -> None:
         own = (rectangle(k, block.heads, block.rows), rectangle(v, block.heads, block.rows))
-        for total, part in zip((dk, dv), attend_backward(block.heads, block.rows, [block.rows], own, causal), strict=True):
-            rectangle(total, block.heads, block.rows).add_(part)
+        parts = attend_backward(block.heads, block.rows, [block.rows], own, causal)
+        for total, part in zip((dk, dv), parts, strict=True):
+            total.add(block.heads, block.rows, part)
 
     for block in call.plan.local:
         own_backward(block)
@@ -256,9 +247,10 @@ def _backward_op(
     for segment, pending in zip(call.plan.shared, reductions, strict=True):
         summed = pending.wait()
         for packing in segment.packing:
-            for total, part in zip((dk, dv), summed.to(accumulate), strict=True):
-                rectangle(total, packing.heads, packing.rows).add_(rectangle(part, packing.heads, packing.packed))
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dbias
+            for total, part in zip((dk, dv), summed, strict=True):
+                total.add(packing.heads, packing.rows, rectangle(part, packing.heads, packing.packed))
+    dq, dk, dv = (total.result().to(q.dtype) for total in (dq_BLGRD, dk, dv))
+    return dq.view(q.shape), dk, dv, dbias
 
 
 def _start_gathers(call: _Call, k: Tensor, v: Tensor, gathered: Tensor | None = None) -> list[Pending | _Kept]:

@@ -1,4 +1,4 @@
-"""Rows of a tensor as rectangles: keep them, place them, and merge two (out, lse) of the same rows."""
+"""Rows of a tensor as rectangles: keep them, place them, add them up, and merge (out, lse) of the same rows."""
 
 from __future__ import annotations
 
@@ -29,12 +29,68 @@ def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
     )
 
 
-def merge_(out: Tensor, lse: Tensor, other_out: Tensor, other_lse: Tensor) -> None:
-    """Merge attention over other keys into `out` (..., D) and `lse` (...), in place: online softmax.
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which pieces are merged and summed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
 
-    `other_lse` is finite: a rectangle has at least one key. An `lse` of -inf (no key seen yet) gives
-    the other all the weight, so a row's first merge is a copy.
+
+class SummedRows:
+    """A sum of rectangles, of the shape of `like` (B, L, G, ...): 0 where none was added."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.dtype = accumulation_dtype(like.dtype)
+        self.total: Tensor | None = None
+
+    def add(self, heads: Heads, rows: Rows, part: Tensor) -> None:
+        """Add `part`, of as many elements as the rectangle has; it belongs to this sum from then on."""
+        if self.total is None and _is_whole(self.like, heads, rows):
+            self.total = part.reshape(self.like.shape).to(self.dtype)
+            return
+        target = rectangle(self.result(), heads, rows)
+        target += part.reshape(target.shape)
+
+    def result(self) -> Tensor:
+        """The sum so far, in the accumulation dtype."""
+        if self.total is None:
+            self.total = torch.zeros(self.like.shape, dtype=self.dtype, device=self.like.device)
+        return self.total
+
+
+class MergedRows:
+    """Attention of the rows of `like` (B, L, G, H / G, D) over ever more keys: online softmax on (out, lse).
+
+    A row that saw no key yet has out 0 and lse -inf.
     """
-    weight = torch.sigmoid(other_lse - lse)
-    out.lerp_(other_out.to(out.dtype), weight.unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, other_lse))
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+
+    def merge(self, heads: Heads, rows: Rows, out: Tensor, lse: Tensor) -> None:
+        """Merge attention over other keys: `out` and `lse` of a rectangle's elements, lse finite."""
+        if self.out is None and _is_whole(self.like, heads, rows):
+            self.out = out.reshape(self.like.shape).to(accumulation_dtype(self.like.dtype))
+            self.lse = lse.reshape(self.like.shape[:-1])
+            return
+        so_far, so_far_lse = (rectangle(x, heads, rows) for x in self.result())
+        out, lse = out.reshape(so_far.shape), lse.reshape(so_far_lse.shape)
+        # An lse of -inf gives the other all the weight: a row's first merge is a copy.
+        weight = torch.sigmoid(lse - so_far_lse)
+        so_far.lerp_(out.to(so_far.dtype), weight.unsqueeze(-1))
+        so_far_lse.copy_(torch.logaddexp(so_far_lse, lse))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) so far, in the accumulation dtype; written to by what is merged later."""
+        if self.out is None or self.lse is None:
+            kind = {"dtype": accumulation_dtype(self.like.dtype), "device": self.like.device}
+            self.out = torch.zeros(self.like.shape, **kind)
+            self.lse = torch.full(self.like.shape[:-1], -torch.inf, **kind)
+        return self.out, self.lse
+
+
+def _is_whole(x_BLG: Tensor, heads: Heads, rows: Rows) -> bool:
+    """Whether a rectangle is every row and head of x in order, so that its elements are those of x."""
+    every_row = rows.first == 0 and rows.step == 1 and rows.segments * rows.count == x_BLG.shape[1]
+    return every_row and heads.phases == 1 and heads.step == 1 and heads.per_phase == x_BLG.shape[2]
