@@ -12,15 +12,15 @@ and torch.compile and selective checkpointing see a single node.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from longnet_dist.bias import check_relative_bias
+from longnet_dist.arguments import SCHEMA, Options, agree, problem
 from longnet_dist.comm import Pending
 from longnet_dist.kernels import choose_kernel
 from longnet_dist.kernels.bias import RectangleBias
@@ -73,119 +73,67 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, Pattern((16, 64), (1, 4)), causal=True).shape
         torch.Size([1, 100, 4, 8])
     """
-    if mesh is None:
-        problem = _problem(q, k, v, pattern, None, kernel, causal, rel_bias, rel_bias_max_distance)
-        if problem:
-            raise ValueError(problem)
-    scale = 1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale)
-    out, lse, _ = _forward_op(
-        q,
-        k,
-        v,
-        rel_bias,
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern")
+    options = Options(
         list(pattern.segment_lengths),
         list(pattern.dilation_rates),
         pattern.head_phases,
         causal,
-        scale,
+        1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale),
         kernel,
         rel_bias_max_distance,
         0 if mesh is None else mesh.handle,
     )
+    # Over a mesh the operator itself checks, together with the other ranks.
+    if mesh is None and (found := problem(q, k, v, rel_bias, options)):
+        raise ValueError(found)
+    out, lse, _ = _forward_op(q, k, v, rel_bias, *options)
     return (out, lse) if return_lse else out
 
 
-@dataclass(frozen=True)
-class _Call:
-    """What one call computes with, apart from its tensors."""
-
-    plan: Plan
-    kernel: ModuleType
-    mesh: SequenceMesh | None
-    causal: bool
-    scale: float
-    rel_bias: Tensor | None
-    max_distance: int
-    num_kv_heads: int
-
-    def what(self, segment: SharedSegment, doing: str) -> str:
-        return f"{doing} of branch {segment.branch} over ranks {segment.first_rank} to {segment.last_rank}"
-
-    def by_kv_head(self, x: Tensor) -> Tensor:
-        """(B, L, H, ...) as (B, L, G, H / G, ...), a view."""
-        return x.unflatten(2, (self.num_kv_heads, x.shape[2] // self.num_kv_heads if self.num_kv_heads else 0))
-
-    def bias_of(self, rel_bias: Tensor, heads: Heads) -> Tensor:
-        """The relative biases (buckets, H) of some heads, a view: (1, 1, F, 1, M, H / G, buckets)."""
-        return rectangle(rel_bias.t().unflatten(0, (self.num_kv_heads, -1))[None, None], heads, _ONE_ROW)
-
-    def bias(self, heads: Heads, rows: Rows, keys: list[Rows], batch: int) -> RectangleBias | None:
-        if self.rel_bias is None:
-            return None
-        table = self.bias_of(self.rel_bias, heads)
-        table = table.expand(batch, rows.segments, *table.shape[2:])
-        return RectangleBias(
-            _batch_first(table).squeeze(1).flatten(1, 2),
-            _positions([rows], self.rel_bias.device),
-            _positions(keys, self.rel_bias.device),
-            self.max_distance,
-            self.causal,
-        )
-
-
-_ONE_ROW = Rows(0, 0, 1, 1, 0, 1)
-
-
-@torch.library.custom_op("longnet_dist::dilated_attention", mutates_args=())
-def _forward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_bias: Tensor | None,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    head_phases: str,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    max_distance: int,
-    mesh: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "longnet_dist::dilated_attention",
+    mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? rel_bias, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+)
+def _forward_op(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(out, lse, gathered): `gathered` holds every branch's keys and values where the mesh keeps them, else nothing."""
-    pattern = Pattern(tuple(segment_lengths), tuple(dilation_rates), head_phases)
-    the_mesh = mesh_of(mesh)
-    if the_mesh is not None:
-        _agree(the_mesh, q, k, v, pattern, causal, scale, kernel, rel_bias, max_distance)
-    call = _make_call(q, k, pattern, causal, scale, kernel, rel_bias, max_distance, the_mesh)
+    if Options(*rest).mesh:
+        agree(q, k, v, rel_bias, Options(*rest))
+    call = _Call.of(q, k, rel_bias, Options(*rest))
     q, k, v = (_unit_stride(x) for x in (q, k, v))
-    gathers = _start_gathers(call, k, v)
-
+    gathers = call.start_gathers(k, v)
     q_BLGRD = call.by_kv_head(q)
     merged = MergedRows(q_BLGRD)
 
-    def attend(heads: Heads, rows: Rows, keys: list[Rows], keys_values: tuple[Tensor, Tensor], causal: bool) -> None:
-        bias = call.bias(heads, rows, keys, len(q))
-        q_r = _batch_first(rectangle(q_BLGRD, heads, rows)).flatten(2, 3)
-        k_r, v_r = map(_batch_first, keys_values)
-        out_r, lse_r = call.kernel.forward(q_r, k_r, v_r, causal=causal, scale=scale, bias=bias)
-        merged.merge(heads, rows, out_r, lse_r.transpose(1, 2))
+    def attend(heads: Heads, rows: Rows, keys: Sequence[Rows], k_v: Sequence[Tensor], causal: bool) -> None:
+        q_r = _of_queries(rectangle(q_BLGRD, heads, rows))
+        out, lse = call.kernel.forward(
+            q_r, *map(_of_keys, k_v), causal=causal, scale=call.scale, bias=call.bias(heads, rows, keys, len(q))
+        )
+        merged.merge(heads, rows, out, lse.transpose(1, 2))
 
-    for block in _own_blocks(call.plan):
-        own = (rectangle(k, block.heads, block.rows), rectangle(v, block.heads, block.rows))
-        attend(block.heads, block.rows, [block.rows], own, causal)
+    for block in [*call.plan.local, *(block for segment in call.plan.shared for block in segment.own)]:
+        own = [rectangle(x, block.heads, block.rows) for x in (k, v)]
+        attend(block.heads, block.rows, [block.rows], own, call.causal)
     kept = []
     for segment, pending in zip(call.plan.shared, gathers, strict=True):
         gathered = pending.wait()
-        for block in segment.remote:
-            keys = [rows for _, rows in block.keys]
-            attend(block.heads, block.rows, keys, _gathered_keys(gathered, block), causal=False)
-        if the_mesh is not None and the_mesh.keep_kv:
-            kept.append(gathered.flatten())
+        for remote in segment.remote:
+            attend(remote.heads, remote.rows, remote.key_rows, _gathered_keys(gathered, remote), causal=False)
+        kept.append(gathered.flatten())
     out, lse = merged.result()
-    return out.to(q.dtype).view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if kept else q.new_empty(0)
+    keeps = call.mesh is not None and call.mesh.keep_kv and kept
+    return out.to(q.dtype).view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if keeps else q.new_empty(0)
 
 
-@torch.library.custom_op("longnet_dist::dilated_attention_backward", mutates_args=())
+@torch.library.custom_op(
+    "longnet_dist::dilated_attention_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor gathered, Tensor? rel_bias, "
+    f"{SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _backward_op(
     dout: Tensor,
     q: Tensor,
@@ -195,137 +143,160 @@ def _backward_op(
     lse: Tensor,
     gathered: Tensor,
     rel_bias: Tensor | None,
-    segment_lengths: list[int],
-    dilation_rates: list[int],
-    head_phases: str,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    max_distance: int,
-    mesh: int,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, drel_bias), given the merged out and lse; drel_bias is empty where there is no bias."""
-    pattern = Pattern(tuple(segment_lengths), tuple(dilation_rates), head_phases)
-    call = _make_call(q, k, pattern, causal, scale, kernel, rel_bias, max_distance, mesh_of(mesh))
+    call = _Call.of(q, k, rel_bias, Options(*rest))
     dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
-    gathers = _start_gathers(call, k, v, gathered)
+    gathers = call.start_gathers(k, v, gathered)
+    dq, dk, dv = SummedRows(call.by_kv_head(q)), SummedRows(k), SummedRows(v)
+    dbias = q.new_zeros(0 if rel_bias is None else rel_bias.shape, dtype=accumulation_dtype(q.dtype))
+    of_queries = [call.by_kv_head(x) for x in (dout, q, out, lse)]
 
-    dq_BLGRD, dk, dv = SummedRows(call.by_kv_head(q)), SummedRows(k), SummedRows(v)
-    dbias = torch.zeros_like(rel_bias if rel_bias is not None else q.new_empty(0), dtype=accumulation_dtype(q.dtype))
-    inputs = [call.by_kv_head(x) for x in (dout, q, out)]
-    lse_BLGR = call.by_kv_head(lse)
-
-    def attend_backward(
-        heads: Heads, rows: Rows, keys: list[Rows], keys_values: tuple[Tensor, Tensor], causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        bias = call.bias(heads, rows, keys, len(q))
-        dout_r, q_r, out_r = (_batch_first(rectangle(x, heads, rows)).flatten(2, 3) for x in inputs)
-        lse_r = _batch_first(rectangle(lse_BLGR, heads, rows)).flatten(2, 3).transpose(1, 2).contiguous()
-        k_r, v_r = map(_batch_first, keys_values)
+    def attend(heads: Heads, rows: Rows, keys: Sequence[Rows], k_v: Sequence[Tensor], causal: bool) -> list[Tensor]:
+        dout_r, q_r, out_r, lse_r = (_of_queries(rectangle(x, heads, rows)) for x in of_queries)
         dq_r, dk_r, dv_r, dtable = call.kernel.backward(
-            dout_r, q_r, k_r, v_r, out_r, lse_r, causal=causal, scale=scale, bias=bias
+            dout_r,
+            q_r,
+            *map(_of_keys, k_v),
+            out_r,
+            lse_r.transpose(1, 2).contiguous(),
+            causal=causal,
+            scale=call.scale,
+            bias=call.bias(heads, rows, keys, len(q)),
         )
-        dq_BLGRD.add(heads, rows, dq_r)
+        dq.add(heads, rows, dq_r)
         if dtable is not None:
-            _add_bias_gradient_(call, dbias, heads, dtable)
-        return dk_r.reshape(keys_values[0].shape), dv_r.reshape(keys_values[1].shape)
+            target = call.bias_of(dbias, heads)
+            target += dtable.unflatten(0, (-1, heads.phases)).sum(0).view(target.shape)
+        return [grad.reshape(x.shape) for grad, x in zip((dk_r, dv_r), k_v, strict=True)]
 
-    def own_backward(block: OwnBlock) -> None:
-        own = (rectangle(k, block.heads, block.rows), rectangle(v, block.heads, block.rows))
-        parts = attend_backward(block.heads, block.rows, [block.rows], own, causal)
-        for total, part in zip((dk, dv), parts, strict=True):
-            total.add(block.heads, block.rows, part)
+    def attend_own(block: OwnBlock) -> None:
+        own = [rectangle(x, block.heads, block.rows) for x in (k, v)]
+        grads = attend(block.heads, block.rows, [block.rows], own, call.causal)
+        for total, grad in zip((dk, dv), grads, strict=True):
+            total.add(block.heads, block.rows, grad)
 
     for block in call.plan.local:
-        own_backward(block)
+        attend_own(block)
     reductions = []
     for segment, pending in zip(call.plan.shared, gathers, strict=True):
-        reductions.append(_remote_backward(call, segment, pending.wait(), attend_backward))
+        assert call.mesh is not None
+        keys_values = pending.wait()
+        grads = torch.zeros_like(keys_values, dtype=torch.promote_types(k.dtype, call.mesh.reduce_dtype))
+        for remote in segment.remote:
+            parts = attend(remote.heads, remote.rows, remote.key_rows, _gathered_keys(keys_values, remote), False)
+            _place_gathered(grads, remote, parts)
+        reductions.append(call.start_reduction(segment, grads))
     for segment in call.plan.shared:
         for block in segment.own:
-            own_backward(block)
+            attend_own(block)
     for segment, pending in zip(call.plan.shared, reductions, strict=True):
         summed = pending.wait()
         for packing in segment.packing:
             for total, part in zip((dk, dv), summed, strict=True):
                 total.add(packing.heads, packing.rows, rectangle(part, packing.heads, packing.packed))
-    dq, dk, dv = (total.result().to(q.dtype) for total in (dq_BLGRD, dk, dv))
-    return dq.view(q.shape), dk, dv, dbias
-
-
-def _start_gathers(call: _Call, k: Tensor, v: Tensor, gathered: Tensor | None = None) -> list[Pending | _Kept]:
-    """Of every shared segment, all ranks' kept K and V: (P, 2, B, sent rows, G, D), as they come or as they were kept."""
-    pending: list[Pending | _Kept] = []
-    first = 0
-    for segment in call.plan.shared:
-        assert call.mesh is not None
-        communicator = call.mesh.communicator(segment)
-        packed = k.new_zeros(2, len(k), segment.sent_rows, *k.shape[2:])
-        if gathered is not None and gathered.numel():
-            shape = (segment.num_ranks, *packed.shape)
-            pending.append(_Kept(gathered[first : first + math.prod(shape)].view(shape)))
-            first += math.prod(shape)
-            continue
-        for packing in segment.packing:
-            for x, kept in zip((k, v), packed, strict=True):
-                rectangle(kept, packing.heads, packing.packed).copy_(rectangle(x, packing.heads, packing.rows))
-        pending.append(communicator.all_gather(packed, call.what(segment, "gathering the keys and values")))
-    return pending
+    dq_BLHD, dk_BLGD, dv_BLGD = (total.result().to(q.dtype) for total in (dq, dk, dv))
+    return dq_BLHD.view(q.shape), dk_BLGD, dv_BLGD, dbias
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A gather that the forward did, and kept for the backward."""
+class _Call:
+    """What one call computes with, apart from q, k and v."""
 
-    result: Tensor
+    plan: Plan
+    kernel: ModuleType
+    mesh: SequenceMesh | None
+    causal: bool
+    scale: float
+    rel_bias: Tensor | None
+    rel_bias_max_distance: int
+    num_kv_heads: int
 
-    def wait(self) -> Tensor:
-        return self.result
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, rel_bias: Tensor | None, options: Options) -> _Call:
+        """The plan and kernel of a call; no rectangles where there is nothing to attend."""
+        mesh = mesh_of(options.mesh)
+        shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
+        plan = make_plan(options.pattern, shard, k.shape[2], options.causal) if q.numel() else Plan((), ())
+        kernel = choose_kernel(options.kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
+        bias = (rel_bias, options.rel_bias_max_distance)
+        return cls(plan, kernel, mesh, options.causal, options.scale, *bias, k.shape[2])
+
+    def by_kv_head(self, x: Tensor) -> Tensor:
+        """(B, L, H, ...) as (B, L, G, H / G, ...), a view."""
+        return x.unflatten(2, (self.num_kv_heads, x.shape[2] // self.num_kv_heads))
+
+    def bias_of(self, rel_bias: Tensor, heads: Heads) -> Tensor:
+        """The relative biases (buckets, H) of some heads, a view: (1, 1, F, 1, M, H / G, buckets)."""
+        one_row = Rows(0, 0, 1, 1, 0, 1)
+        return rectangle(rel_bias.t().unflatten(0, (self.num_kv_heads, -1))[None, None], heads, one_row)
+
+    def bias(self, heads: Heads, rows: Rows, keys: Sequence[Rows], batch: int) -> RectangleBias | None:
+        """The relative bias of a rectangle, as the kernel takes it."""
+        if self.rel_bias is None:
+            return None
+        table = self.bias_of(self.rel_bias, heads)
+        table = table.expand(batch, rows.segments, *table.shape[2:])
+        queries, of_keys = (_positions(runs, table.device) for runs in ([rows], keys))
+        return RectangleBias(_of_queries(table)[:, 0], queries, of_keys, self.rel_bias_max_distance, self.causal)
+
+    def start_gathers(self, k: Tensor, v: Tensor, gathered: Tensor | None = None) -> list[Pending]:
+        """Of every shared segment, its ranks' kept K and V: (P, 2, B, sent rows, G, D), or what the forward kept."""
+        pending = []
+        for segment in self.plan.shared:
+            assert self.mesh is not None
+            communicator = self.mesh.communicator(segment)
+            packed = k.new_zeros(2, len(k), segment.sent_rows, *k.shape[2:])
+            if gathered is not None and gathered.numel():
+                kept, gathered = gathered.split([n := segment.num_ranks * packed.numel(), gathered.numel() - n])
+                pending.append(Pending(communicator, "", kept.view(segment.num_ranks, *packed.shape)))
+                continue
+            for packing in segment.packing:
+                for x, sent in zip((k, v), packed, strict=True):
+                    rows = rectangle(x, packing.heads, packing.rows)
+                    rectangle(sent, packing.heads, packing.packed).copy_(rows)
+            pending.append(communicator.all_gather(packed, _what("gathering the keys and values", segment)))
+        return pending
+
+    def start_reduction(self, segment: SharedSegment, grads: Tensor) -> Pending:
+        """Hand the ranks of a segment their dK and dV, (P, 2, B, sent rows, G, D) -> (2, B, sent rows, G, D)."""
+        assert self.mesh is not None
+        what = _what("reducing the gradients of keys and values", segment)
+        return self.mesh.communicator(segment).reduce_scatter(grads, what)
 
 
-def _gathered_keys(gathered: Tensor, block: RemoteBlock) -> tuple[Tensor, Tensor]:
+def _what(doing: str, segment: SharedSegment) -> str:
+    return f"{doing} of branch {segment.branch} over ranks {segment.first_rank} to {segment.last_rank}"
+
+
+def _gathered_keys(gathered: Tensor, block: RemoteBlock) -> list[Tensor]:
     """K and V of a block's keys, those of all peers in one rectangle: (B, 1, F, J, M, D) each."""
-    k, v = (
+    return [
         torch.cat([rectangle(gathered[peer, which], block.heads, rows) for peer, rows in block.keys], dim=3)
         for which in (0, 1)
-    )
-    return k, v
+    ]
 
 
-def _remote_backward(call: _Call, segment: SharedSegment, gathered: Tensor, attend_backward: Any) -> Pending:
-    """Backward of this chunk's queries with other ranks' keys; start handing those ranks their dK and dV."""
-    assert call.mesh is not None
-    dtype = torch.promote_types(gathered.dtype, call.mesh.reduce_dtype)
-    gradients = torch.zeros_like(gathered, dtype=dtype)
-    for block in segment.remote:
-        keys = [rows for _, rows in block.keys]
-        parts = attend_backward(block.heads, block.rows, keys, _gathered_keys(gathered, block), False)
-        for which, part in enumerate(parts):
-            pieces = part.split([rows.count for rows in keys], dim=3)
-            for (peer, rows), piece in zip(block.keys, pieces, strict=True):
-                rectangle(gradients[peer, which], block.heads, rows).copy_(piece)
-    what = call.what(segment, "reducing the gradients of keys and values")
-    return call.mesh.communicator(segment).reduce_scatter(gradients, what)
+def _place_gathered(grads: Tensor, block: RemoteBlock, parts: Sequence[Tensor]) -> None:
+    """The inverse of `_gathered_keys`: the gradients of a block's keys, to where their ranks' are."""
+    for which, part in enumerate(parts):
+        pieces = part.split([rows.count for rows in block.key_rows], dim=3)
+        for (peer, rows), piece in zip(block.keys, pieces, strict=True):
+            rectangle(grads[peer, which], block.heads, rows).copy_(piece)
 
 
-def _add_bias_gradient_(call: _Call, dbias: Tensor, heads: Heads, dtable: Tensor) -> None:
-    """Add (B * S * F, M * R, buckets), the gradient of a rectangle's table, to that of the whole (buckets, H)."""
-    target = call.bias_of(dbias, heads)
-    target += dtable.unflatten(0, (-1, heads.phases)).sum(0).view(target.shape)
+def _of_keys(x_BSFIMD: Tensor) -> Tensor:
+    """K or V of a rectangle as kernels take it, (b = B S F, J, M, D): a view where strides allow, else a copy."""
+    return x_BSFIMD.flatten(0, 2)
 
 
-def _own_blocks(plan: Plan) -> Iterator[OwnBlock]:
-    yield from plan.local
-    for segment in plan.shared:
-        yield from segment.own
+def _of_queries(x_BSFIMR: Tensor) -> Tensor:
+    """What queries have, (B, S, F, I, M, R, ...), as kernels take it: (b = B S F, I, M R, ...)."""
+    return x_BSFIMR.flatten(0, 2).flatten(2, 3)
 
 
-def _batch_first(x_BSFIM: Tensor) -> Tensor:
-    """(B, S, F, I, M, ...) as the kernels take it, (b = B S F, I, M, ...): a view where strides allow, else a copy."""
-    return x_BSFIM.flatten(0, 2)
-
-
-def _positions(runs: list[Rows], device: torch.device) -> Tensor:
+def _positions(runs: Sequence[Rows], device: torch.device) -> Tensor:
     return torch.cat([rows.position + rows.rate * torch.arange(rows.count, device=device) for rows in runs])
 
 
@@ -334,147 +305,61 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _make_call(
-    q: Tensor,
-    k: Tensor,
-    pattern: Pattern,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    rel_bias: Tensor | None,
-    max_distance: int,
-    mesh: SequenceMesh | None,
-) -> _Call:
-    num_kv_heads = k.shape[2]
-    shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
-    empty = q.numel() == 0 and (len(q) == 0 or q.shape[1] == 0 or num_kv_heads == 0)
-    plan = Plan((), ()) if empty else make_plan(pattern, shard, num_kv_heads, causal)
-    module = choose_kernel(kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
-    return _Call(plan, module, mesh, causal, scale, rel_bias, max_distance, num_kv_heads)
-
-
-def _agree(
-    mesh: SequenceMesh,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    causal: bool,
-    scale: float,
-    kernel: str,
-    rel_bias: Tensor | None,
-    max_distance: int,
-) -> None:
-    """Every rank passes the same, or every rank raises: on the first call that looks like this one."""
-    problem = _problem(q, k, v, pattern, mesh, kernel, causal, rel_bias, max_distance)
-    given = {
-        "pattern": str(pattern),
-        "q (batch, heads, head dim)": [q.shape[0], *q.shape[2:]],
-        "k (batch, heads, head dim)": [k.shape[0], *k.shape[2:]],
-        "dtype": str(q.dtype),
-        "device": q.device.type,
-        "causal": causal,
-        "scale": scale,
-        "relative bias": None if rel_bias is None else [*rel_bias.shape, max_distance],
-        "requires grad": any(x is not None and x.requires_grad for x in (q, k, v, rel_bias)),
-    }
-    mesh.agree(given, problem)
-
-
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: Pattern,
-    mesh: SequenceMesh | None,
-    kernel: str,
-    causal: bool,
-    rel_bias: Tensor | None,
-    max_distance: int,
-) -> str | None:
-    """What is wrong with the arguments of a call, in words; None where nothing is."""
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if not isinstance(pattern, Pattern):
-        return f"pattern is {pattern!r}; it must be a longnet_dist.Pattern"
-    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        return f"{shapes}: q must be (B, N, H, D), and k and v (B, N, G, D), the heads after the tokens"
-    if k.shape != v.shape:
-        return f"{shapes}: k and v must have the same shape"
-    if (q.shape[0], q.shape[1], q.shape[3]) != (k.shape[0], k.shape[1], k.shape[3]):
-        return f"{shapes}: q and k must have the same B, N and D"
-    H, G = q.shape[2], k.shape[2]
-    if (H == 0) != (G == 0) or (G and H % G):
-        return f"{shapes}: {H} query heads cannot share {G} key/value heads; H must be a multiple of G"
-    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        given = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
-        return f"{given}: q, k and v must have one dtype and one device"
-    if mesh is not None and pattern != mesh.pattern:
-        return f"the pattern {pattern} is not the mesh's, {mesh.pattern}; pass mesh.pattern, or make a mesh for this one"
-    if mesh is not None and q.shape[1] != mesh.shard.num_rows:
-        return (
-            f"q has {q.shape[1]} rows, and this rank holds {mesh.shard.num_rows}, [{mesh.shard.start}, "
-            f"{mesh.shard.stop}) of {mesh.seq_len}; pass mesh.split(x), not the whole sequence"
-        )
-    if rel_bias is not None:
-        if rel_bias.dim() != 2 or rel_bias.shape[1] != H:
-            return f"rel_bias is {tuple(rel_bias.shape)}; it must be (buckets, H) with H = {H}"
-        if reasons := check_relative_bias(len(rel_bias), max_distance, causal):
-            return reasons[0]
-    try:
-        choose_kernel(kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @_forward_op.register_fake
-def _(q, k, v, rel_bias, segment_lengths, dilation_rates, head_phases, causal, scale, kernel, max_distance, mesh):  # type: ignore[no-untyped-def]
-    the_mesh, kept = mesh_of(mesh), 0
-    if the_mesh is not None and the_mesh.keep_kv:
-        pattern = Pattern(tuple(segment_lengths), tuple(dilation_rates), head_phases)
-        plan = make_plan(pattern, the_mesh.shard, k.shape[2], causal)
-        rows = sum(segment.num_ranks * segment.sent_rows for segment in plan.shared)
-        kept = 2 * k.shape[0] * rows * k.shape[2] * k.shape[3]
-    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+def _(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(*rest)
+    mesh, kept = mesh_of(options.mesh), 0
+    if mesh is not None and mesh.keep_kv:
+        shared = make_plan(options.pattern, mesh.shard, k.shape[2], options.causal).shared
+        kept = 2 * sum(segment.num_ranks * segment.sent_rows for segment in shared) * math.prod(k.shape[2:]) * len(k)
+    lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty(kept)
 
 
 @_backward_op.register_fake
-def _(dout, q, k, v, out, lse, gathered, rel_bias, *args):  # type: ignore[no-untyped-def]
-    dbias = rel_bias if rel_bias is not None else q.new_empty(0)
-    return (
-        *(x.new_empty(x.shape) for x in (q, k, v)),
-        dbias.new_empty(dbias.shape, dtype=torch.promote_types(q.dtype, torch.float32)),
-    )
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gathered: Tensor,
+    rel_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    dbias = q.new_empty(0 if rel_bias is None else rel_bias.shape, dtype=accumulation_dtype(q.dtype))
+    return *(x.new_empty(x.shape) for x in (q, k, v)), dbias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     q, k, v, rel_bias, *ctx.rest = inputs
     out, lse, gathered = output
     ctx.set_materialize_grads(False)
-    ctx.mesh = mesh_of(ctx.rest[-1])  # Its handle must still be good in the backward.
-    ctx.keeps = ctx.mesh is not None and ctx.mesh.keep_kv
-    ctx.save_for_backward(q, k, v, out, lse, rel_bias, *([gathered] if ctx.keeps else []))
+    ctx.mesh = mesh_of(ctx.rest[-1])  # Held, so that its handle is still good in the backward.
+    keeps = ctx.mesh is not None and ctx.mesh.keep_kv
+    ctx.save_for_backward(q, k, v, out, lse, rel_bias, *([gathered] if keeps else []))
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, rel_bias, *kept = ctx.saved_tensors
-    gathered = kept[0] if kept else q.new_empty(0)
-    dq = dk = dv = dbias = None
+    nothing = q.new_empty(0)
+    total: list[Tensor] = []
     if dout is not None:
-        dq, dk, dv, dbias = _backward_op(dout, q, k, v, out, lse, gathered, rel_bias, *ctx.rest)
+        total += _backward_op(dout, q, k, v, out, lse, kept[0] if kept else nothing, rel_bias, *ctx.rest)
     if dlse is not None:
         # d lse / d score is the weight p. Flash computes p (dout . v - dout . out): with v = 0, a unit vector
-        # for dout and -dlse times it for out, that is p dlse. The kept K and V do not serve: there v is not 0.
+        # for dout and -dlse times it for out, that is p dlse. Kept values do not serve: here v is not theirs.
         unit = torch.zeros_like(q)
         unit[..., 0] = 1
         minus = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
-        more = _backward_op(unit, q, k, torch.zeros_like(v), minus, lse, q.new_empty(0), rel_bias, *ctx.rest)
-        dq = more[0] if dq is None else dq + more[0]
-        dk = more[1] if dk is None else dk + more[1]
-        dbias = more[3] if dbias is None else dbias + more[3]
-    dbias = None if rel_bias is None or dbias is None else dbias.to(rel_bias.dtype)
-    return dq, dk, dv, dbias, *([None] * len(ctx.rest))
+        dq, dk, dv, dbias = _backward_op(unit, q, k, torch.zeros_like(v), minus, lse, nothing, rel_bias, *ctx.rest)
+        of_lse = [dq, dk, torch.zeros_like(dv), dbias]
+        total = [a + b for a, b in zip(total, of_lse, strict=True)] if total else of_lse
+    *grads, of_bias = total or [None] * 4
+    if rel_bias is None or of_bias is None:
+        return *grads, *([None] * (1 + len(ctx.rest)))
+    return *grads, of_bias.to(rel_bias.dtype), *([None] * len(ctx.rest))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

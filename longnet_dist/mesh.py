@@ -176,7 +176,7 @@ def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | No
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(
-                f"the DeviceMesh has {group.ndim} dimensions {group.mesh_dim_names or ''}; a sequence is split over one: "
+                f"the DeviceMesh has {group.ndim} axes {group.mesh_dim_names or ''}, and a sequence is split over one: "
                 'pass that one, for example device_mesh["sp"]'
             )
         return group.get_group()

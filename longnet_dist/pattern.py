@@ -74,9 +74,7 @@ class Pattern:
         object.__setattr__(self, "dilation_rates", rates)
 
     @classmethod
-    def geometric(
-        cls, max_length: int, base: int = 2048, growth: int = 4, head_phases: str = "interleaved"
-    ) -> Pattern:
+    def geometric(cls, max_length: int, base: int = 2048, growth: int = 4, head_phases: str = "interleaved") -> Pattern:
         """Segments base, base * growth, ... up to `max_length`, rates 1, growth, ...: w / r is constant.
 
         The last segment is the first that reaches `max_length`, so that every two tokens of a

@@ -58,7 +58,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Heads:
-    """Key/value heads of `phases` successive phases, `per_phase` of each: head(f, m) = first + f phase_step + m step."""
+    """Key/value heads of a run of phases, `per_phase` of each: head(f, m) = first + f phase_step + m step."""
 
     first: int
     phases: int
@@ -99,6 +99,11 @@ class RemoteBlock:
     heads: Heads
     rows: Rows
     keys: tuple[tuple[int, Rows], ...]
+
+    @property
+    def key_rows(self) -> list[Rows]:
+        """The packed rows of every peer, one after the other."""
+        return [rows for _, rows in self.keys]
 
 
 @dataclass(frozen=True)
@@ -285,9 +290,7 @@ def _kept(branch: Branch, phase: int, lo: int, hi: int) -> tuple[int, int]:
     return first, max(0, -(-(hi - first) // r))
 
 
-def _own_blocks(
-    runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, segments: int = 1
-) -> Iterable[OwnBlock]:
+def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, segments: int = 1) -> Iterable[OwnBlock]:
     """The rectangles of the global rows [lo, hi), all in this chunk, of the segment that begins at `segment`."""
     r, w = runs.branch.dilation_rate, runs.branch.segment_length
     for phase, heads in runs.split((lo - segment, hi - segment)):

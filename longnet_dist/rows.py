@@ -84,9 +84,9 @@ class MergedRows:
     def result(self) -> tuple[Tensor, Tensor]:
         """(out, lse) so far, in the accumulation dtype; written to by what is merged later."""
         if self.out is None or self.lse is None:
-            kind = {"dtype": accumulation_dtype(self.like.dtype), "device": self.like.device}
-            self.out = torch.zeros(self.like.shape, **kind)
-            self.lse = torch.full(self.like.shape[:-1], -torch.inf, **kind)
+            dtype, device = accumulation_dtype(self.like.dtype), self.like.device
+            self.out = torch.zeros(self.like.shape, dtype=dtype, device=device)
+            self.lse = torch.full(self.like.shape[:-1], -torch.inf, dtype=dtype, device=device)
         return self.out, self.lse
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -58,7 +59,7 @@ def backward(
         ds = p * (dp - delta[..., rows, None])
         dq[..., rows, :] = torch.einsum("bgrij,bgjd->bgrid", ds, k_bGJD) * scale
         dk += torch.einsum("bgrij,bgrid->bgjd", ds, q_bGRID[..., rows, :]) * scale
-        if bias is not None:
+        if bias is not None and dbias is not None:
             bias.accumulate_(dbias, ds.flatten(1, 2), rows)
     return (
         _heads_last(dq).to(q.dtype),
@@ -81,10 +82,10 @@ def _heads_last(x_bGRID: Tensor) -> Tensor:
 
 
 def _row_blocks(q_bGRID: Tensor, k_bGJD: Tensor) -> Iterator[slice]:
-    b, G, R, I, _ = q_bGRID.shape
-    size = max(1, _SCORES_AT_A_TIME // max(1, b * G * R * k_bGJD.shape[2]))
-    for first in range(0, I, size):
-        yield slice(first, min(first + size, I))
+    *batch, num_rows, _ = q_bGRID.shape
+    size = max(1, _SCORES_AT_A_TIME // max(1, math.prod(batch) * k_bGJD.shape[2]))
+    for first in range(0, num_rows, size):
+        yield slice(first, min(first + size, num_rows))
 
 
 def _scores(

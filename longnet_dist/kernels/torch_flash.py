@@ -31,9 +31,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bia
     return reasons
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Any = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Any = None) -> tuple[Tensor, Tensor]:
     """Attention of a rectangle; see `longnet_dist.kernels` for the contract."""
     if q.is_cuda:
         # Its causal mask is bottom-right aligned, which on a square is the diagonal too.

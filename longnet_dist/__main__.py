@@ -1,0 +1,7 @@
+"""`python -m longnet_dist` is the command `longnet-dist`."""
+
+import sys
+
+from longnet_dist.cli import main
+
+sys.exit(main())

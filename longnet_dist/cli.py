@@ -1,0 +1,112 @@
+"""The command `longnet-dist`: train, draw, plan, doctor. Options are read from types and docstrings by tyro."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from longnet_dist.pattern import Pattern
+from longnet_dist.train import TrainConfig, train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; 2 where its arguments cannot work, with the reason in one line."""
+    app = tyro.extras.SubcommandApp()
+    app.command(name="train")(_train)
+    app.command(name="draw")(_draw)
+    app.command(name="plan")(_plan)
+    app.command(name="doctor")(_doctor)
+    try:
+        app.cli(prog="longnet-dist", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
+    except ValueError as error:
+        print(f"longnet-dist: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()) -> None:  # noqa: B008
+    """Train a LongNet on text or code: alone, or under torchrun over all its ranks.
+
+    torchrun --nproc-per-node 2 -m longnet_dist train --seq-len 32768 --data src/
+    """
+    train(config)
+
+
+def _draw(
+    out: Path = Path("pattern.png"),
+    segment_lengths: tuple[int, ...] = (16, 32, 64),
+    dilation_rates: tuple[int, ...] = (1, 2, 4),
+    head_phases: Literal["interleaved", "blocked"] = "interleaved",
+    seq_len: int = 64,
+    heads: int = 4,
+    ranks: int = 1,
+    causal: bool = True,
+) -> None:
+    """Draw a pattern: who sees whom, by head phase, and where rank boundaries cut it.
+
+    Args:
+        out: The picture, a PNG, SVG or PDF by its ending.
+        segment_lengths: Segment lengths of the branches, in tokens.
+        dilation_rates: Dilation rates of the branches.
+        head_phases: Which rows each head keeps.
+        seq_len: Tokens.
+        heads: Key/value heads.
+        ranks: Ranks over which the sequence is split.
+        causal: Whether a query sees only keys at or before it.
+    """
+    from longnet_dist.draw import draw_pattern
+
+    pattern = Pattern(segment_lengths, dilation_rates, head_phases)
+    print(draw_pattern(out, pattern, seq_len, heads, ranks, causal))
+
+
+def _plan(
+    segment_lengths: tuple[int, ...] = (2048, 8192, 32768),
+    dilation_rates: tuple[int, ...] = (1, 4, 16),
+    seq_len: int = 32768,
+    ranks: int = 4,
+    heads: int = 8,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+    element_size: int = 2,
+    causal: bool = True,
+) -> None:
+    """Say what a layer of attention costs each rank: rows, bytes received, floating point operations.
+
+    Args:
+        segment_lengths: Segment lengths of the branches, in tokens.
+        dilation_rates: Dilation rates of the branches.
+        seq_len: Tokens of the whole sequence.
+        ranks: Ranks over which it is split.
+        heads: Query heads.
+        kv_heads: Key/value heads; as many as heads by default.
+        head_dim: Dimensions a head.
+        element_size: Bytes a number: 2 for bfloat16, 4 for float32.
+        causal: Whether a query sees only keys at or before it.
+    """
+    from longnet_dist.plan import Shard, attention_flops, bytes_received, choose_chunk
+
+    pattern = Pattern(segment_lengths, dilation_rates)
+    chunk = choose_chunk(pattern, seq_len, ranks)
+    shard = Shard(seq_len, chunk, 0, ranks)
+    received = bytes_received(pattern, shard, kv_heads or heads, head_dim, element_size)
+    print(f"{ranks} ranks of {chunk} rows (the last {shard.of(ranks - 1).num_rows}); a layer, forward and backward:")
+    for branch, count in zip(pattern.branches, received, strict=True):
+        where = "within the chunk" if count == 0 else f"{count:,} bytes received by a rank"
+        print(f"  branch {branch}: {where}")
+    flops = attention_flops(pattern, seq_len, heads, head_dim, causal, kv_heads)
+    print(f"  in all {sum(received):,} bytes a rank; {flops:.3g} floating point operations forward, over all ranks")
+
+
+def _doctor() -> None:
+    """Say what this machine has, which kernels and backends work here, and why the others do not."""
+    from longnet_dist.doctor import diagnose
+
+    print(diagnose())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What a run says while it runs: a live display, metrics.jsonl and TensorBoard, all on rank 0."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class RunLog:
+    """Writes into `folder`; None says and writes nothing."""
+
+    def __init__(self, folder: Path | None, config: dict[str, Any], steps: int) -> None:
+        self.folder, self.config, self.steps = folder, config, steps
+
+    def __enter__(self) -> RunLog:
+        if self.folder is None:
+            return self
+        # It takes a second to import, and only a training run's rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.console = Console(soft_wrap=True)
+        self.metrics = (self.folder / "metrics.jsonl").open("w", buffering=1)
+        self.board = SummaryWriter(str(self.folder))
+        self.board.add_text("config", f"```json\n{json.dumps(self.config, indent=2, default=str)}\n```")
+        self.progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task("train", total=self.steps, loss=float("nan"), rate=0.0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.folder is not None:
+            self.progress.stop()
+            self.metrics.close()
+            self.board.close()
+
+    def step(self, measured: dict[str, float]) -> None:
+        """One step's numbers: `step`, `loss`, `tokens_per_second` and others."""
+        if self.folder is None:
+            return
+        self.metrics.write(json.dumps(measured) + "\n")
+        for name, value in measured.items():
+            self.board.add_scalar(name, value, int(measured["step"]))
+        self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])
+        every = max(1, self.steps // 20)
+        if "validation_bits_per_byte" in measured or (not self.console.is_terminal and measured["step"] % every == 0):
+            self.say(_line(measured, self.steps))
+
+    def say(self, text: str) -> None:
+        """A line above the live display."""
+        if self.folder is not None:
+            self.progress.console.print(text, highlight=False)
+
+
+def _line(measured: dict[str, float], steps: int) -> str:
+    left = (steps - measured["step"]) * measured["seconds"]
+    line = (
+        f"step {measured['step']:g}/{steps}  loss {measured['loss']:.3f}  "
+        f"{measured['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
+    )
+    if "validation_bits_per_byte" in measured:
+        line += f"  validation {measured['validation_bits_per_byte']:.3f} bits per byte"
+    return line

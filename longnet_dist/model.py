@@ -1,0 +1,177 @@
+"""LongNet: a causal decoder language model, whole or sequence-parallel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from longnet_dist.mesh import SequenceMesh
+from longnet_dist.nn import Block, DilatedAttention, Rotation
+from longnet_dist.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class LongNetConfig:
+    """The architecture of a `LongNet`."""
+
+    vocab_size: int = 257
+    """Token ids; the default is the 256 bytes and an end of document."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads; as many as heads by default."""
+    ffn_dim: int | None = None
+    """Hidden width of the feed-forward; 4 times d_model by default."""
+    segment_lengths: tuple[int, ...] = (1024, 4096, 16384)
+    """Segment lengths of the dilated attention's branches, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 4, 16)
+    """Dilation rates of the branches."""
+    head_phases: Literal["interleaved", "blocked"] = "interleaved"
+    """Which rows each head keeps: the paper's rule, or that of torchscale's weights."""
+    position: Literal["rotary", "xpos", "none"] = "rotary"
+    """Position encoding, by global position."""
+    qk_norm: bool = False
+    """RMS-normalise queries and keys."""
+    dropout: float = 0.0
+    """On the output of attention and feed-forward."""
+    tie_embeddings: bool = True
+    """Whether the output projection is the embedding."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward: none, all but attention's, or all."""
+    kernel: str = "auto"
+    """Attention kernel; see `longnet-dist doctor`."""
+
+    @property
+    def pattern(self) -> Pattern:
+        """The branches of the attention."""
+        return Pattern(self.segment_lengths, self.dilation_rates, self.head_phases)
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LongNet:
+        """The model."""
+        return LongNet(self, device, dtype)
+
+
+class LongNet(nn.Module):
+    """A causal decoder with dilated attention, pre-norm and sub-LayerNorm (LongNet, section 4.1; Magneto).
+
+    Args:
+        config: the architecture.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> model = LongNetConfig(d_model=32, num_layers=1, segment_lengths=(8, 32), dilation_rates=(1, 4)).build()
+        >>> model(torch.randint(257, (1, 100))).shape
+        torch.Size([1, 100, 257])
+    """
+
+    def __init__(
+        self, config: LongNetConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        E = config.d_model
+        self.embedding = nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
+        self.blocks = nn.ModuleList(self._block(device, dtype) for _ in range(config.num_layers))
+        self.norm = nn.LayerNorm(E, device=device, dtype=dtype)
+        self.output = nn.Linear(E, config.vocab_size, bias=False, device=device, dtype=dtype)
+        if config.tie_embeddings:
+            self.output.weight = self.embedding.weight
+        self.reset_parameters()
+
+    def _block(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
+        config = self.config
+        attention = DilatedAttention(
+            config.d_model,
+            config.num_heads,
+            config.dilation_rates,
+            config.segment_lengths,
+            config.dropout,
+            causal=True,
+            use_xpos=config.position == "xpos",
+            use_rotary=config.position == "rotary",
+            num_kv_heads=config.num_kv_heads,
+            qk_norm=config.qk_norm,
+            head_phases=config.head_phases,
+            inner_norm=True,
+            kernel=config.kernel,
+            device=device,
+            dtype=dtype,
+        )
+        return Block(attention, config.ffn_dim or 4 * config.d_model, config.dropout, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Magneto's initialisation; logits begin with a standard deviation of 1."""
+        nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if not self.config.tie_embeddings:
+            nn.init.normal_(self.output.weight, std=self.config.d_model**-0.5)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters(self.config.num_layers)
+
+    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None) -> Tensor:
+        """int64 (B, N) -> logits (B, N, vocab_size); with a mesh, of this rank's rows: (B, L) -> (B, L, vocab_size).
+
+        Raises:
+            ValueError: for a wrong shape, or a mesh of another pattern or length.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, N)")
+        x = self.embedding(tokens) * self.config.d_model**0.5
+        rotation: Rotation | None = None
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, x.dtype)
+            x = self._checkpointed(block)(x, mesh, rotation)
+        return self.output(self.norm(x))
+
+    def _checkpointed(self, block: Block) -> Callable[..., Tensor]:
+        kind = self.config.activation_checkpointing
+        if kind == "none" or not torch.is_grad_enabled():
+            return block
+        if kind == "full":
+            return partial(checkpoint, block, use_reentrant=False)
+        attention = [torch.ops.longnet_dist.dilated_attention.default]
+        contexts = partial(create_selective_checkpoint_contexts, attention)
+        return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
+
+
+def next_token_labels(tokens: Tensor, ignore_index: int = -100) -> Tensor:
+    """The labels of whole sequences, (B, N) -> (B, N): the next token, and none for the last.
+
+    Shift first, split after: the label of a chunk's last token is in the next rank's chunk.
+
+    Example:
+        >>> next_token_labels(torch.tensor([[5, 6, 7]]))
+        tensor([[   6,    7, -100]])
+    """
+    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
+
+
+def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = -100) -> Tensor:
+    """Mean cross-entropy over the valid labels of all ranks, in nats; each token weighs the same.
+
+    Args:
+        logits: (B, L, vocab), of this rank's rows.
+        labels: (B, L), int64, shifted before they were split; `ignore_index` is not counted.
+        mesh: the ranks that hold the sequence, uneven or empty chunks included; see
+            `SequenceMesh.token_mean` for what the gradients of its ranks are.
+    """
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, -2).to(kind), labels.flatten(), ignore_index=ignore_index, reduction="none"
+    )
+    mask = labels.flatten() != ignore_index
+    if mesh is not None:
+        return mesh.token_mean(losses, mask)
+    return losses.sum() / mask.sum().clamp(min=1)
