@@ -356,10 +356,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
         dq, dk, dv, dbias = _backward_op(unit, q, k, torch.zeros_like(v), minus, lse, nothing, rel_bias, *ctx.rest)
         of_lse = [dq, dk, torch.zeros_like(dv), dbias]
         total = [a + b for a, b in zip(total, of_lse, strict=True)] if total else of_lse
-    *grads, of_bias = total or [None] * 4
-    if rel_bias is None or of_bias is None:
-        return *grads, *([None] * (1 + len(ctx.rest)))
-    return *grads, of_bias.to(rel_bias.dtype), *([None] * len(ctx.rest))
+    if not total:
+        return (None,) * (4 + len(ctx.rest))
+    dq, dk, dv, dbias = total
+    return dq, dk, dv, None if rel_bias is None else dbias.to(rel_bias.dtype), *([None] * len(ctx.rest))
 
 
 _forward_op.register_autograd(_backward, setup_context=_setup_context)

@@ -163,8 +163,8 @@ class DilatedAttention(nn.Module):
         self.k_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **kind)
         self.v_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **kind)
         self.out_proj = nn.Linear(d_model, d_model, bias=bias, **kind)
-        self.q_norm = nn.RMSNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
         self.inner_norm = nn.LayerNorm(d_model, **kind) if inner_norm else nn.Identity()
         self.rel_pos_bias = nn.Parameter(torch.zeros(rel_pos_buckets, num_heads, **kind)) if use_rel_pos_bias else None
         self.dropout = nn.Dropout(dropout)
@@ -182,7 +182,7 @@ class DilatedAttention(nn.Module):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        q, k = self.q_norm(q), self.k_norm(k)
         rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
@@ -214,6 +214,14 @@ class DilatedAttention(nn.Module):
             xpos_length=length if self.use_xpos else None,
             xpos_scale_base=self.xpos_scale_base,
         )
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS normalisation of each head, in the precision of its weight, which autocast does not see to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, L, H, D) -> (B, L, H, D), in the dtype given."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 class FeedForward(nn.Module):

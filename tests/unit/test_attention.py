@@ -1,0 +1,233 @@
+"""A failure here means: dilated attention on one device is not the oracle's, or keeps or hides more than it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from longnet_dist import Pattern, dense_reference, dilated_attention
+from tests.drawn import Case, cases
+
+PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as (16384, 6) and (32768, 12) of the paper
+
+
+def ours(case: Case, dtype: torch.dtype = torch.float64, **options):
+    inputs = case.tensors(dtype)
+    out = dilated_attention(**inputs, pattern=case.pattern, **case.options, **options)
+    return [out, *torch.autograd.grad(out, list(inputs.values()), case.dout(dtype))]
+
+
+@settings(max_examples=250, deadline=None)
+@given(cases(), st.sampled_from(["auto", "eager"]))
+def test_out_and_gradients_are_the_oracles(case, kernel):
+    for mine, expected in zip(ours(case, kernel=kernel), case.oracle(), strict=True):
+        assert_close(mine, expected, rtol=0, atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases())
+def test_uninitialised_memory_changes_nothing(case):
+    before = ours(case)
+    torch.use_deterministic_algorithms(True)  # Fills every torch.empty with NaN.
+    try:
+        poisoned = ours(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, expected in zip(poisoned, before, strict=True):
+        assert_close(mine, expected, rtol=0, atol=1e-14)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
+def test_lse_and_its_gradient(case):
+    def both(function):
+        inputs = case.tensors()
+        out, lse = function(**inputs, pattern=case.pattern, **case.options, return_lse=True)
+        assert lse.shape == out.shape[:-1]
+        loss = (out * case.dout()).sum() + (lse.masked_fill(lse == -torch.inf, 0) * case.dout()[..., 0]).sum()
+        return [lse, *torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)]
+
+    for mine, expected in zip(both(dilated_attention), both(dense_reference), strict=True):
+        assert_close(mine, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["torch", "eager"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_low_precision(dtype, kernel, causal):
+    """Within twice the error of the oracle run in that precision, and its rounding: derived, not chosen."""
+    case = Case(PAPER, N=200, H=4, G=2, B=2, D=16, causal=causal)
+    rounded = {name: x.detach().to(dtype).double().requires_grad_() for name, x in case.tensors().items()}
+    exact = case.oracle(inputs=rounded)
+    independent = case.oracle(dtype)
+    for mine, low, right in zip(ours(case, dtype, kernel=kernel), independent, exact, strict=True):
+        rounding = torch.finfo(dtype).eps * right.abs().max()
+        allowed = 2 * ((low.double() - right).abs().max() + rounding)
+        assert mine.dtype == dtype
+        assert_close(mine.double(), right, rtol=0, atol=allowed.item())
+
+
+@pytest.mark.parametrize("kernel", ["torch", "eager"])
+def test_gradcheck(kernel):
+    case = Case(Pattern((4, 6), (1, 2)), N=11, H=2, G=1, B=1, D=2, causal=True, biased=kernel == "eager")
+
+    def function(*inputs):
+        named = dict(zip(case.tensors(), inputs, strict=True))
+        return dilated_attention(**named, pattern=case.pattern, **case.options, kernel=kernel, return_lse=True)
+
+    def without_uncovered(*inputs):
+        out, lse = function(*inputs)
+        return out, lse.masked_fill(lse == -torch.inf, 0)
+
+    assert torch.autograd.gradcheck(without_uncovered, list(case.tensors().values()))
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 9])
+def test_tiny_lengths(num_tokens):
+    case = Case(Pattern((8, 3), (1, 2)), N=num_tokens, H=2, G=2, B=2, D=4, causal=False)
+    for mine, expected in zip(ours(case), case.oracle(), strict=True):
+        assert_close(mine, expected, rtol=0, atol=1e-12)
+
+
+def test_the_last_token_alone_is_its_own_value():
+    """torchscale gives 0.067 v here: its tail is padded with zero keys that are attended."""
+    q, k, v = torch.randn(3, 1, 9, 2, 4, dtype=torch.float64).unbind()
+    assert_close(dilated_attention(q, k, v, Pattern((8,), (1,)))[:, 8], v[:, 8], rtol=0, atol=1e-15)
+
+
+def test_rows_that_no_branch_covers_are_zero():
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 12, 1, 4).unbind())
+    out, lse = dilated_attention(q, k, v, Pattern((4,), (2,)), return_lse=True)
+    assert out[:, 1::2].abs().max() == 0
+    assert (lse[:, 1::2] == -torch.inf).all()
+    assert lse[:, ::2].isfinite().all()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(out.square().sum(), (q, k, v)))
+
+
+def test_large_scores_stay_finite():
+    q, k, v = torch.randn(3, 1, 64, 2, 8).unbind()
+    out = dilated_attention(q * 1e4, k * 1e4, v, PAPER, causal=True)
+    expected = dense_reference(*(x.double() for x in (q * 1e4, k * 1e4, v)), PAPER, causal=True)
+    assert out.isfinite().all()
+    assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(cases())
+def test_strided_inputs(case):
+    """Transposed, sliced, expanded: what comes out of a projection in another layout."""
+    inputs = case.tensors()
+    expected = dilated_attention(**inputs, pattern=case.pattern, **case.options)
+    transposed = {name: x.detach().mT.contiguous().mT for name, x in inputs.items()}
+    heads_first = {
+        name: x.detach().transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x.detach()
+        for name, x in inputs.items()
+    }
+    sliced = {name: torch.cat((x.detach(), x.detach()), -1)[..., : x.shape[-1]] for name, x in inputs.items()}
+    for strided in (transposed, heads_first, sliced):
+        strided = {name: x.requires_grad_() for name, x in strided.items()}
+        out = dilated_attention(**strided, pattern=case.pattern, **case.options)
+        assert_close(out, expected, rtol=0, atol=1e-12)
+    # The gradient of a sum is one number, expanded.
+    grads = torch.autograd.grad(out.sum(), list(strided.values()))
+    dense = dense_reference(**inputs, pattern=case.pattern, **case.options).sum()
+    for mine, right in zip(grads, torch.autograd.grad(dense, list(inputs.values())), strict=True):
+        assert_close(mine, right, rtol=0, atol=1e-12)
+
+
+def test_saves_q_k_v_out_lse_and_nothing_more():
+    q, k, v = (torch.randn(1, 64, 4, 8, requires_grad=True) for _ in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
+    storages = {x.untyped_storage().data_ptr() for x in saved}
+    assert storages == {x.untyped_storage().data_ptr() for x in (q, k, v, out, lse)}
+    assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, out, lse))
+
+
+def test_compiles_without_a_graph_break():
+    def function(q, k, v):
+        out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
+        return out.square() + lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
+
+    case = Case(PAPER, N=50, H=4, G=2, B=1, D=8, causal=True)
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        inputs = case.tensors()
+        out = call(*inputs.values())
+        results.append([out, *torch.autograd.grad(out, list(inputs.values()), case.dout())])
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        assert_close(compiled, eager, rtol=0, atol=1e-14)
+
+
+def test_operators_keep_torchs_rules():
+    case = Case(PAPER, N=20, H=2, G=2, B=1, D=4, causal=True)
+    rest = ([16, 32, 64], [1, 3, 6], "interleaved", True, 0.5, "auto", 128, 0)
+    torch.library.opcheck(torch.ops.longnet_dist.dilated_attention.default, (*case.tensors().values(), None, *rest))
+
+
+def test_fake_tensors_pass_through():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.empty(2, 1000, 8, 64, dtype=torch.bfloat16), torch.empty(2, 1000, 2, 64, dtype=torch.bfloat16)
+        out, lse = dilated_attention(q, k, k, PAPER, return_lse=True)
+    assert out.shape == q.shape
+    assert out.dtype == torch.bfloat16
+    assert lse.shape == q.shape[:-1]
+    assert lse.dtype == torch.float32
+
+
+def test_selective_checkpointing_saves_the_attention():
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    op = torch.ops.longnet_dist.dilated_attention.default
+    ran = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            ran.append(function)
+            return function(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 64, 4, 8, requires_grad=True)
+    with Count():
+        contexts = partial(create_selective_checkpoint_contexts, [op])
+        out = checkpoint(
+            lambda x: dilated_attention(x * 2, x, x, PAPER).square(), q, use_reentrant=False, context_fn=contexts
+        )
+        out.sum().backward()
+    assert ran.count(op) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"q": torch.zeros(1, 8, 2)}, r"q must be \(B, N, H, D\)"),
+        ({"v": torch.zeros(1, 8, 1, 4)}, "k and v must have the same shape"),
+        ({"q": torch.zeros(1, 9, 2, 4)}, "the same B, N and D"),
+        ({"q": torch.zeros(1, 8, 3, 4)}, "3 query heads cannot share 2"),
+        ({"q": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
+        ({"pattern": (8, 1)}, "must be a longnet_dist.Pattern"),
+        ({"kernel": "warp"}, "'warp'; it must be one of auto, torch, eager"),
+        ({"kernel": "torch", "rel_bias": torch.zeros(8, 2)}, "torch: it has no gradient for a relative bias"),
+        ({"rel_bias": torch.zeros(8, 3)}, "with H = 2"),
+        ({"rel_bias": torch.zeros(7, 2)}, "7 buckets"),
+        ({x: torch.zeros(1, 8, 2, 4, dtype=torch.int64) for x in "qkv"}, "not a floating dtype"),
+    ],
+)
+def test_bad_arguments_say_what_would_work(change, said):
+    given = dict.fromkeys("qkv", torch.zeros(1, 8, 2, 4)) | {"pattern": Pattern((8,), (1,))} | change
+    with pytest.raises(ValueError, match=said):
+        dilated_attention(**given)
+
+
+def test_a_named_kernel_never_falls_back(monkeypatch):
+    from longnet_dist.kernels import eager
+
+    monkeypatch.setattr(eager, "forward", lambda *a, **k: pytest.fail("fell back to eager"))
+    dilated_attention(*torch.zeros(3, 1, 8, 2, 4).unbind(), Pattern((8,), (1,)), kernel="torch")

@@ -1,0 +1,88 @@
+"""A failure here means: what is trained on is not what the files hold, or bad input passes in silence."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from longnet_dist.data import (
+    END_OF_DOCUMENT,
+    build_corpus,
+    find_files,
+    standard_library,
+    unigram_bits,
+    window_order,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three files, one of them hidden, one not text, one in a subfolder."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.py").write_bytes(b"first\n")
+    (tmp_path / "sub" / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / ".hidden").write_bytes(b"no")
+    return tmp_path
+
+
+def test_finds_files_folders_and_globs_once(folder):
+    found = find_files([str(folder), str(folder / "a.py"), str(folder / "**" / "*.bin")])
+    assert [p.name for p in found] == ["a.py", "b.bin"]
+
+
+@pytest.mark.parametrize("missing", ["nothing.txt", "*.rs", "empty/"])
+def test_what_matches_nothing_is_an_error(folder, missing):
+    (folder / "empty").mkdir()
+    with pytest.raises(ValueError, match="no file there"):
+        find_files([str(folder / missing)])
+
+
+def test_the_stream_is_every_byte_and_an_end_after_each_document(folder, tmp_path):
+    corpus = build_corpus(find_files([str(folder)]), tmp_path / "cache", 0.1, seed=0)
+    tokens = np.concatenate([corpus.train.tokens(10**6), corpus.validation.tokens(10**6)])
+    documents = np.split(tokens, np.flatnonzero(tokens == END_OF_DOCUMENT) + 1)
+    assert sorted(bytes(d[:-1].astype(np.uint8)) for d in documents if len(d)) == [bytes(range(256)), b"first\n"]
+    assert len(corpus.validation.tokens(10**6)) == corpus.num_validation_tokens == int(len(tokens) * 0.1)
+    assert sum(corpus.byte_counts) == len(corpus.train.tokens(10**6))
+
+
+def test_what_is_built_is_used_again_until_a_file_changes(folder, tmp_path):
+    files = find_files([str(folder)])
+    first = build_corpus(files, tmp_path / "cache", 0.1, seed=0)
+    written = first.path.stat().st_mtime_ns
+    assert build_corpus(files, tmp_path / "cache", 0.1, seed=0).path.stat().st_mtime_ns == written
+    (folder / "a.py").write_bytes(b"changed\n")
+    assert build_corpus(files, tmp_path / "cache", 0.1, seed=0).path != first.path
+    assert not [p for p in (tmp_path / "cache").iterdir() if p.suffix not in (".bin", ".json")]
+
+
+def test_windows_cover_the_stream_and_labels_are_the_next_tokens(folder, tmp_path):
+    stream = build_corpus(find_files([str(folder)]), tmp_path / "cache", 0.1, seed=0).train
+    whole = stream.tokens(10**6).astype(np.int64)
+    assert stream.num_windows(50) == (len(whole) - 1) // 50
+    for window in range(stream.num_windows(50)):
+        for first, last in ((0, 50), (0, 20), (20, 50), (50, 50)):
+            tokens, labels = stream.read(window, 50, first, last)
+            begin = window * 50 + first
+            assert tokens.tolist() == whole[begin : begin + last - first].tolist()
+            assert labels.tolist() == whole[begin + 1 : begin + 1 + last - first].tolist()
+
+
+def test_an_epoch_is_every_window_once_and_the_next_another_order():
+    first, second = (window_order(100, epoch, seed=0) for epoch in (0, 1))
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == window_order(100, 0, seed=0).tolist()
+
+
+def test_unigram_bits_of_a_fair_coin():
+    assert math.isclose(unigram_bits([10**9, 10**9], np.array([0, 1, 1], np.uint16)), 1.0, rel_tol=1e-6)
+
+
+def test_the_default_corpus_is_there():
+    files = standard_library()
+    assert sum(p.stat().st_size for p in files) > 5_000_000
+    assert torch.tensor([p.suffix == ".py" for p in files]).all()

@@ -1,0 +1,38 @@
+"""A failure here means: the README shows something that does not run, or points nowhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_runs(block):
+    exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_tests_named_are_there(document):
+    text = document.read_text()
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (document.parent / link).exists(), link
+    for test in re.findall(r"`(tests/[\w/]+\.py)`", text):
+        assert (ROOT / test).exists(), test
+
+
+def test_every_module_is_in_the_readmes_table():
+    modules = {p.name for p in (ROOT / "longnet_dist").glob("*.py") if not p.name.startswith("__")}
+    assert not [m for m in modules if f"`{m}`" not in README]
+
+
+def test_every_dependency_is_in_the_readmes_table():
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = re.findall(r'"([\w-]+)>=', project.split("dependencies = [")[1].split("]")[0])
+    assert listed
+    assert not [name for name in listed if f"\n| {name}" not in README]

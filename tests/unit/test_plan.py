@@ -1,0 +1,136 @@
+"""A failure here means: the integers are wrong, whatever the tensors do: a key lost, seen twice, or sent in vain."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longnet_dist import Pattern
+from longnet_dist.plan import (
+    Rows,
+    Shard,
+    attention_flops,
+    bytes_received,
+    choose_chunk,
+    make_plan,
+    rank_groups,
+)
+from longnet_dist.reference import branch_counts
+from tests.drawn import patterns
+
+ALIGNED = Pattern((16, 64, 256), (1, 4, 16))
+
+
+def positions_of(heads, rows: Rows):
+    """(head, global positions) for each head and segment of a rectangle."""
+    for s in range(rows.segments):
+        for f in range(heads.phases):
+            for m in range(heads.per_phase):
+                head = heads.first + f * heads.phase_step + m * heads.step
+                first = rows.position + s * rows.segment_step + f
+                yield head, [first + i * rows.rate for i in range(rows.count)]
+
+
+@settings(max_examples=150, deadline=None)
+@given(patterns(), st.integers(0, 50), st.integers(1, 5), st.integers(1, 8), st.integers(0, 4), st.booleans())
+def test_every_pair_is_computed_as_often_as_the_oracle_counts_it(pattern, seq_len, num_heads, ranks, extra, causal):
+    """All ranks' rectangles together are the multiset of keys, whatever the chunk."""
+    chunk = max(1, -(-seq_len // ranks)) + extra
+    counts = branch_counts(pattern, seq_len, num_heads, causal)
+    for rank in range(ranks):
+        shard = Shard(seq_len, chunk, rank, ranks)
+        plan = make_plan(pattern, shard, num_heads, causal)
+        for block in [*plan.local, *(b for s in plan.shared for b in s.own)]:
+            assert block.rows.first == block.rows.position - shard.start
+            for head, rows in positions_of(block.heads, block.rows):
+                assert all(shard.start <= p < shard.stop for p in rows)
+                for n, i in enumerate(rows):
+                    for j in rows[: n + 1] if causal else rows:
+                        counts[head, i, j] -= 1
+        for block in (b for s in plan.shared for b in s.remote):
+            keys = [dict(positions_of(block.heads, rows)) for rows in block.key_rows]
+            for head, rows in positions_of(block.heads, block.rows):
+                for i in rows:
+                    for j in (j for of_peer in keys for j in of_peer[head]):
+                        counts[head, i, j] -= 1
+    assert (counts == 0).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(patterns(), st.integers(1, 60), st.integers(1, 8), st.integers(0, 4))
+def test_groups_are_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
+    shard = Shard(seq_len, -(-seq_len // ranks) + extra, 0, ranks)
+    rounds = rank_groups(pattern, shard)
+    for groups in rounds:
+        members = [rank for first, last in groups for rank in range(first, last + 1)]
+        assert len(members) == len(set(members))
+    needed = {
+        (segment.first_rank, segment.last_rank)
+        for rank in range(ranks)
+        for segment in make_plan(pattern, shard.of(rank), 2, True).shared
+    }
+    assert needed == {group for groups in rounds for group in groups}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "seq_len", "ranks", "chunk"),
+    [
+        (ALIGNED, 1024, 4, 256),
+        (ALIGNED, 1000, 4, 256),  # 250 would align with nothing.
+        (ALIGNED, 1024, 8, 128),
+        (ALIGNED, 128, 8, 16),
+        (ALIGNED, 100, 8, 16),  # The last rank holds 4 rows.
+        (ALIGNED, 3, 8, 1),  # Five ranks hold none.
+        (ALIGNED, 0, 4, 1),
+        (Pattern((256,), (1,)), 1000, 3, 334),  # 512 would leave a rank idle: misaligned is cheaper.
+        (Pattern((30, 60), (1, 2)), 240, 4, 60),
+        (Pattern((1 << 20,), (4,)), 1 << 30, 1 << 10, 1 << 20),
+    ],
+)
+def test_chunk(pattern, seq_len, ranks, chunk):
+    assert choose_chunk(pattern, seq_len, ranks) == chunk
+
+
+@given(patterns(), st.integers(0, 200), st.integers(1, 8))
+def test_chunk_holds_the_sequence_and_idles_at_most_a_quarter(pattern, seq_len, ranks):
+    chunk = choose_chunk(pattern, seq_len, ranks)
+    even = max(1, -(-seq_len // ranks))
+    assert even <= chunk <= max(even, even * 5 // 4)
+
+
+def test_bytes_are_designs_formula_and_flat():
+    """Twice the ranks and twice N, w / r constant: the same bytes a rank and branch; one more branch for the length."""
+    chunk, heads, dim, size = 64, 4, 8, 2
+    for ranks in (4, 8, 16, 32):
+        pattern = Pattern.geometric(chunk * ranks, base=chunk, growth=2)
+        shard = Shard(chunk * ranks, chunk, 1, ranks)
+        received = bytes_received(pattern, shard, heads, dim, size)
+        for branch, count in zip(pattern.branches, received, strict=True):
+            w, r = branch.segment_length, branch.dilation_rate
+            assert count == 4 * (w - chunk) // r * heads * dim * size
+            assert count <= 4 * chunk * heads * dim * size
+
+
+def test_ranks_receive_from_their_segment_alone():
+    plan = make_plan(ALIGNED, Shard(1024, 32, 5, 32), 4, False)
+    assert [(s.first_rank, s.last_rank) for s in plan.shared] == [(4, 5), (0, 7)]
+
+
+def test_flops_are_the_papers():
+    """2 N d sum(w / r^2), a multiply-add counted as one (section 2.3)."""
+    pattern = Pattern((64, 256), (1, 4))
+    N, heads, dim = 1024, 4, 8
+    paper = 2 * N * dim * heads * (64 + 256 / 16)
+    assert attention_flops(pattern, N, heads, dim, causal=False) == 2 * paper
+    assert attention_flops(pattern, N, heads, dim, causal=False, num_kv_heads=4) == 2 * paper
+
+
+def test_a_plan_of_4096_ranks_is_quick():
+    pattern = Pattern.geometric(4096 * 16384, base=16384, growth=4)
+    began = time.process_time()
+    rank_groups(pattern, Shard(4096 * 16384, 16384, 0, 4096))
+    make_plan(pattern, Shard(4096 * 16384, 16384, 1000, 4096), 32, True)
+    assert time.process_time() - began < 10
