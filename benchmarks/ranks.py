@@ -72,9 +72,7 @@ def main(options: Options) -> None:
     pattern = Pattern(options.pattern_lengths, options.pattern_rates)
     print(f"torch {torch.__version__}, N = {options.seq_len}, pattern {pattern}, forward + backward, ", end="")
     print(f"{options.rounds} rounds\n")
-    print(
-        f"| dtype | one process, {options.ranks} threads, s | {options.ranks} ranks, one thread each, s | speed of ranks |"
-    )
+    print(f"| dtype | one process, {options.ranks} threads, s | {options.ranks} ranks, one each, s | speed of ranks |")
     print("|---|---:|---:|---:|")
     for dtype in (torch.float32, torch.bfloat16):
         for name in teams:
