@@ -102,8 +102,5 @@ def _wrong_for_mesh(q: Tensor, options: Options) -> str | None:
             f"the pattern {options.pattern} is not the mesh's, {mesh.pattern}; pass mesh.pattern, or make a mesh for it"
         )
     if q.shape[1] != mesh.shard.num_rows:
-        return (
-            f"q has {q.shape[1]} rows, and this rank holds {mesh.shard.num_rows}, [{mesh.shard.start}, "
-            f"{mesh.shard.stop}) of {mesh.seq_len}; pass mesh.split(x), not the whole sequence"
-        )
+        return mesh.wrong_rows("q", q.shape[1])
     return None

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longnet_dist.arguments import SCHEMA, Options, agree, problem
-from longnet_dist.comm import Pending
-from longnet_dist.kernels import choose_kernel
-from longnet_dist.kernels.bias import RectangleBias
-from longnet_dist.mesh import SequenceMesh, mesh_of
+from longnet_dist.call import Call, gathered_keys, of_keys, of_queries, place_gathered, unit_stride
+from longnet_dist.mesh import SequenceMesh, mesh_of, refuse
 from longnet_dist.pattern import Pattern
-from longnet_dist.plan import Heads, OwnBlock, Plan, RemoteBlock, Rows, Shard, SharedSegment, make_plan
+from longnet_dist.plan import Heads, OwnBlock, Rows, make_plan
 from longnet_dist.rows import MergedRows, SummedRows, accumulation_dtype, rectangle
 
 
@@ -73,8 +69,12 @@ def dilated_attention(
         >>> dilated_attention(q, k, v, Pattern((16, 64), (1, 4)), causal=True).shape
         torch.Size([1, 100, 4, 8])
     """
+    if mesh is not None and not isinstance(mesh, SequenceMesh):
+        raise ValueError(f"mesh is {mesh!r}; it must be a longnet_dist.SequenceMesh, or None")
     if not isinstance(pattern, Pattern):
-        raise ValueError(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern")
+        refuse(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern", mesh)
+    if q.dim() != 4:
+        refuse(f"q is {tuple(q.shape)}; it must be (B, N, H, D)", mesh)
     options = Options(
         list(pattern.segment_lengths),
         list(pattern.dilation_rates),
@@ -85,7 +85,7 @@ def dilated_attention(
         rel_bias_max_distance,
         0 if mesh is None else mesh.handle,
     )
-    # Over a mesh the operator itself checks, together with the other ranks.
+    # Over a mesh the operator itself checks, where the ranks compare what they were given.
     if mesh is None and (found := problem(q, k, v, rel_bias, options)):
         raise ValueError(found)
     out, lse, _ = _forward_op(q, k, v, rel_bias, *options)
@@ -101,16 +101,16 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest:
     """(out, lse, gathered): `gathered` holds every branch's keys and values where the mesh keeps them, else nothing."""
     if Options(*rest).mesh:
         agree(q, k, v, rel_bias, Options(*rest))
-    call = _Call.of(q, k, rel_bias, Options(*rest))
-    q, k, v = (_unit_stride(x) for x in (q, k, v))
+    call = Call.of(q, k, rel_bias, Options(*rest))
+    q, k, v = (unit_stride(x) for x in (q, k, v))
     gathers = call.start_gathers(k, v)
     q_BLGRD = call.by_kv_head(q)
     merged = MergedRows(q_BLGRD)
 
     def attend(heads: Heads, rows: Rows, keys: Sequence[Rows], k_v: Sequence[Tensor], causal: bool) -> None:
-        q_r = _of_queries(rectangle(q_BLGRD, heads, rows))
+        q_r = of_queries(rectangle(q_BLGRD, heads, rows))
         out, lse = call.kernel.forward(
-            q_r, *map(_of_keys, k_v), causal=causal, scale=call.scale, bias=call.bias(heads, rows, keys, len(q))
+            q_r, *map(of_keys, k_v), causal=causal, scale=call.scale, bias=call.bias(heads, rows, keys, len(q))
         )
         merged.merge(heads, rows, out, lse.transpose(1, 2))
 
@@ -121,7 +121,7 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest:
     for segment, pending in zip(call.plan.shared, gathers, strict=True):
         gathered = pending.wait()
         for remote in segment.remote:
-            attend(remote.heads, remote.rows, remote.key_rows, _gathered_keys(gathered, remote), causal=False)
+            attend(remote.heads, remote.rows, remote.key_rows, gathered_keys(gathered, remote), causal=False)
         kept.append(gathered.flatten())
     out, lse = merged.result()
     keeps = call.mesh is not None and call.mesh.keep_kv and kept
@@ -146,19 +146,19 @@ def _backward_op(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, drel_bias), given the merged out and lse; drel_bias is empty where there is no bias."""
-    call = _Call.of(q, k, rel_bias, Options(*rest))
-    dout, q, k, v, out = (_unit_stride(x) for x in (dout, q, k, v, out))
+    call = Call.of(q, k, rel_bias, Options(*rest))
+    dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
     gathers = call.start_gathers(k, v, gathered)
     dq, dk, dv = SummedRows(call.by_kv_head(q)), SummedRows(k), SummedRows(v)
     dbias = q.new_zeros(0 if rel_bias is None else rel_bias.shape, dtype=accumulation_dtype(q.dtype))
-    of_queries = [call.by_kv_head(x) for x in (dout, q, out, lse)]
+    given = [call.by_kv_head(x) for x in (dout, q, out, lse)]
 
     def attend(heads: Heads, rows: Rows, keys: Sequence[Rows], k_v: Sequence[Tensor], causal: bool) -> list[Tensor]:
-        dout_r, q_r, out_r, lse_r = (_of_queries(rectangle(x, heads, rows)) for x in of_queries)
+        dout_r, q_r, out_r, lse_r = (of_queries(rectangle(x, heads, rows)) for x in given)
         dq_r, dk_r, dv_r, dtable = call.kernel.backward(
             dout_r,
             q_r,
-            *map(_of_keys, k_v),
+            *map(of_keys, k_v),
             out_r,
             lse_r.transpose(1, 2).contiguous(),
             causal=causal,
@@ -185,8 +185,8 @@ def _backward_op(
         keys_values = pending.wait()
         grads = torch.zeros_like(keys_values, dtype=torch.promote_types(k.dtype, call.mesh.reduce_dtype))
         for remote in segment.remote:
-            parts = attend(remote.heads, remote.rows, remote.key_rows, _gathered_keys(keys_values, remote), False)
-            _place_gathered(grads, remote, parts)
+            parts = attend(remote.heads, remote.rows, remote.key_rows, gathered_keys(keys_values, remote), False)
+            place_gathered(grads, remote, parts)
         reductions.append(call.start_reduction(segment, grads))
     for segment in call.plan.shared:
         for block in segment.own:
@@ -198,111 +198,6 @@ def _backward_op(
                 total.add(packing.heads, packing.rows, rectangle(part, packing.heads, packing.packed))
     dq_BLHD, dk_BLGD, dv_BLGD = (total.result().to(q.dtype) for total in (dq, dk, dv))
     return dq_BLHD.view(q.shape), dk_BLGD, dv_BLGD, dbias
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What one call computes with, apart from q, k and v."""
-
-    plan: Plan
-    kernel: ModuleType
-    mesh: SequenceMesh | None
-    causal: bool
-    scale: float
-    rel_bias: Tensor | None
-    rel_bias_max_distance: int
-    num_kv_heads: int
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, rel_bias: Tensor | None, options: Options) -> _Call:
-        """The plan and kernel of a call; no rectangles where there is nothing to attend."""
-        mesh = mesh_of(options.mesh)
-        shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
-        plan = make_plan(options.pattern, shard, k.shape[2], options.causal) if q.numel() else Plan((), ())
-        kernel = choose_kernel(options.kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
-        bias = (rel_bias, options.rel_bias_max_distance)
-        return cls(plan, kernel, mesh, options.causal, options.scale, *bias, k.shape[2])
-
-    def by_kv_head(self, x: Tensor) -> Tensor:
-        """(B, L, H, ...) as (B, L, G, H / G, ...), a view."""
-        return x.unflatten(2, (self.num_kv_heads, x.shape[2] // self.num_kv_heads))
-
-    def bias_of(self, rel_bias: Tensor, heads: Heads) -> Tensor:
-        """The relative biases (buckets, H) of some heads, a view: (1, 1, F, 1, M, H / G, buckets)."""
-        one_row = Rows(0, 0, 1, 1, 0, 1)
-        return rectangle(rel_bias.t().unflatten(0, (self.num_kv_heads, -1))[None, None], heads, one_row)
-
-    def bias(self, heads: Heads, rows: Rows, keys: Sequence[Rows], batch: int) -> RectangleBias | None:
-        """The relative bias of a rectangle, as the kernel takes it."""
-        if self.rel_bias is None:
-            return None
-        table = self.bias_of(self.rel_bias, heads)
-        table = table.expand(batch, rows.segments, *table.shape[2:])
-        queries, of_keys = (_positions(runs, table.device) for runs in ([rows], keys))
-        return RectangleBias(_of_queries(table)[:, 0], queries, of_keys, self.rel_bias_max_distance, self.causal)
-
-    def start_gathers(self, k: Tensor, v: Tensor, gathered: Tensor | None = None) -> list[Pending]:
-        """Of every shared segment, its ranks' kept K and V: (P, 2, B, sent rows, G, D), or what the forward kept."""
-        pending = []
-        for segment in self.plan.shared:
-            assert self.mesh is not None
-            communicator = self.mesh.communicator(segment)
-            packed = k.new_zeros(2, len(k), segment.sent_rows, *k.shape[2:])
-            if gathered is not None and gathered.numel():
-                kept, gathered = gathered.split([n := segment.num_ranks * packed.numel(), gathered.numel() - n])
-                pending.append(Pending(communicator, "", kept.view(segment.num_ranks, *packed.shape)))
-                continue
-            for packing in segment.packing:
-                for x, sent in zip((k, v), packed, strict=True):
-                    rows = rectangle(x, packing.heads, packing.rows)
-                    rectangle(sent, packing.heads, packing.packed).copy_(rows)
-            pending.append(communicator.all_gather(packed, _what("gathering the keys and values", segment)))
-        return pending
-
-    def start_reduction(self, segment: SharedSegment, grads: Tensor) -> Pending:
-        """Hand the ranks of a segment their dK and dV, (P, 2, B, sent rows, G, D) -> (2, B, sent rows, G, D)."""
-        assert self.mesh is not None
-        what = _what("reducing the gradients of keys and values", segment)
-        return self.mesh.communicator(segment).reduce_scatter(grads, what)
-
-
-def _what(doing: str, segment: SharedSegment) -> str:
-    return f"{doing} of branch {segment.branch} over ranks {segment.first_rank} to {segment.last_rank}"
-
-
-def _gathered_keys(gathered: Tensor, block: RemoteBlock) -> list[Tensor]:
-    """K and V of a block's keys, those of all peers in one rectangle: (B, 1, F, J, M, D) each."""
-    return [
-        torch.cat([rectangle(gathered[peer, which], block.heads, rows) for peer, rows in block.keys], dim=3)
-        for which in (0, 1)
-    ]
-
-
-def _place_gathered(grads: Tensor, block: RemoteBlock, parts: Sequence[Tensor]) -> None:
-    """The inverse of `_gathered_keys`: the gradients of a block's keys, to where their ranks' are."""
-    for which, part in enumerate(parts):
-        pieces = part.split([rows.count for rows in block.key_rows], dim=3)
-        for (peer, rows), piece in zip(block.keys, pieces, strict=True):
-            rectangle(grads[peer, which], block.heads, rows).copy_(piece)
-
-
-def _of_keys(x_BSFIMD: Tensor) -> Tensor:
-    """K or V of a rectangle as kernels take it, (b = B S F, J, M, D): a view where strides allow, else a copy."""
-    return x_BSFIMD.flatten(0, 2)
-
-
-def _of_queries(x_BSFIMR: Tensor) -> Tensor:
-    """What queries have, (B, S, F, I, M, R, ...), as kernels take it: (b = B S F, I, M R, ...)."""
-    return x_BSFIMR.flatten(0, 2).flatten(2, 3)
-
-
-def _positions(runs: Sequence[Rows], device: torch.device) -> Tensor:
-    return torch.cat([rows.position + rows.rate * torch.arange(rows.count, device=device) for rows in runs])
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    """`x` with its last dimension contiguous, which kernels need."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @_forward_op.register_fake

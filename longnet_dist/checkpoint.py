@@ -1,47 +1,303 @@
-"""A model's and an optimizer's state on disk: whole, or not there."""
+"""Checkpoints that survive anything: written under another name, checked, renamed; verified before they are read.
+
+A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint, which reshards,
+and `manifest.json`: every file's size and SHA-256, and the facts (step, config, ...). It is written as
+`step-00000100.tmp-<nonce>`, flushed to the disk, and renamed when all ranks are done, so a folder without
+`.tmp-` is whole unless a disk or a person altered it, which the manifest shows. Nothing is ever overwritten.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import hashlib
+import io
+import json
 import os
-import tempfile
+import pickle
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as checkpoint_metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from longnet_dist.comm import gather_objects
 from longnet_dist.model import LongNet, LongNetConfig
 
+State = dict[str, Tensor]
+_MANIFEST = "manifest.json"
 
-def save_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: LongNetConfig, step: int
-) -> None:
-    """Write under a temporary name, flush to the disk, rename: a crash leaves the last checkpoint as it was."""
-    state = {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "config": dataclasses.asdict(config),
-        "step": step,
-    }
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".tmp", delete=False) as out:
+
+class Checkpoints:
+    """The checkpoints of a run, in `folder`. Its methods are collective over all ranks.
+
+    Args:
+        folder: on storage that every rank sees.
+        keep_last: how many of the newest to keep; at least 2, so that one that turns out damaged is not the only.
+        keep_every: keep those of every so many steps for good; 0 for none.
+        asynchronous: write in the background; training goes on with the next step.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0, asynchronous: bool = False) -> None:
+        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        # A group of its own: a background write must not come between the training's collectives.
+        self.group = dist.new_group(backend="gloo") if many else None
+        self.rank = dist.get_rank() if many else 0
+        self.size = dist.get_world_size() if many else 1
+        self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
+        self._writing: Future[None] | None = None
+
+    def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
+        """Write a checkpoint. A disk that is full or fails is a warning: the run, and older checkpoints, go on."""
+        self.wait()
+        if self._writer is None:
+            self._write(step, state, facts)
+            return
+        staged = {name: x.detach().cpu().clone() for name, x in state.items()}
+        self._writing = self._writer.submit(self._write, step, staged, facts)
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is there, or has failed."""
+        if self._writing is not None:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def newest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
+        """The newest whole checkpoint and its facts; None where there is none at all.
+
+        Every damaged one that is passed over is reported, with what is wrong with it.
+
+        Raises:
+            RuntimeError: where there are checkpoints, and none is whole.
+        """
+        names = sorted((p.name for p in self.folder.glob("step-*") if ".tmp-" not in p.name), reverse=True)
+        names = self._from_first(names)
+        problems = []
+        for name in names:
+            path = self.folder / name
+            problem = self._from_any(_damage(path, self.rank, self.size))
+            if problem is None:
+                return path, json.loads((path / _MANIFEST).read_text())["facts"]
+            problems.append(f"{path}: {problem}")
+            if self.rank == 0:
+                report(f"checkpoint {path} is damaged and passed over: {problem}")
+        if problems:
+            raise RuntimeError("no checkpoint is whole, so the run cannot go on from one: " + "; ".join(problems))
+        return None
+
+    def load(self, path: Path, state: State) -> None:
+        """Fill the tensors of `state`, of any sharding, from a verified checkpoint; names of others are ignored.
+
+        Raises:
+            ValueError: where the checkpoint lacks one of them, or has it in another shape or dtype.
+        """
+        reader = TensorsOnlyReader(path)
+        stored = reader.read_metadata().state_dict_metadata
+        for name, x in state.items():
+            have = stored.get(name)
+            kind = (have.size, have.properties.dtype) if isinstance(have, TensorStorageMetadata) else None
+            if kind != (x.shape, x.dtype):
+                raise ValueError(
+                    f"{name} is {(x.shape, x.dtype)} in this run and {kind} in checkpoint {path}: use the model "
+                    "options and dtype that it was written with, or another run folder"
+                )
+        with self._alone():
+            load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+
+    def _write(self, step: int, state: State, facts: dict[str, Any]) -> None:
+        final = self.folder / f"step-{step:08d}"
+        nonce = self._from_first(uuid.uuid4().hex[:8])
+        temporary = self.folder / f"{final.name}.tmp-{nonce}"
+        problem = None
         try:
-            torch.save(state, out)
-            out.flush()
-            os.fsync(out.fileno())
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    os.replace(out.name, path)
+            temporary.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            mine = {p.name: _described(p) for p in temporary.glob(f"__{self.rank}_*")}
+        except Exception as error:  # Of any rank: DCP passes them on as its own kind.
+            problem, mine = f"{type(error).__name__}: {error}", {}
+        files: dict[str, Any] = {}
+        for of_rank in gather_objects(mine, self.group):
+            files |= of_rank
+        problem = self._from_any(problem)
+        if problem is None:
+            problem = self._from_first(self._finish(temporary, final, files, facts) if self.rank == 0 else None)
+        if problem is not None and self.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            warnings.warn(f"no checkpoint of step {step}: {problem.strip().splitlines()[-1]}", stacklevel=2)
+
+    def _finish(self, temporary: Path, final: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
+        """On rank 0: the manifest, the rename, and the removal of old ones; what went wrong, or None."""
+        try:
+            files[".metadata"] = _described(temporary / ".metadata")
+            manifest = {"facts": facts, "files": files, "torch": torch.__version__}
+            with (temporary / _MANIFEST).open("w") as out:
+                json.dump(manifest, out, indent=1)
+                out.flush()
+                os.fsync(out.fileno())
+            _sync_folder(temporary)
+            if final.exists():  # Of a run that went on from an older one, because this was damaged.
+                os.rename(final, self.folder / f"{final.name}.tmp-replaced-{uuid.uuid4().hex[:8]}")
+            os.rename(temporary, final)
+            _sync_folder(self.folder)
+        except OSError as error:
+            return f"{type(error).__name__}: {error}"
+        self._remove_old()
+        return None
+
+    def _remove_old(self) -> None:
+        whole = sorted(p for p in self.folder.glob("step-*") if ".tmp-" not in p.name)
+        for path in whole[: -self.keep_last]:
+            if not (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob("step-*.tmp-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process is no mistake, of which DCP would warn."""
+        with warnings.catch_warnings():
+            if self.group is None:
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            yield
+
+    def _from_first(self, mine: Any) -> Any:
+        return gather_objects(mine, self.group)[0]
+
+    def _from_any(self, mine: str | None) -> str | None:
+        return next(
+            (f"rank {r}: {p}" if self.size > 1 else p for r, p in enumerate(gather_objects(mine, self.group)) if p),
+            None,
+        )
 
 
-def load_model(path: Path | str) -> LongNet:
-    """The model of a checkpoint, on the CPU.
+class TensorsOnlyReader(FileSystemReader):
+    """Reads a checkpoint without trusting it: its metadata is a pickle, and here it can name nothing but metadata."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The checkpoint's metadata.
+
+        Raises:
+            pickle.UnpicklingError: where it names anything but torch's own descriptions of tensors.
+        """
+        metadata: Metadata = _AllowList(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
+        if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+            raise pickle.UnpicklingError(f"checkpoint {self.path} holds pickled objects, and only tensors are read")
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+class _AllowList(pickle.Unpickler):
+    """Unpickles names of torch's checkpoint metadata and a few plain types, and refuses every other."""
+
+    METADATA = "torch.distributed.checkpoint.metadata"
+    NAMES = frozenset(
+        {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("torch.serialization", "_get_layout"),
+            ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+            ("builtins", "set"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What a name in the pickle stands for."""
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        own = getattr(checkpoint_metadata, name, None) if module == self.METADATA else None
+        if dtype or getattr(own, "__module__", None) == self.METADATA or (module, name) in self.NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"the checkpoint's metadata names {module}.{name}, which no checkpoint needs")
+
+
+def _damage(path: Path, rank: int, size: int) -> str | None:
+    """What is wrong with a checkpoint, looking at this rank's share of its files; None where nothing is."""
+    try:
+        files = json.loads((path / _MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"{_MANIFEST} is missing"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{_MANIFEST} cannot be read ({error})"
+    for name, described in sorted(files.items())[rank::size]:
+        try:
+            if _described(path / name) != described:
+                size_now = (path / name).stat().st_size
+                return f"{name} is not as it was written ({size_now} bytes now, {described['bytes']} then)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error})"
+    return None
+
+
+def _described(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> State:
+    """Every tensor that a run goes on from, by name: parameters, AdamW's moments, this rank's random state.
+
+    Tensors alone, because what is not a tensor would be stored as a pickle.
+    """
+    state: State = {}
+    for name, parameter in model.named_parameters():
+        state[f"model.{name}"] = parameter.detach()
+        moments = optimizer.state[parameter]
+        if not moments:  # Before the first step.
+            moments["step"] = torch.zeros((), dtype=torch.float32)
+            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state |= {f"optimizer.{moment}.{name}": value for moment, value in moments.items()}
+    return state | {f"random.{rank}": torch.get_rng_state()}
+
+
+def load_model(folder: Path | str) -> LongNet:
+    """The model of a run's newest whole checkpoint, on this process alone.
+
+    Args:
+        folder: the run's folder.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: where it has no checkpoint.
+        RuntimeError: where every one is damaged.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    config = LongNetConfig(**state["config"])
-    model = config.build(dtype=next(iter(state["model"].values())).dtype)
-    model.load_state_dict(state["model"])
+    checkpoints = Checkpoints(Path(folder) / "checkpoints")
+    found = checkpoints.newest()
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")
+    path, facts = found
+    config = LongNetConfig(**facts["config"]["model"])
+    model = config.build(dtype=getattr(torch, facts["config"]["dtype"]))
+    checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model
+
+
+def names_without(state: State, prefixes: Iterable[str]) -> State:
+    """Those of `state` whose names begin with none of `prefixes`."""
+    return {name: x for name, x in state.items() if not name.startswith(tuple(prefixes))}

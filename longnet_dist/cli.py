@@ -21,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="doctor")(_doctor)
     try:
         app.cli(prog="longnet-dist", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
-    except ValueError as error:
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
         print(f"longnet-dist: {error}", file=sys.stderr)
         return 2
     return 0
@@ -59,6 +59,7 @@ def _draw(
     """
     from longnet_dist.draw import draw_pattern
 
+    _check_positive({"seq-len": seq_len, "ranks": ranks, "heads": heads})
     pattern = Pattern(segment_lengths, dilation_rates, head_phases)
     print(draw_pattern(out, pattern, seq_len, heads, ranks, causal))
 
@@ -72,6 +73,7 @@ def _plan(
     kv_heads: int | None = None,
     head_dim: int = 64,
     element_size: int = 2,
+    keep_kv: bool = False,
     causal: bool = True,
 ) -> None:
     """Say what a layer of attention costs each rank: rows, bytes received, floating point operations.
@@ -84,21 +86,32 @@ def _plan(
         heads: Query heads.
         kv_heads: Key/value heads; as many as heads by default.
         head_dim: Dimensions a head.
-        element_size: Bytes a number: 2 for bfloat16, 4 for float32.
+        element_size: Bytes a number: 2 for bfloat16, 4 for float32. Gradients travel in 4 at least.
+        keep_kv: Whether gathered keys and values are kept for the backward, or gathered again.
         causal: Whether a query sees only keys at or before it.
     """
     from longnet_dist.plan import Shard, attention_flops, bytes_received, choose_chunk
 
+    sizes = {"seq-len": seq_len, "ranks": ranks, "heads": heads, "head-dim": head_dim, "element-size": element_size}
+    _check_positive(sizes | {"kv-heads": kv_heads or heads})
+    if heads % (kv_heads or heads):
+        raise ValueError(f"--kv-heads is {kv_heads}; it must divide --heads {heads}")
     pattern = Pattern(segment_lengths, dilation_rates)
     chunk = choose_chunk(pattern, seq_len, ranks)
     shard = Shard(seq_len, chunk, 0, ranks)
-    received = bytes_received(pattern, shard, kv_heads or heads, head_dim, element_size)
+    received = bytes_received(pattern, shard, kv_heads or heads, head_dim, element_size, keep_kv)
     print(f"{ranks} ranks of {chunk} rows (the last {shard.of(ranks - 1).num_rows}); a layer, forward and backward:")
     for branch, count in zip(pattern.branches, received, strict=True):
         where = "within the chunk" if count == 0 else f"{count:,} bytes received by a rank"
         print(f"  branch {branch}: {where}")
     flops = attention_flops(pattern, seq_len, heads, head_dim, causal, kv_heads)
     print(f"  in all {sum(received):,} bytes a rank; {flops:.3g} floating point operations forward, over all ranks")
+
+
+def _check_positive(options: dict[str, int]) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
 
 
 def _doctor() -> None:

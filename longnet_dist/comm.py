@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -57,31 +57,29 @@ class Communicator:
         """The sum of x over the ranks, on every rank; in place."""
         return self._start(what, x, lambda: dist.all_reduce(x, group=self.group, async_op=True)).wait()
 
-    def agree(self, mine: dict[str, Any]) -> None:
-        """Check that every rank passes the same `mine`, a small dict that JSON can hold.
+    def agree(self, mine: dict[str, Any], problem: str | None = None) -> None:
+        """Check that every rank passes the same `mine`, a small dict, and has no `problem` with it.
 
-        Under the key "problem" a rank may report what is wrong with its own arguments: then all
-        ranks raise it.
+        Two numbers are compared, and only where they differ is all exchanged, to say what differs.
 
         Raises:
-            ValueError: on every rank, naming what differs and which ranks hold what.
+            ValueError: on every rank, naming what differs and which ranks hold what, or whose problem.
         """
-        text = json.dumps(mine, default=str).encode()
+        text = json.dumps(mine | {"problem": problem} if problem else mine, default=str)
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        both = torch.tensor([number, -number, int(problem is not None)], device=self.device)
+        doing = "comparing the ranks' arguments"
+        work = Pending(self, doing, both)
+        work.start(lambda: dist.all_reduce(both, dist.ReduceOp.MAX, group=self.group, async_op=True))
+        highest, minus_lowest, anyones_problem = work.wait().tolist()
+        if highest == -minus_lowest and not anyones_problem:
+            return
         if len(text) > _MESSAGE_BYTES:
-            digest = hashlib.sha256(text).hexdigest()
-            text = json.dumps({key: f"{str(value)[:32]}... {digest}" for key, value in mine.items()}).encode()
-        message = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
-        pending = self.all_gather(message.to(self.device), "comparing the ranks' arguments")
-        ranks = [json.loads(bytes(row).decode()) for row in pending.wait().cpu().numpy()]
-        problems = [f"rank {r}: {given['problem']}" for r, given in enumerate(ranks) if given.get("problem")]
-        if problems:
-            raise ValueError("; ".join(problems))
-        differing = [key for key in mine if any(given.get(key) != ranks[0].get(key) for given in ranks)]
-        if differing:
-            raise ValueError(
-                "the ranks of one sequence disagree, and every rank must pass the same: "
-                + "; ".join(f"{key}: {_who_has_what([given.get(key) for given in ranks])}" for key in differing)
-            )
+            text = json.dumps({name: f"{str(value)[:100]}... {number}" for name, value in mine.items()})
+            text = json.dumps({"problem": problem[:1000]}) if problem else text
+        message = torch.frombuffer(bytearray(text.encode().ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
+        everyones = self.all_gather(message.to(self.device), doing).wait().cpu().numpy()
+        _raise_disagreement([json.loads(bytes(row).decode()) for row in everyones])
 
     @property
     def device(self) -> torch.device:
@@ -91,7 +89,7 @@ class Communicator:
 
     def _start(self, what: str, result: Tensor, launch: Callable[[], dist.Work]) -> Pending:
         pending = Pending(self, what, result)
-        pending.work = pending.attributed(launch)
+        pending.start(launch)
         return pending
 
 
@@ -103,6 +101,10 @@ class Pending:
         self.what = what
         self.result = result
         self.work: dist.Work | None = None
+
+    def start(self, launch: Callable[[], dist.Work]) -> None:
+        """Start it."""
+        self.work = self.attributed(launch)
 
     def wait(self) -> Tensor:
         """The result; on CUDA, ordered into the current stream.
@@ -168,6 +170,39 @@ def level_groups_made(most: int) -> None:
     """Bring `groups_made()` up to `most` with groups of this rank alone; see `communicators`."""
     while groups_made() < most:
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
+def gather_objects(mine: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `mine`, a small picklable object, in order of rank; by the default group if none is given.
+
+    Only between ranks of one job, which trust each other.
+    """
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return [mine]
+    everyones: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyones, mine, group=group)
+    return everyones
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The sum of each value over all ranks, in float64, the same on each."""
+    if not dist.is_initialized():
+        return list(values)
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def _raise_disagreement(ranks: Sequence[dict[str, Any]]) -> NoReturn:
+    problems = [f"rank {r}: {given['problem']}" for r, given in enumerate(ranks) if given.get("problem")]
+    if problems:
+        raise ValueError("; ".join(problems))
+    names = list(dict.fromkeys(name for given in ranks for name in given))
+    differing = [name for name in names if any(given.get(name) != ranks[0].get(name) for given in ranks)]
+    raise ValueError(
+        "the ranks of one sequence disagree, and every rank must pass the same: "
+        + "; ".join(f"{name}: {_who_has_what([given.get(name) for given in ranks])}" for name in differing)
+    )
 
 
 def _who_has_what(values: Sequence[Any]) -> str:

@@ -58,10 +58,9 @@ def draw_pattern(
     names = {"key on the query's own rank": _OWN, "key gathered from another rank": _GATHERED}
     swatches = [Patch(color=color, label=name) for name, color in names.items()][: 1 if num_ranks == 1 else 2]
     figure.legend(handles=swatches, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise ValueError(f"cannot draw into {path}: {error}; use a name that ends in .png, .svg or .pdf") from None
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"cannot draw into {path}; use a name that ends in .png, .svg or .pdf")
+    figure.savefig(path, dpi=150)
     return path
 
 

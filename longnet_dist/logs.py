@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from longnet_dist.data import write_whole
 
 
 class RunLog:
@@ -16,6 +19,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, config: dict[str, Any], steps: int) -> None:
         self.folder, self.config, self.steps = folder, config, steps
+        self.metrics: IO[str] | None = None
 
     def __enter__(self) -> RunLog:
         if self.folder is None:
@@ -24,9 +28,10 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         self.console = Console(soft_wrap=True)
-        self.metrics = (self.folder / "metrics.jsonl").open("w", buffering=1)
         self.board = SummaryWriter(str(self.folder))
-        self.board.add_text("config", f"```json\n{json.dumps(self.config, indent=2, default=str)}\n```")
+        described = json.dumps(self.config, indent=2)
+        write_whole(self.folder / "config.json", described + "\n")
+        self.board.add_text("config", f"```json\n{described}\n```")
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -47,14 +52,27 @@ class RunLog:
     ) -> None:
         if self.folder is not None:
             self.progress.stop()
-            self.metrics.close()
+            if self.metrics is not None:
+                self.metrics.close()
             self.board.close()
+
+    def begin(self, step: int) -> None:
+        """Go on after `step`: what is logged of later steps, by a run that was stopped, is dropped."""
+        if self.folder is None:
+            return
+        path = self.folder / "metrics.jsonl"
+        before = path.read_text().splitlines(keepends=True) if path.exists() else []
+        write_whole(path, "".join(line for line in before if line.endswith("\n") and json.loads(line)["step"] <= step))
+        self.metrics = path.open("a", buffering=1)
+        self.progress.update(self.task, completed=step)
 
     def step(self, measured: dict[str, float]) -> None:
         """One step's numbers: `step`, `loss`, `tokens_per_second` and others."""
-        if self.folder is None:
+        if self.metrics is None:
             return
-        self.metrics.write(json.dumps(measured) + "\n")
+        # JSON has no NaN and no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        self.metrics.write(json.dumps(finite) + "\n")
         for name, value in measured.items():
             self.board.add_scalar(name, value, int(measured["step"]))
         self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
 import torch
@@ -36,7 +37,7 @@ class SequenceMesh:
         keep_kv: keep gathered keys and values for the backward in place of gathering them again:
             memory for a third of the bytes (docs/decisions/regather-or-keep.md).
         reduce_dtype: in which dK and dV travel and are summed; at least the gradients' own.
-        timeout: of each collective.
+        timeout: of each collective; a number is seconds.
 
     Raises:
         ValueError: for arguments that cannot work or that ranks disagree about, on every rank.
@@ -56,11 +57,12 @@ class SequenceMesh:
         chunk: int | None = None,
         keep_kv: bool = False,
         reduce_dtype: torch.dtype = torch.float32,
-        timeout: timedelta = timedelta(minutes=10),
+        timeout: timedelta | float = timedelta(minutes=10),
     ) -> None:
+        timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self.group = _process_group(group)
         self.pattern = pattern
-        self.seq_len = seq_len
+        self.seq_len = int(seq_len) if isinstance(seq_len, numbers.Integral) else seq_len
         self.keep_kv = keep_kv
         self.reduce_dtype = reduce_dtype
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
@@ -68,10 +70,10 @@ class SequenceMesh:
         self._everyone = None if self.group is None else comm.Communicator(self.group, timeout, self.rank)
         self._agreed: set[Any] = set()
         problem = _problem(pattern, seq_len, chunk, self.size)
-        given = {"pattern": str(pattern), "seq_len": seq_len, "chunk": chunk, "keep_kv": keep_kv}
+        given = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
         given |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
         self.agree(given, problem)
-        self.shard = Shard(seq_len, chunk or choose_chunk(pattern, seq_len, self.size), self.rank, self.size)
+        self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
         self._communicators: dict[tuple[int, int], comm.Communicator] = {}
         if self.group is not None and self._everyone is not None:
             counts = torch.tensor([comm.groups_made()], device=self._everyone.device)
@@ -146,25 +148,42 @@ class SequenceMesh:
         return total / count.clamp(min=1).to(total.dtype)
 
     def agree(self, given: dict[str, Any], problem: str | None = None) -> None:
-        """Check, the first time that this is `given`, that every rank gives the same; collective then.
+        """Check that every rank gives the same `given`. Collective: on CPU groups each time, else the first time.
+
+        (With NCCL a check would hold up the host in every layer, so later disagreement is a timeout there.)
 
         Raises:
             ValueError: on every rank, where ranks differ or one has a `problem`.
         """
-        key = tuple((name, str(value)) for name, value in given.items())
-        if problem is None and key in self._agreed:
+        if self._everyone is None:
+            if problem:
+                raise ValueError(problem)
             return
-        if self._everyone is not None:
-            self._everyone.agree(given | {"problem": problem} if problem else given)
-        elif problem:
-            raise ValueError(problem)
+        key = tuple((name, str(value)) for name, value in given.items())
+        if problem is None and key in self._agreed and self._everyone.device.type != "cpu":
+            return
+        self._everyone.agree(given, problem)
         self._agreed.add(key)
+
+    def wrong_rows(self, name: str, given: int) -> str:
+        """What to say of a tensor that has not this rank's number of rows."""
+        return (
+            f"{name} has {given} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
+            f"{self.shard.stop}) of {self.seq_len}; pass mesh.split(x), not the whole sequence"
+        )
 
     def __repr__(self) -> str:
         return (
             f"SequenceMesh(rank {self.rank} of {self.size}, rows [{self.shard.start}, {self.shard.stop}) "
             f"of {self.seq_len}, pattern {self.pattern})"
         )
+
+
+def refuse(problem: str, mesh: SequenceMesh | None) -> NoReturn:
+    """Raise what is wrong with this rank's arguments: over a mesh on every rank, where they compare theirs."""
+    if mesh is not None and not torch.compiler.is_compiling():
+        mesh.agree({}, problem)
+    raise ValueError(problem)
 
 
 def mesh_of(handle: int) -> SequenceMesh | None:
@@ -191,9 +210,9 @@ def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | No
 def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) -> str | None:
     if not isinstance(pattern, Pattern):
         return f"pattern is {pattern!r}; it must be a longnet_dist.Pattern"
-    if not isinstance(seq_len, int) or isinstance(seq_len, bool) or seq_len < 0:
+    if not isinstance(seq_len, numbers.Integral) or isinstance(seq_len, bool) or seq_len < 0:
         return f"seq_len is {seq_len!r}; it must be the global number of tokens, 0 or more"
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1 or chunk * num_ranks < seq_len):
+    if chunk is not None and (type(chunk) is not int or chunk < 1 or chunk * num_ranks < seq_len):
         return (
             f"chunk is {chunk!r}; {num_ranks} ranks must hold {seq_len} tokens, so it must be at least "
             f"{max(1, -(-seq_len // num_ranks))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -11,9 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from longnet_dist.mesh import SequenceMesh
+from longnet_dist.kernels import KERNELS
+from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.nn import Block, DilatedAttention, Rotation
-from longnet_dist.pattern import Pattern
+from longnet_dist.pattern import HEAD_PHASES, Pattern
+
+_CHOICES = {
+    "head_phases": HEAD_PHASES,
+    "position": ("rotary", "xpos", "none"),
+    "activation_checkpointing": ("none", "selective", "full"),
+    "kernel": ("auto", *KERNELS),
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,24 @@ class LongNetConfig:
     kernel: str = "auto"
     """Attention kernel; see `longnet-dist doctor`."""
 
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
+        # From JSON they are lists.
+        for name in ("segment_lengths", "dilation_rates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def resolved(self) -> LongNetConfig:
+        """The same, with what is left to defaults filled in."""
+        return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, ffn_dim=self.ffn_dim or 4 * self.d_model)
+
     @property
     def pattern(self) -> Pattern:
         """The branches of the attention."""
@@ -67,6 +93,9 @@ class LongNet(nn.Module):
     Args:
         config: the architecture.
         device, dtype: of the parameters.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
 
     Example:
         >>> model = LongNetConfig(d_model=32, num_layers=1, segment_lengths=(8, 32), dilation_rates=(1, 4)).build()
@@ -126,12 +155,12 @@ class LongNet(nn.Module):
             ValueError: for a wrong shape, or a mesh of another pattern or length.
         """
         if tokens.dim() != 2:
-            raise ValueError(f"tokens is {tuple(tokens.shape)}; it must be (B, N)")
+            refuse(f"tokens is {tuple(tokens.shape)}; it must be (B, N)", mesh)
         x = self.embedding(tokens) * self.config.d_model**0.5
         rotation: Rotation | None = None
         for block in self.blocks:
             assert isinstance(block, Block)
-            rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, x.dtype)
+            rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x))
             x = self._checkpointed(block)(x, mesh, rotation)
         return self.output(self.norm(x))
 
@@ -144,6 +173,12 @@ class LongNet(nn.Module):
         attention = [torch.ops.longnet_dist.dilated_attention.default]
         contexts = partial(create_selective_checkpoint_contexts, attention)
         return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """In which attention will be computed: xPos must keep to its range."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
 def next_token_labels(tokens: Tensor, ignore_index: int = -100) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from longnet_dist.attention import dilated_attention
 from longnet_dist.bias import check_relative_bias
-from longnet_dist.mesh import SequenceMesh
+from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.pattern import Pattern
 
 
@@ -34,6 +34,7 @@ class Rotation:
         base: float = 10000.0,
         xpos_length: int | None = None,
         xpos_scale_base: float = 512.0,
+        xpos_future: int = 0,
     ) -> Rotation:
         """Rotary (Su et al. 2021, arXiv 2104.09864), or xPos (Sun et al. 2022, arXiv 2212.10554, equation 14).
 
@@ -46,6 +47,8 @@ class Rotation:
             xpos_length: N, the global length, for xPos; None for rotary alone. Scales are centred
                 on N / 2, so that they depend on the position and N alone, not on the ranks.
             xpos_scale_base: tokens over which the scale of the fastest dimension falls by 3.5.
+            xpos_future: how many tokens ahead of a query a key may be that it sees: 0 where causal. xPos
+                *raises* the scores of those, as it lowers those of keys behind.
 
         Raises:
             ValueError: where a scale would leave the range of `dtype` at this length.
@@ -56,7 +59,7 @@ class Rotation:
         cos, sin = angles.cos().to(kind), angles.sin().to(kind)
         if xpos_length is None:
             return cls(cos, sin)
-        _check_xpos_range(xpos_length, dtype, xpos_scale_base)
+        _check_xpos_range(max(xpos_length, 2 * min(xpos_length, xpos_future)), dtype, xpos_scale_base)
         zeta = (half + 0.4) / 1.4
         power = (positions.double() - xpos_length // 2)[:, None] / xpos_scale_base
         return cls(cos, sin, (zeta**power).to(kind))
@@ -77,7 +80,10 @@ class Rotation:
 
 
 def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
-    """xPos scales a row p tokens from the middle by up to 3.5^(p / scale_base): refuse what float cannot hold."""
+    """xPos scales a row p tokens from the middle by up to 3.5^(p / scale_base): refuse what float cannot hold.
+
+    A score of a key p tokens ahead is scaled as much as a row at distance p, so its reach counts twice.
+    """
     kind = torch.finfo(dtype)
     # 2^10 is left for the values that are scaled.
     room = min(math.log(kind.max), -math.log(kind.tiny)) - math.log(1024)
@@ -86,9 +92,10 @@ def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> Non
     if length > longest:
         needed = math.ceil(length * steepest / room / 2)
         raise ValueError(
-            f"xPos at length {length} would scale queries and keys beyond the range of {dtype}: with a scale base of "
-            f"{scale_base:g} it reaches {longest} tokens. Use rotary positions, a scale base of at least {needed}, "
-            f"a dtype of wider range, or at most {longest} tokens"
+            f"xPos at length {length} would scale queries, keys or scores beyond the range of {dtype}: with a scale "
+            f"base of {scale_base:g} it reaches {longest} tokens, or half as many where keys ahead are seen (not "
+            f"causal). Use rotary positions, a scale base of at least {needed}, a dtype of wider range, or a shorter "
+            "sequence"
         )
 
 
@@ -178,7 +185,9 @@ class DilatedAttention(nn.Module):
             ValueError: for a wrong shape, a mesh of another pattern, or a length beyond xPos's range.
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
-            raise ValueError(f"x is {tuple(x.shape)}; it must be (B, N, d_model) with d_model = {self.d_model}")
+            refuse(f"x is {tuple(x.shape)}; it must be (B, N, d_model) with d_model = {self.d_model}", mesh)
+        if mesh is not None and x.shape[1] != mesh.shard.num_rows:
+            refuse(mesh.wrong_rows("x", x.shape[1]), mesh)
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
@@ -213,6 +222,7 @@ class DilatedAttention(nn.Module):
             dtype,
             xpos_length=length if self.use_xpos else None,
             xpos_scale_base=self.xpos_scale_base,
+            xpos_future=0 if self.causal else max(self.pattern.segment_lengths),
         )
 
 

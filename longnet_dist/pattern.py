@@ -17,10 +17,24 @@ class Branch:
     """One branch (w, r) of dilated attention: segments of `segment_length` rows, one row in `dilation_rate` kept.
 
     LongNet, section 2.2 (equations 3 to 5).
+
+    Raises:
+        ValueError: where a value is not a positive integer, or the rate is above the segment length.
     """
 
     segment_length: int
     dilation_rate: int
+
+    def __post_init__(self) -> None:
+        (w,) = _positive_integers("segment_length", (self.segment_length,))
+        (r,) = _positive_integers("dilation_rate", (self.dilation_rate,))
+        if r > w:
+            raise ValueError(
+                f"dilation rate {r} is above its segment length {w}, so some heads would keep no row at all; "
+                f"use a rate of at most {w}, or a segment of at least {r}"
+            )
+        object.__setattr__(self, "segment_length", w)
+        object.__setattr__(self, "dilation_rate", r)
 
     def keeps(self, position: int, phase: int) -> bool:
         """Whether the row at global `position` is kept by heads of this `phase`."""
@@ -63,11 +77,7 @@ class Pattern:
                 "there must be one of each a branch, for example segment_lengths=(2048, 8192), dilation_rates=(1, 4)"
             )
         for w, r in zip(lengths, rates, strict=True):
-            if r > w:
-                raise ValueError(
-                    f"dilation rate {r} is above its segment length {w}, so some heads would keep no row at all; "
-                    f"use a rate of at most {w}, or a segment of at least {r}"
-                )
+            Branch(w, r)
         if self.head_phases not in HEAD_PHASES:
             raise ValueError(f"head_phases is {self.head_phases!r}; it must be one of {', '.join(HEAD_PHASES)}")
         object.__setattr__(self, "segment_lengths", lengths)

@@ -225,18 +225,26 @@ def choose_chunk(pattern: Pattern, seq_len: int, num_ranks: int) -> int:
 
 
 def bytes_received(
-    pattern: Pattern, shard: Shard, num_kv_heads: int, head_dim: int, element_size: int, keep_kv: bool = True
+    pattern: Pattern,
+    shard: Shard,
+    num_kv_heads: int,
+    head_dim: int,
+    element_size: int,
+    keep_kv: bool = False,
+    reduce_size: int = 4,
 ) -> tuple[int, ...]:
-    """Bytes that this rank receives for each branch of a layer, forward and backward, gradients in `element_size`.
+    """Bytes that this rank receives for each branch of a layer, forward and backward; defaults are the mesh's.
 
-    Where branches align this is 4 (w - chunk) / r G D b (DESIGN: K and V gathered, dK and dV
-    reduce-scattered), and 6 in place of 4 where the backward gathers K and V again.
+    K and V are gathered in `element_size`, again in the backward unless they are kept, and dK and dV
+    reduce-scattered in `reduce_size` or more. Where branches align, K and V are kept, and all have b
+    bytes, that is 4 (w - chunk) / r G D b.
     """
+    each = (2 if keep_kv else 4) * element_size + 2 * max(element_size, reduce_size)
     totals = []
     for branch in pattern.branches:
         one = Pattern((branch.segment_length,), (branch.dilation_rate,), pattern.head_phases)
         rows = sum((s.num_ranks - 1) * s.sent_rows for s in make_plan(one, shard, num_kv_heads, False).shared)
-        totals.append((4 if keep_kv else 6) * rows * num_kv_heads * head_dim * element_size)
+        totals.append(each * rows * num_kv_heads * head_dim)
     return tuple(totals)
 
 

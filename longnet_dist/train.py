@@ -7,20 +7,27 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from longnet_dist.checkpoint import save_checkpoint
+from longnet_dist.checkpoint import Checkpoints, names_without, training_state
+from longnet_dist.comm import gather_objects, sum_over_ranks
 from longnet_dist.data import (
+    END_OF_DOCUMENT,
+    VOCAB_SIZE,
     Corpus,
     TokenStream,
     build_corpus,
@@ -28,23 +35,28 @@ from longnet_dist.data import (
     standard_library,
     unigram_bits,
     window_order,
-    write_whole,
 )
 from longnet_dist.logs import RunLog
 from longnet_dist.mesh import SequenceMesh
 from longnet_dist.model import LongNetConfig, token_loss
+from longnet_dist.parallel import ParallelConfig, make_device_mesh, shard_parameters
+from longnet_dist.stopping import StopFlag, end_with_parent, stop_on_signals
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The sequence of each step is split over all ranks."""
+    """A training run. The sequences of each step are split over all ranks; see `parallel`.
+
+    Raises:
+        ValueError: for a value that cannot work, with the rule.
+    """
 
     data: tuple[str, ...] = ()
     """Files, folders and globs, read as bytes; by default the source of Python's standard library."""
     seq_len: int = 16384
     """Tokens a sequence, N; any number, over any number of ranks."""
     batch_size: int = 1
-    """Sequences a forward."""
+    """Sequences a forward, over all data-parallel ranks together."""
     grad_accumulation: int = 1
     """Forwards a step."""
     steps: int = 80
@@ -61,12 +73,14 @@ class TrainConfig:
     """Of AdamW, on matrices."""
     clip_norm: float = 2.0
     """The global gradient norm is clipped to this; 0 to leave it."""
+    most_skipped: int = 5
+    """Steps in a row whose loss or gradient norm is not finite, each skipped, after which the run stops."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
     """Of the parameters."""
     autocast: bool = False
     """Compute in bfloat16 where torch's autocast does."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile each block with torch.compile."""
     seed: int = 0
     """Of the initialisation, the order of the data, and dropout."""
     validation_fraction: float = 0.05
@@ -75,25 +89,47 @@ class TrainConfig:
     """Sequences a validation."""
     validate_every: int = 40
     """Steps between validations; there is one at the end in any case. 0 for that one only."""
+    run_folder: Path | None = None
+    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest."""
     checkpoint_every: int = 0
     """Steps between checkpoints; there is one at the end in any case. 0 for that one only."""
-    run_folder: Path | None = None
-    """The run's folder; by default runs/ and the time."""
+    keep_checkpoints: int = 2
+    """How many of the newest to keep; at least 2."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good; 0 for none."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background."""
     cache: Path = Path("~/.cache/longnet_dist")
     """Where tokenised data is kept between runs."""
     keep_kv: bool = False
     """Keep gathered keys and values for the backward in place of gathering them again."""
     timeout: float = 600.0
     """Seconds that a collective may take."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks are arranged; all in one sequence by default."""
     model: LongNetConfig = field(default_factory=LongNetConfig)
     """The architecture."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        data = (self.data,) if isinstance(self.data, str | Path) else self.data
+        object.__setattr__(self, "data", tuple(map(str, data)))
+        for name in ("run_folder", "cache"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+        least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
+        least |= dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every", "clip_norm"), 0)
+        # One of two may be damaged.
+        for name, value in (least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3}).items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
+        if self.dtype not in ("float32", "float64", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
+        if self.model.vocab_size < VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size is {self.model.vocab_size}; bytes and the end of a document need at least {VOCAB_SIZE}"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,8 +138,11 @@ class TrainResult:
 
     run_folder: Path
     losses: tuple[float, ...]
-    """Of every step, nats a token."""
+    """Of every step that this process made, nats a token."""
+    step: int
+    """The last step."""
     validation_bits_per_byte: float
+    """Of the last validation; NaN where a signal stopped the run before one."""
     unigram_bits_per_byte: float
     """Of a model that knows only how frequent each byte is, on the same held-out tokens."""
 
@@ -111,115 +150,204 @@ class TrainResult:
 def train(config: TrainConfig | None = None) -> TrainResult:
     """Train a LongNet; under torchrun or Ray Train over all their ranks, else on this process alone.
 
-    Writes a run folder: config.json, metrics.jsonl, TensorBoard events and checkpoints. With no
-    argument it trains the default model on the default corpus.
+    Writes a run folder: config.json, metrics.jsonl, TensorBoard events and checkpoints. A run folder
+    that holds checkpoints is gone on with, from its newest whole one: on as many ranks, and on a
+    CPU, bit for bit as if it had never stopped. On SIGTERM or SIGINT the step is finished, a
+    checkpoint written, and the result returned; a second signal exits at once. With no argument
+    it trains the default model on the default corpus.
 
     Raises:
         ValueError: for options or data that cannot work, before any step.
+        RuntimeError: where every checkpoint is damaged, a rank is lost, or steps are not finite.
     """
     config = config or TrainConfig()
-    with _processes(config) as device:
-        return _Trainer(config, device).run()
+    with _processes(config) as device, stop_on_signals() as stop:
+        return _Trainer(config, device).run(stop)
 
 
 class _Trainer:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        group = dist.group.WORLD if dist.is_initialized() else None
+        device_mesh = make_device_mesh(config.parallel, device.type)
+        replicate, shard, _ = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else 1)
+        self.data_ranks = replicate * shard
+        if config.batch_size % self.data_ranks:
+            raise ValueError(
+                f"batch_size {config.batch_size} is not a multiple of the {self.data_ranks} data-parallel ranks "
+                "(dp_replicate x dp_shard) that share it"
+            )
         limit = timedelta(seconds=config.timeout)
+        group = None if device_mesh is None else device_mesh["sp"].get_group()
         self.mesh = SequenceMesh(group, config.model.pattern, config.seq_len, keep_kv=config.keep_kv, timeout=limit)
-        self.folder = _run_folder(config)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.data_rank = self.rank // self.mesh.size
         self.corpus = _corpus(config)
+        self.folder = _run_folder(config)
         torch.manual_seed(config.seed)
         self.model = config.model.build(device, getattr(torch, config.dtype))
-        # Dropout must differ between chunks, parameters must not.
-        torch.manual_seed(config.seed + 1 + self.mesh.rank)
-        self.optimizer = torch.optim.AdamW(
-            _decayed_and_not(self.model, config.weight_decay), lr=config.learning_rate, betas=config.betas
+        # Dropout must differ between ranks, parameters must not.
+        torch.manual_seed(config.seed + 1 + self.rank)
+        if config.compile:
+            for block in self.model.blocks:
+                block.compile(fullgraph=True)
+        shard_parameters(self.model, self.model.blocks, device_mesh)
+        self.optimizer = torch.optim.AdamW(_decayed_and_not(self.model, config.weight_decay), betas=config.betas)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints
         )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: _learning_rate(config, step))
-        forward: nn.Module = torch.compile(self.model) if config.compile else self.model  # type: ignore[assignment]
-        self.forward = DistributedDataParallel(forward) if group is not None else forward
+        self.skipped = 0
 
-    def run(self) -> TrainResult:
+    def run(self, stop: StopFlag) -> TrainResult:
         config = self.config
         losses, validation = [], math.nan
-        validation_tokens = config.validation_sequences * config.seq_len + 1
-        unigram = unigram_bits(self.corpus.byte_counts, self.corpus.validation.tokens(validation_tokens)[1:])
-        described = dataclasses.asdict(config) | {"ranks": self.mesh.size, "device": str(self.device)}
-        with RunLog(self.folder if self.mesh.rank == 0 else None, described, config.steps) as log:
-            log.say(f"{self.mesh.size} ranks, {self.mesh.shard.chunk} rows each of {config.seq_len}; run {self.folder}")
-            for step in range(1, config.steps + 1):
+        unigram = self._per_byte(unigram_bits(self.corpus.byte_counts, self._held_out_tokens()))
+        with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps) as log:
+            step = self._resume(log)
+            log.begin(step)
+            log.say(f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}")
+            while step < config.steps and not stop.agreed:
+                step += 1
                 began = time.perf_counter()
-                measured = self._step(step)
+                measured = self._step(step, stop)
                 losses.append(measured["loss"])
                 measured |= _rates(config, step, time.perf_counter() - began)
-                last = step == config.steps
-                if last or (config.validate_every and step % config.validate_every == 0):
-                    validation = self._validate() / math.log(2)
+                if step == config.steps or (config.validate_every and step % config.validate_every == 0):
+                    validation = self._validate()
                     measured |= {"validation_bits_per_byte": validation, "unigram_bits_per_byte": unigram}
                 log.step(measured)
-                if last or (config.checkpoint_every and step % config.checkpoint_every == 0):
-                    self._save(step)
-            log.say(f"validation {validation:.3f} bits per byte; byte-unigram model {unigram:.3f} bits per byte")
-        return TrainResult(self.folder, tuple(losses), validation, unigram)
+                due = config.checkpoint_every and step % config.checkpoint_every == 0
+                if due or step == config.steps or stop.agreed:
+                    self.checkpoints.save(step, self._state(), self._facts(step))
+            self.checkpoints.wait()
+            if step < config.steps:
+                log.say(f"stopped by a signal after step {step}, with a checkpoint: the same command goes on from it")
+            else:
+                validation = self._validate() if math.isnan(validation) else validation
+                log.say(f"validation {validation:.3f} bits per byte; byte-unigram model {unigram:.3f} bits per byte")
+        return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
-    def _step(self, step: int) -> dict[str, float]:
+    def _step(self, step: int, stop: StopFlag) -> dict[str, float]:
+        """One optimizer step; skipped where it is not finite."""
         config = self.config
+        rate = config.learning_rate * _learning_rate(config, step - 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss, norm = self._loss_and_gradients(step)
+        # One small collective a step: every rank's loss, and whether any was told to stop.
+        loss, told = sum_over_ranks([loss / self.num_ranks, float(stop.told)], self.device)
+        stop.agreed = told > 0
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self._skip(step, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        return {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), "grad_norm": norm, "lr": rate}
+
+    def _loss_and_gradients(self, step: int) -> tuple[float, float]:
+        """Forward and backward of a step: the loss of this rank's sequences, and the global gradient norm."""
+        config = self.config
+        total = 0.0
         for micro in range(config.grad_accumulation):
-            last = micro == config.grad_accumulation - 1
-            first_window = ((step - 1) * config.grad_accumulation + micro) * config.batch_size
-            with contextlib.nullcontext() if last else self._no_sync():
-                loss = self._loss(self.corpus.train, range(first_window, first_window + config.batch_size))
-                # Every forward has as many tokens as the next, so their mean is the step's mean over tokens.
-                # DistributedDataParallel takes the mean over ranks of what is to be summed.
-                (loss * (self.mesh.size / config.grad_accumulation)).backward()
-            total += loss.detach().double() / config.grad_accumulation
+            if isinstance(self.model, FSDPModule):
+                self.model.set_requires_gradient_sync(micro == config.grad_accumulation - 1)
+            loss = self._loss(self.corpus.train, self._windows(step, micro))
+            # Every forward has as many tokens as the next, so their mean is the step's mean over tokens.
+            # FSDP takes the mean over all ranks; those of one sequence hold parts, which are to be summed.
+            (loss * (self.mesh.size / config.grad_accumulation)).backward()
+            total += loss.item() / config.grad_accumulation
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
-        lr = float(self.schedule.get_last_lr()[0])
-        measured = {"step": step, "loss": total.item(), "grad_norm": norm.item(), "lr": lr}
-        self.optimizer.step()
-        self.schedule.step()
-        return measured
+        return total, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        ddp = isinstance(self.forward, DistributedDataParallel)
-        return self.forward.no_sync() if ddp else contextlib.nullcontext()  # type: ignore[operator]
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        self.skipped += 1
+        said = f"step {step} is skipped: loss {loss}, gradient norm {norm}"
+        if self.rank == 0:
+            warnings.warn(said, stacklevel=2)
+        if self.skipped >= self.config.most_skipped:
+            windows = [self._windows(step, micro, every=True) for micro in range(self.config.grad_accumulation)]
+            raise RuntimeError(
+                f"{self.skipped} steps in a row were not finite, so the run stops; {said}, at sequences {windows} of "
+                f"{self.config.seq_len} tokens in {self.corpus.path}. The last good checkpoint is kept, and a lower "
+                "learning rate, or a smaller clip_norm, may go on from it"
+            )
 
-    def _loss(self, stream: TokenStream, windows: range, shuffle: bool = True) -> Tensor:
-        """Of the global sequences of these windows, on every rank."""
-        tokens, labels = self._read(stream, windows, shuffle)
+    def _windows(self, step: int, micro: int, every: bool = False) -> list[int]:
+        """Which windows of the training stream this data-parallel rank reads: from the step alone."""
+        config = self.config
+        share = config.batch_size // self.data_ranks
+        first = ((step - 1) * config.grad_accumulation + micro) * config.batch_size
+        mine = range(first, first + config.batch_size)[slice(None) if every else slice(self.data_rank * share, None)]
+        number = self.corpus.train.num_windows(config.seq_len)
+        return [
+            int(window_order(number, window // number, config.seed)[window % number])
+            for window in (mine if every else mine[:share])
+        ]
+
+    def _loss(self, stream: TokenStream, windows: Sequence[int]) -> Tensor:
+        """Of these windows, on every rank that holds them."""
+        shard = self.mesh.shard
+        rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
+        tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            logits = self.forward(tokens, mesh=self.mesh)
+            logits = self.model(tokens, mesh=self.mesh)
         return token_loss(logits, labels, self.mesh)
-
-    def _read(self, stream: TokenStream, windows: range, shuffle: bool) -> tuple[Tensor, Tensor]:
-        """This rank's rows of some windows: tokens and labels, (B, L) each."""
-        config, shard = self.config, self.mesh.shard
-        number = stream.num_windows(config.seq_len)
-        rows = []
-        for window in windows:
-            epoch, index = divmod(window, number)
-            if shuffle:
-                index = int(window_order(number, epoch, config.seed)[index])
-            rows.append(stream.read(index, config.seq_len, shard.start, shard.stop))
-        tokens, labels = zip(*rows, strict=True)
-        return torch.stack(tokens).to(self.device), torch.stack(labels).to(self.device)
 
     @torch.no_grad()
     def _validate(self) -> float:
-        """Mean loss over the held-out sequences, nats a token."""
-        self.forward.eval()
-        count = min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))
-        losses = [self._loss(self.corpus.validation, range(i, i + 1), shuffle=False).item() for i in range(count)]
-        self.forward.train()
-        return sum(losses) / len(losses)
+        """Bits per byte over the held-out sequences."""
+        self.model.eval()
+        losses = [self._loss(self.corpus.validation, [window]).item() for window in range(self._num_held_out())]
+        self.model.train()
+        return self._per_byte(sum(losses) / len(losses) / math.log(2))
 
-    def _save(self, step: int) -> None:
-        if self.mesh.rank == 0:
-            save_checkpoint(self.folder / f"checkpoint-{step}.pt", self.model, self.optimizer, self.config.model, step)
+    def _per_byte(self, bits_per_token: float) -> float:
+        """Ends of documents are tokens that are to be predicted, and no bytes."""
+        tokens = self._held_out_tokens()
+        return bits_per_token * tokens.size / max(1, int((tokens != END_OF_DOCUMENT).sum()))
+
+    def _num_held_out(self) -> int:
+        return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))
+
+    def _held_out_tokens(self) -> np.ndarray:
+        """The labels of a validation."""
+        return self.corpus.validation.tokens(self._num_held_out() * self.config.seq_len + 1)[1:]
+
+    def _resolved(self) -> dict[str, Any]:
+        """The configuration with every default filled in, and what the run found: JSON can hold it."""
+        config = dataclasses.replace(self.config, run_folder=self.folder, model=self.config.model.resolved)
+        data = self.config.data or (f"the standard library of Python {platform.python_version()}",)
+        found = {
+            "data": data,
+            "ranks": self.num_ranks,
+            "rows_a_rank": self.mesh.shard.chunk,
+            "device": str(self.device),
+        }
+        return json.loads(json.dumps(dataclasses.asdict(config) | found, default=str))
+
+    def _state(self) -> dict[str, Tensor]:
+        return training_state(self.model, self.optimizer, self.rank)
+
+    def _facts(self, step: int) -> dict[str, Any]:
+        return {"step": step, "skipped": self.skipped, "ranks": self.num_ranks, "config": self._resolved()}
+
+    def _resume(self, log: RunLog) -> int:
+        """Go on from the newest whole checkpoint in the run's folder, if there is one; the step it is of."""
+        found = self.checkpoints.newest(log.say)
+        if found is None:
+            return 0
+        path, facts = found
+        state = self._state()
+        # Random states are of ranks: on another number of ranks each has its fresh one.
+        if facts["ranks"] != self.num_ranks:
+            state = names_without(state, ["random."])
+        self.checkpoints.load(path, state)
+        if f"random.{self.rank}" in state:
+            torch.set_rng_state(state[f"random.{self.rank}"])
+        self.skipped = facts["skipped"]
+        log.say(f"going on from {path}, of step {facts['step']} on {facts['ranks']} ranks")
+        return int(facts["step"])
 
 
 def _rates(config: TrainConfig, step: int, seconds: float) -> dict[str, float]:
@@ -228,7 +356,7 @@ def _rates(config: TrainConfig, step: int, seconds: float) -> dict[str, float]:
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` steps, as a fraction of the peak: linear warmup, then a cosine."""
+    """Of the step after `step` others, as a fraction of the peak: linear warmup, then a cosine."""
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
@@ -246,6 +374,15 @@ def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, An
 @contextlib.contextmanager
 def _processes(config: TrainConfig) -> Iterator[torch.device]:
     """The device of this rank, with a process group where a launcher set WORLD_SIZE and none was made yet."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
+            warnings.warn(
+                "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
+                "launchers/torchrun.sh, which does",
+                stacklevel=2,
+            )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -263,14 +400,12 @@ def _processes(config: TrainConfig) -> Iterator[torch.device]:
 
 def _run_folder(config: TrainConfig) -> Path:
     """The run's folder, the same on every rank: rank 0 names it and makes it."""
-    named = [config.run_folder or Path("runs") / datetime.now(UTC).strftime("%Y%m%d-%H%M%S")]
-    if dist.is_initialized():
-        dist.broadcast_object_list(named, src=0)
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        named[0].mkdir(parents=True, exist_ok=True)
-        described = dataclasses.asdict(dataclasses.replace(config, run_folder=named[0]))
-        write_whole(named[0] / "config.json", json.dumps(described, indent=2, default=str) + "\n")
-    return named[0]
+    # A restarted job must find its folder again: torchrun's own id, where it has one, outlives restarts.
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
+    folder = Path(gather_objects(str(config.run_folder or Path("runs") / name))[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _corpus(config: TrainConfig) -> Corpus:
@@ -278,7 +413,7 @@ def _corpus(config: TrainConfig) -> Corpus:
 
     def build() -> Corpus:
         files = find_files(config.data) if config.data else standard_library()
-        return build_corpus(files, config.cache.expanduser(), config.validation_fraction, config.seed)
+        return build_corpus(files, config.cache, config.validation_fraction, config.seed)
 
     corpus, problem = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
@@ -287,10 +422,7 @@ def _corpus(config: TrainConfig) -> Corpus:
             problem = _too_short(corpus, config.seq_len)
         except (ValueError, OSError) as error:
             problem = str(error)
-    if dist.is_initialized():
-        problems: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, problem)
-        problem = next((p for p in problems if p), None)
+    problem = next((p for p in gather_objects(problem) if p), None)
     if problem:
         raise ValueError(problem)
     return corpus or build()

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_MOST_BATCHES = 65_535
+"""What CUDA's grid allows in the dimension of batches."""
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -33,6 +35,9 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bia
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Any = None) -> tuple[Tensor, Tensor]:
     """Attention of a rectangle; see `longnet_dist.kernels` for the contract."""
+    if q.is_cuda and len(q) > _MOST_BATCHES:
+        parts = [forward(*part, causal=causal, scale=scale) for part in _in_batches(q, k, v)]
+        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     if q.is_cuda:
         # Its causal mask is bottom-right aligned, which on a square is the diagonal too.
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
@@ -58,6 +63,11 @@ def backward(
     bias: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     """Gradients of a rectangle under the given out and lse; see `longnet_dist.kernels`."""
+    if q.is_cuda and len(q) > _MOST_BATCHES:
+        batches = _in_batches(dout, q, k, v, out, lse)
+        parts = [backward(*part, causal=causal, scale=scale)[:3] for part in batches]
+        dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
+        return dq, dk, dv, None
     if q.is_cuda:
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -70,6 +80,10 @@ def backward(
     )
     dq, dk, dv = _heads_second(*grads)
     return dq, dk, dv, None
+
+
+def _in_batches(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    return list(zip(*(x.split(_MOST_BATCHES) for x in tensors), strict=True))
 
 
 def _heads_second(*tensors: Tensor) -> list[Tensor]:

@@ -95,12 +95,7 @@ def without_gather(group, case):
     def own_rows(self, x, what):
         return comm.Pending(self, what, x.expand(self.size, *x.shape).contiguous())
 
-    original, comm.Communicator.all_gather = comm.Communicator.all_gather, own_rows
-    try:
-        mesh = SequenceMesh(None, case.pattern, case.N)
-        assert mesh.size == 1
-    finally:
-        comm.Communicator.all_gather = original
+    original = comm.Communicator.all_gather
     mesh = SequenceMesh(group, case.pattern, case.N)
     inputs = {name: x.detach() for name, x in case.tensors().items()}
     local = {name: mesh.split(x) for name, x in inputs.items()}

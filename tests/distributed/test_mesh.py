@@ -169,7 +169,7 @@ def disagree(group, what):
         ("rows", "rank 1: q has 17 rows, and this rank holds 16"),
         ("batch", r"\[2, 4, 8\] on rank 1"),
         ("heads", r"\[1, 5, 8\] on rank 1"),
-        ("dimensions", "rank 1: .*q must be"),
+        ("dimensions", r"rank 1: q is .*; it must be \(B, N, H, D\)"),
         ("call pattern", "rank 1: the pattern .* is not the mesh's"),
         ("causal", "causal: False on ranks 0, 2-3, True on rank 1"),
     ],
@@ -181,16 +181,64 @@ def test_ranks_that_disagree_all_get_the_same_error_at_once(pool, what, said):
     assert all(seconds < 20 for _, seconds in answers)
 
 
+def disagree_in_the_layer(group, what):
+    """The error each rank gets from the layer or the model, where rank 1 is given something else."""
+    odd = dist.get_rank(group) == 1
+    config = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4))
+    mesh = SequenceMesh(group, config.pattern, 64)
+    rows = mesh.shard.num_rows
+    try:
+        if what.startswith("layer"):
+            layer = DilatedAttention(16, 2, (1, 4), (8, 64), use_rotary=True, causal=True)
+            layer(
+                torch.zeros(1, rows + (odd and what == "layer rows"), 16 + (odd and what == "layer width")), mesh=mesh
+            )
+        elif what.startswith("model"):
+            tokens = torch.zeros(1, rows + (odd and what == "model rows"), dtype=torch.int64)
+            config.build()(tokens[0] if odd and what == "model dimensions" else tokens, mesh=mesh)
+        else:
+            q = torch.zeros(1, rows, 2, 8)
+            for size in (1, 2):  # Every rank has seen both by then.
+                dilated_attention(*[q.expand(size, -1, -1, -1)] * 3, config.pattern, mesh=mesh)
+            given = "none" if odd and what == "call pattern type" else config.pattern
+            q = q.expand(1 + (odd and what == "later batch"), -1, -1, -1)
+            dilated_attention(q, q, q, given, mesh=mesh)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("layer rows", "rank 1: x has 17 rows"),
+        ("layer width", "rank 1: x is .* with d_model = 16"),
+        ("model rows", "rank 1: x has 17 rows"),
+        ("model dimensions", r"rank 1: tokens is \(16,\)"),
+        ("call pattern type", "rank 1: pattern is 'none'"),
+        ("later batch", r"\[1, 2, 8\] on ranks 0, 2-3, \[2, 2, 8\] on rank 1"),
+    ],
+)
+def test_what_one_rank_gets_wrong_every_rank_is_told(pool, what, said):
+    """From the layer, the model, and in a later call too: none of the others waits for a time limit."""
+    answers = pool.run(4, disagree_in_the_layer, what, limit=30)
+    assert len(set(answers)) == 1
+    assert re.search(said, answers[0]), answers[0]
+
+
 def one_rank_stays_away(group):
     """What the others say when rank 3 does not call."""
     mesh = SequenceMesh(group, PATTERN, 64, timeout=timedelta(seconds=2))
     q = torch.zeros(1, mesh.shard.num_rows, 4, 8)
     dilated_attention(q, q, q, PATTERN, mesh=mesh)
     if mesh.rank == 3:
-        return ""
+        return "", ""
     with pytest.raises(RuntimeError) as caught:
         dilated_attention(q, q, q, PATTERN, mesh=mesh)
-    return str(caught.value)
+    mesh.agree = lambda *given: None  # As with NCCL, which compares arguments on the first call alone.
+    with pytest.raises(RuntimeError) as later:
+        dilated_attention(q, q, q, PATTERN, mesh=mesh)
+    return str(caught.value), str(later.value)
 
 
 def test_a_missing_rank_is_an_attributed_error_within_the_time_limit():
@@ -202,13 +250,16 @@ def test_a_missing_rank_is_an_attributed_error_within_the_time_limit():
         answers = pool.run(4, one_rank_stays_away, limit=60)
     finally:
         pool.close()
-    assert "rank 2 of the sequence failed while gathering the keys and values of branch (w=64, r=4)" in answers[2]
-    assert "time limit 2 s" in answers[2]
+    first, later = answers[2]
+    assert "rank 2 of the sequence failed while comparing the ranks' arguments" in first
+    assert "rank 2 of the sequence failed while gathering the keys and values of branch (w=64, r=4)" in later
+    assert "time limit 2 s" in later
 
 
-def count_bytes(group, pattern, num_tokens, keep_kv, dtype):
+def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
     """Bytes that this rank receives in each collective of a forward and backward, and the formula's."""
-    mesh = SequenceMesh(group, pattern, num_tokens, keep_kv=keep_kv, reduce_dtype=dtype)
+    mesh = SequenceMesh(group, pattern, num_tokens, keep_kv=keep_kv, reduce_dtype=reduce_dtype)
+    reduce_size = reduce_dtype.itemsize
     q, k, v = (torch.randn(1, mesh.shard.num_rows, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
     dilated_attention(q, k, v, pattern, mesh=mesh)  # The first call also compares arguments.
     received = []
@@ -227,7 +278,7 @@ def count_bytes(group, pattern, num_tokens, keep_kv, dtype):
         dilated_attention(q, k, v, pattern, mesh=mesh).sum().backward()
     finally:
         comm._all_gather_single, comm._reduce_scatter_single = collectives
-    return received, bytes_received(pattern, mesh.shard, 4, 8, dtype.itemsize, keep_kv), mesh.shard.chunk
+    return received, bytes_received(pattern, mesh.shard, 4, 8, dtype.itemsize, keep_kv, reduce_size), mesh.shard.chunk
 
 
 @pytest.mark.parametrize("keep_kv", [True, False])
@@ -237,7 +288,7 @@ def test_bytes_moved_are_designs_formula(pool, keep_kv, dtype):
     by_branch = {}
     for world in (2, 4, 8):
         pattern = Pattern.geometric(world * 16, base=16, growth=2)
-        for received, formula, chunk in pool.run(world, count_bytes, pattern, world * 16, keep_kv, dtype):
+        for received, formula, chunk in pool.run(world, count_bytes, pattern, world * 16, keep_kv, dtype, dtype):
             assert sum(received) == sum(formula)
             collectives_each = 2 if keep_kv else 3
             assert len(received) == collectives_each * sum(w > chunk for w in pattern.segment_lengths)
@@ -246,6 +297,13 @@ def test_bytes_moved_are_designs_formula(pool, keep_kv, dtype):
                 w, r = branch.segment_length, branch.dilation_rate
                 assert count == factor * (w - chunk) // r * 4 * 8 * dtype.itemsize
                 assert by_branch.setdefault(branch, count) == count
+
+
+def test_bytes_of_bfloat16_at_the_meshs_defaults(pool):
+    """Keys and values twice in bfloat16, their gradients in float32."""
+    pattern = Pattern.geometric(64, base=16, growth=2)
+    for received, formula, _ in pool.run(4, count_bytes, pattern, 64, False, torch.bfloat16, torch.float32):
+        assert sum(received) == sum(formula) == sum(16 * (w - 16) // r * 4 * 8 for w, r in ((32, 2), (64, 4)))
 
 
 def layer_over_ranks(group, num_tokens, options):

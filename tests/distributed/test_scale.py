@@ -24,7 +24,7 @@ def _build(pipe: Any) -> None:
     pattern = Pattern.geometric(RANKS * CHUNK, base=CHUNK, growth=4)
     mesh = SequenceMesh(dist.group.WORLD, pattern, RANKS * CHUNK)
     seconds = time.perf_counter() - began
-    received = bytes_received(pattern, mesh.shard, 32, 128, 2)
+    received = bytes_received(pattern, mesh.shard, 32, 128, 2, keep_kv=True, reduce_size=2)
     pipe.send((seconds, mesh.shard.start, mesh.shard.chunk, received))
 
 

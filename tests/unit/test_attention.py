@@ -207,7 +207,7 @@ def test_selective_checkpointing_saves_the_attention():
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"q": torch.zeros(1, 8, 2)}, r"q must be \(B, N, H, D\)"),
+        ({"q": torch.zeros(1, 8, 2)}, r"q is \(1, 8, 2\); it must be \(B, N, H, D\)"),
         ({"v": torch.zeros(1, 8, 1, 4)}, "k and v must have the same shape"),
         ({"q": torch.zeros(1, 9, 2, 4)}, "the same B, N and D"),
         ({"q": torch.zeros(1, 8, 3, 4)}, "3 query heads cannot share 2"),

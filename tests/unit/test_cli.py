@@ -35,6 +35,26 @@ def test_errors_are_one_line_and_exit_2(options, said, capsys):
     assert not Path("pattern.xyz").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["plan", "--ranks", "0"], "--ranks is 0"),
+        (["plan", "--seq-len", "-5"], "--seq-len is -5"),
+        (["plan", "--kv-heads", "3"], "must divide --heads 8"),
+        (["draw", "--heads", "0"], "--heads is 0"),
+        (["draw", "--out", "no-such-folder/x.png"], "no-such-folder"),
+        (["draw", "--out", "noending"], "ends in .png"),
+        (["train", "--run-folder", "pyproject.toml"], "pyproject.toml"),
+        (["train", "--model.vocab-size", "100"], "vocab_size is 100"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     said = capsys.readouterr().out
@@ -46,7 +66,7 @@ def test_plan(capsys):
     assert cli.main(["plan", "--ranks", "4"]) == 0
     said = capsys.readouterr().out
     assert "branch (w=8192, r=4): within the chunk" in said
-    assert "branch (w=32768, r=16): 6,291,456 bytes" in said
+    assert "branch (w=32768, r=16): 12,582,912 bytes" in said
 
 
 def test_help_documents_every_option(capsys):

@@ -77,6 +77,17 @@ def test_xpos_beyond_float_range_is_refused(dtype, length):
     assert wider.queries(torch.ones(1, 2, 1, 64, dtype=dtype)).isfinite().all()
 
 
+def test_xpos_that_is_not_causal_reaches_half_as_far():
+    """A key ahead has a score that xPos raises, by both its and the query's scale."""
+    for num_tokens, causal, fine in ((65_536, True, True), (65_536, False, False), (32_768, False, True)):
+        layer = DilatedAttention(8, 1, 64, 65_536, causal=causal, use_xpos=True)
+        if fine:
+            assert layer(torch.randn(1, num_tokens, 8)).isfinite().all()
+        else:
+            with pytest.raises(ValueError, match="half as many where keys ahead are seen"):
+                layer(torch.randn(1, num_tokens, 8))
+
+
 def test_xpos_within_range_is_finite():
     turn = Rotation.at(torch.tensor([0, 65_535]), 64, xpos_length=65_536)
     for turned in (turn.queries(torch.full((1, 2, 1, 64), 100.0)), turn.keys(torch.full((1, 2, 1, 64), 100.0))):

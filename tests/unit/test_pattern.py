@@ -39,6 +39,12 @@ def test_bad_patterns_say_what_was_given_and_what_works(lengths, rates, said):
         Pattern(lengths, rates)
 
 
+@pytest.mark.parametrize(("length", "rate"), [(0, 0), (2, 4), (2.5, 1), (8, "2"), (-8, 1)])
+def test_bad_branches(length, rate):
+    with pytest.raises(ValueError, match=r"positive integer|above its segment length"):
+        Branch(length, rate)
+
+
 def test_unknown_head_phases():
     with pytest.raises(ValueError, match=r"'spiral'.*interleaved, blocked"):
         Pattern((8,), (2,), "spiral")

@@ -107,7 +107,7 @@ def test_bytes_are_designs_formula_and_flat():
     for ranks in (4, 8, 16, 32):
         pattern = Pattern.geometric(chunk * ranks, base=chunk, growth=2)
         shard = Shard(chunk * ranks, chunk, 1, ranks)
-        received = bytes_received(pattern, shard, heads, dim, size)
+        received = bytes_received(pattern, shard, heads, dim, size, keep_kv=True, reduce_size=size)
         for branch, count in zip(pattern.branches, received, strict=True):
             w, r = branch.segment_length, branch.dilation_rate
             assert count == 4 * (w - chunk) // r * heads * dim * size

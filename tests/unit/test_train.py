@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,11 +40,14 @@ def test_a_run_writes_its_folder(config, capsys):
     saved = json.loads((config.run_folder / "config.json").read_text())
     assert saved["model"]["d_model"] == 16
     assert saved["seq_len"] == 128
+    assert saved["model"]["num_kv_heads"] == 2
+    assert saved["model"]["ffn_dim"] == 64
+    assert saved["ranks"] == 1
     assert list(config.run_folder.glob("events.out.tfevents.*"))
     said = capsys.readouterr().out
     assert "bits per byte; byte-unigram model" in said
     assert "tokens/s" in said
-    model = load_model(config.run_folder / "checkpoint-6.pt")
+    model = load_model(config.run_folder)
     assert model(torch.zeros(1, 10, dtype=torch.int64)).shape == (1, 10, 257)
 
 
@@ -52,7 +57,8 @@ def test_accumulated_steps_are_steps_of_larger_batches(config):
 
     base = {"dtype": "float64", "steps": 3}
     one = longnet_dist.train(dataclasses.replace(config, **base, batch_size=4))
-    many = longnet_dist.train(dataclasses.replace(config, **base, batch_size=2, grad_accumulation=2))
+    other = config.run_folder.with_name("other")
+    many = longnet_dist.train(dataclasses.replace(config, **base, batch_size=2, grad_accumulation=2, run_folder=other))
     assert one.losses == pytest.approx(many.losses, rel=1e-12)
 
 
@@ -71,6 +77,10 @@ def test_it_learns(config):
         ({"seq_len": 10**6}, "one sequence with the token after it is 1000001"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"validation_fraction": 1.5}, "must lie between 0 and 1"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0; it must be at least 0"),
+        ({"warmup_steps": -1}, "warmup_steps is -1"),
+        ({"dtype": "int32"}, "one of float32, float64, bfloat16"),
+        ({"keep_checkpoints": 1}, "keep_checkpoints is 1; it must be at least 2"),
     ],
 )
 def test_bad_options_are_errors_before_any_step(config, change, said):
@@ -78,3 +88,70 @@ def test_bad_options_are_errors_before_any_step(config, change, said):
 
     with pytest.raises(ValueError, match=said):
         longnet_dist.train(dataclasses.replace(config, **change))
+
+
+def test_paths_may_be_text(tmp_path):
+    config = TrainConfig(data="some/folder", run_folder="run", cache="cache")
+    assert config.data == ("some/folder",)
+    assert config.run_folder == Path("run")
+    assert config.cache == Path("cache")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"position": "alibi"}, "'alibi'; it must be one of rotary, xpos, none"),
+        ({"activation_checkpointing": "some"}, "one of none, selective, full"),
+        ({"kernel": "fast"}, "one of auto, torch, eager"),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+    ],
+)
+def test_bad_models(change, said):
+    with pytest.raises(ValueError, match=said):
+        LongNetConfig(**change)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore:step . is skipped")
+def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
+    """The last good checkpoint stays; metrics are still JSON."""
+    import dataclasses
+
+    longnet_dist.train(dataclasses.replace(config, steps=2, checkpoint_every=2))
+    broken = dataclasses.replace(config, steps=20, learning_rate=1e30, clip_norm=0.0, most_skipped=3)
+    with pytest.raises(RuntimeError, match=r"3 steps in a row were not finite.*at sequences \[\[\d+\]\] of 128 tokens"):
+        longnet_dist.train(broken)
+    assert [p.name for p in (config.run_folder / "checkpoints").iterdir()] == ["step-00000002"]
+    lines = (config.run_folder / "metrics.jsonl").read_text().splitlines()
+    assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+@pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
+def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
+    """Dropout and the order of the data included."""
+    import dataclasses
+
+    model = dataclasses.replace(TINY, dropout=0.1)
+    whole = dataclasses.replace(config, steps=8, checkpoint_every=3, model=model, **options)
+    expected = longnet_dist.train(whole).losses
+    again = dataclasses.replace(whole, run_folder=config.run_folder.with_name("again"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["longnet_dist.train"], "_rates", _stop_at(5))
+        with pytest.raises(KeyboardInterrupt):
+            longnet_dist.train(again)
+    result = longnet_dist.train(again)
+    assert result.losses == expected[3:]
+    lines = [json.loads(line) for line in (again.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert tuple(line["loss"] for line in lines) == expected
+
+
+def _stop_at(step):
+    from longnet_dist.train import _rates
+
+    def rates(config, now, seconds):
+        if now == step:
+            raise KeyboardInterrupt
+        return _rates(config, now, seconds)
+
+    return rates

@@ -1,0 +1,29 @@
+"""A failure here means: how ranks are arranged changes what is learned."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.launch.jobs import losses, run, train
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+
+
+def test_every_arrangement_of_ranks_gives_one_curve(tmp_path):
+    """(dp_replicate, dp_shard, sp): same seed and data, the same losses within rounding; accumulation included."""
+    curves = {}
+    for degrees in ((1, 1, 1), (1, 2, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2)):
+        folder = tmp_path / "-".join(map(str, degrees))
+        axes = [f"--parallel.{axis}={n}" for axis, n in zip(("dp-replicate", "dp-shard", "sp"), degrees, strict=True)]
+        options = ("--steps", 4, "--seq-len", 250, "--batch-size", 4, "--grad-accumulation", 2)
+        done = run(degrees[0] * degrees[1] * degrees[2], *train(folder, *options, *axes))
+        assert done.returncode == 0, done.stderr
+        curves[degrees] = losses(folder)
+    for curve in curves.values():
+        assert curve == pytest.approx(curves[1, 1, 1], rel=1e-10)
+
+
+def test_an_arrangement_that_does_not_fit_is_said(tmp_path):
+    done = run(2, *train(tmp_path / "run", "--parallel.dp-shard", 3))
+    assert done.returncode != 0
+    assert "does not make the 2 ranks that there are" in done.stderr

@@ -1,0 +1,153 @@
+"""A failure here means: a run that was left alone overnight is not what it was promised to be in the morning."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.jobs import losses, run, start, train
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+STEPS = 12
+OPTIONS = ("--steps", STEPS, "--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[float]:
+    """The losses of the run on two ranks that nobody stops."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(2, *train(folder, *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
+
+def until(folder: Path, step: int, job: subprocess.Popen[str], limit: float = 90) -> None:
+    """Wait until the run's metrics hold this step."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)  # The job's progress shows in its files alone.
+    raise AssertionError(f"step {step} was not reached in {limit} s")
+
+
+def workers(agent: int) -> list[int]:
+    """The processes that an agent started, by rank."""
+    children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+    return sorted(int(pid) for pid in children)
+
+
+def gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_path, undisturbed, ranks, signal_number):
+    folder = tmp_path / "run"
+    job = start(ranks, *train(folder, *OPTIONS))
+    until(folder, 3, job)
+    for pid in [job.pid] if ranks == 1 else workers(job.pid):
+        os.kill(pid, signal_number)
+    out, error = job.communicate(timeout=90)
+    assert job.returncode == 0, error
+    assert "the same command goes on from it" in out
+    stopped_at = len(losses(folder))
+    assert 3 <= stopped_at < STEPS
+    done = run(ranks, *train(folder, *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    assert f"of step {stopped_at} on {ranks} ranks" in done.stdout
+    if ranks == 2:
+        assert losses(folder) == undisturbed
+    else:
+        assert losses(folder) == pytest.approx(undisturbed, rel=1e-10)
+
+
+def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
+    """Two ranks, then four in another arrangement, then one: one curve."""
+    folder = tmp_path / "run"
+    assert run(2, *train(folder, *OPTIONS, "--steps", 4)).returncode == 0
+    (folder / "checkpoints").rename(folder / "kept")
+    for ranks, axes in ((4, ("--parallel.dp-shard", 2)), (1, ())):
+        again = tmp_path / f"again-{ranks}"
+        again.mkdir()
+        for name in ("kept", "metrics.jsonl"):
+            subprocess.run(["cp", "-r", folder / name, again / name.replace("kept", "checkpoints")], check=True)
+        done = run(ranks, *train(again, *OPTIONS, *axes))
+        assert done.returncode == 0, done.stderr
+        assert "going on from" in done.stdout
+        # The learning rate's schedule is that of the longer run from step 5 on.
+        assert losses(again)[:4] == losses(folder)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed, seed):
+    """Under --max-restarts the job goes on by itself, to the very same losses."""
+    folder, chance = tmp_path / "run", random.Random(seed)
+    job = start(2, *train(folder, *OPTIONS), launcher=("--max-restarts=3",))
+    until(folder, chance.randint(2, 8), job)
+    os.kill(chance.choice(workers(job.pid)), signal.SIGKILL)
+    out, error = job.communicate(timeout=150)
+    assert job.returncode == 0, error
+    assert "going on from" in out
+    assert losses(folder) == undisturbed
+
+
+def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):
+    folder = tmp_path / "run"
+    job = start(2, *train(folder, *OPTIONS, "--steps", 10_000))
+    until(folder, 2, job)
+    pids = workers(job.pid)
+    job.kill()
+    job.communicate(timeout=30)
+    deadline = time.monotonic() + 20
+    while not all(map(gone, pids)):
+        assert time.monotonic() < deadline, "a worker trains on"
+        time.sleep(0.05)
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
+    folder = tmp_path / "run"
+    assert run(2, *train(folder, *OPTIONS, "--checkpoint-every", 5, "--keep-checkpoints", 3)).returncode == 0
+    found = sorted((folder / "checkpoints").iterdir())
+    assert [p.name for p in found] == ["step-00000005", "step-00000010", "step-00000012"]
+    for path in found[1:]:
+        victim = path / "__1_0.distcp"
+        data = bytearray(victim.read_bytes())
+        data[-1] ^= 1
+        victim.write_bytes(data)
+    done = run(2, *train(folder, *OPTIONS))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"step-00000012 is damaged and passed over: rank \d: __1_0.distcp is not as", done.stdout)
+    assert "step-00000005, of step 5" in done.stdout
+    assert losses(folder) == undisturbed
+
+
+def test_a_full_disk_is_said_and_training_goes_on(tmp_path, undisturbed):
+    """A file system of 1 MiB for the checkpoints."""
+    small = tmp_path / "run" / "checkpoints"
+    small.mkdir(parents=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("cannot mount a small file system here")
+    try:
+        done = run(2, *train(tmp_path / "run", *OPTIONS))
+        assert done.returncode == 0, done.stderr
+        assert "no checkpoint of step" in done.stderr
+        assert "No space left" in done.stderr
+        assert losses(tmp_path / "run") == undisturbed
+        assert [p.name for p in small.iterdir() if ".tmp-" not in p.name]
+    finally:
+        subprocess.run(["umount", small], check=True)
