@@ -19,6 +19,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ class Checkpoints:
         keep_last: how many of the newest to keep; at least 2, so that one that turns out damaged is not the only.
         keep_every: keep those of every so many steps for good; 0 for none.
         asynchronous: write in the background; training goes on with the next step.
+        timeout: of what ranks say to each other about a checkpoint.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, keep_every: int = 0, asynchronous: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        asynchronous: bool = False,
+        timeout: timedelta = timedelta(minutes=10),
+    ) -> None:
         self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
         many = dist.is_initialized() and dist.get_world_size() > 1
         # A group of its own: a background write must not come between the training's collectives.
-        self.group = dist.new_group(backend="gloo") if many else None
+        self.group = dist.new_group(backend="gloo", timeout=timeout) if many else None
         self.rank = dist.get_rank() if many else 0
         self.size = dist.get_world_size() if many else 1
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None

@@ -162,7 +162,12 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     """
     config = config or TrainConfig()
     with _processes(config) as device, stop_on_signals() as stop:
-        return _Trainer(config, device).run(stop)
+        trainer = _Trainer(config, device)
+        try:
+            return trainer.run(stop)
+        finally:
+            # Also where the run fails: a checkpoint that is half written in the background is worth its end.
+            trainer.checkpoints.wait()
 
 
 class _Trainer:
@@ -194,7 +199,7 @@ class _Trainer:
         shard_parameters(self.model, self.model.blocks, device_mesh)
         self.optimizer = torch.optim.AdamW(_decayed_and_not(self.model, config.weight_decay), betas=config.betas)
         self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints
+            self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, limit
         )
         self.skipped = 0
 
