@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as checkpoint_metadata
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -134,8 +135,10 @@ class Checkpoints:
             with self._alone():
                 save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
             mine = {p.name: _described(p) for p in temporary.glob(f"__{self.rank}_*")}
-        except Exception as error:  # Of any rank: DCP passes them on as its own kind.
-            problem, mine = f"{type(error).__name__}: {error}", {}
+        except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
+            problem, mine = "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items()), {}
+        except OSError as error:
+            problem, mine = repr(error), {}
         files: dict[str, Any] = {}
         for of_rank in gather_objects(mine, self.group):
             files |= of_rank
@@ -144,7 +147,7 @@ class Checkpoints:
             problem = self._from_first(self._finish(temporary, final, files, facts) if self.rank == 0 else None)
         if problem is not None and self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            warnings.warn(f"no checkpoint of step {step}: {problem.strip().splitlines()[-1]}", stacklevel=2)
+            warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
 
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
         """On rank 0: the manifest, the rename, and the removal of old ones; what went wrong, or None."""
@@ -161,7 +164,7 @@ class Checkpoints:
             os.rename(temporary, final)
             _sync_folder(self.folder)
         except OSError as error:
-            return f"{type(error).__name__}: {error}"
+            return repr(error)
         self._remove_old()
         return None
 

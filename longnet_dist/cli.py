@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from longnet_dist.config import TrainConfig
 from longnet_dist.pattern import Pattern
-from longnet_dist.train import TrainConfig, train
+from longnet_dist.train import train
 
 
 def main(arguments: list[str] | None = None) -> int:

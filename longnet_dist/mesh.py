@@ -96,8 +96,19 @@ class SequenceMesh:
         With `join` it is as if there were one process: what all ranks hold alike has the same,
         whole gradient on every rank. So the gradient of `x` is gathered.
 
+        Args:
+            x: any dtype and shape with N entries in `dim`; every rank passes the same.
+            dim: the sequence's.
+
+        Returns:
+            A copy of rows [shard.start, shard.stop) of `dim`; of none where the rank holds none.
+
         Raises:
             ValueError: where `x` has not N entries in `dim`.
+
+        Example:
+            >>> SequenceMesh(None, Pattern((4,), (1,)), seq_len=6).split(torch.zeros(2, 6, 3)).shape
+            torch.Size([2, 6, 3])
         """
         if x.shape[dim] != self.seq_len:
             raise ValueError(
@@ -111,6 +122,10 @@ class SequenceMesh:
 
         Every rank must go on to compute the same from it: the gradient of a chunk is this rank's
         part of the whole gradient, not a sum over the ranks.
+
+        Args:
+            x: any dtype that the backend carries, with this rank's number of rows in `dim`.
+            dim: the sequence's.
 
         Raises:
             ValueError: on every rank, where one of them has not its chunk's number of entries in `dim`.

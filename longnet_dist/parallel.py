@@ -44,23 +44,25 @@ class ParallelConfig:
 
 
 def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | None:
-    """The mesh of all ranks; None for a process without others. Collective."""
+    """The mesh of all ranks, with `AXES`; None for a process without others. Collective.
+
+    Raises:
+        ValueError: where the axes do not multiply to the number of ranks.
+    """
     degrees = config.degrees(dist.get_world_size() if dist.is_initialized() else 1)
-    if not dist.is_initialized():
-        return None
-    mesh = init_device_mesh(device_type, degrees, mesh_dim_names=AXES)
-    mesh["dp_shard", "sp"]._flatten("fsdp")
-    return mesh
+    return init_device_mesh(device_type, degrees, mesh_dim_names=AXES) if dist.is_initialized() else None
 
 
 def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh | None) -> None:
     """FSDP2, in place: parameters, gradients and optimizer state sharded over dp_shard x sp, replicated over the rest.
 
-    Gradients come out as the *mean* over all ranks, as FSDP has it.
+    Gradients come out as the *mean* over all ranks, as FSDP has it. Collective.
     """
     if mesh is None:
         return
-    over = mesh["dp_replicate", "fsdp"] if mesh["dp_replicate"].size() > 1 else mesh["fsdp"]
+    replicate, shard, sp = mesh.shape
+    grid = init_device_mesh(mesh.device_type, (replicate, shard * sp), mesh_dim_names=("dp_replicate", "fsdp"))
+    over = grid if replicate > 1 else grid["fsdp"]
     for block in blocks:
         fully_shard(block, mesh=over)
     fully_shard(model, mesh=over)

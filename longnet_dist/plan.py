@@ -15,6 +15,8 @@ Attention is then computed on rectangles: for a run of head phases whose kept ro
 the rows of a phase are a regular stride, and those of the next phase lie one row further. Where w,
 the tail, or a chunk is no multiple of r, phases differ by one kept row, and a run ends there. So no
 padding is ever attended.
+
+More than 300 lines, because the rectangles, the groups and the chunk are one reasoning about the same integers.
 """
 
 from __future__ import annotations

@@ -53,6 +53,9 @@ def dense_reference(
         rel_bias_max_distance: tokens; where its buckets end.
         return_lse: also return log(sum(exp(scores))) over the multiset, (B, N, H), natural log.
 
+    Raises:
+        ValueError: for shapes that do not fit.
+
     Returns:
         out, (B, N, H, D): 0 for rows that no branch covers (their lse is -inf).
 
@@ -61,6 +64,10 @@ def dense_reference(
         >>> dense_reference(q, q, q, Pattern((4, 16), (1, 4)), causal=True).shape
         torch.Size([1, 16, 2, 4])
     """
+    same = q.dim() == 4 and k.shape == v.shape and k.shape[:2] + k.shape[3:] == q.shape[:2] + q.shape[3:]
+    if not same or q.shape[2] % k.shape[2]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}: q must be (B, N, H, D), k and v (B, N, G, D), and H a multiple of G")
     _, N, H, D = q.shape
     G = k.shape[2]
     counts = branch_counts(pattern, N, G, causal).to(q.device).repeat_interleave(H // G, dim=0)

@@ -1,15 +1,17 @@
-"""Stopping well: on a signal, and when whoever started this process is gone."""
+"""Stopping well: on a signal, when whoever started this process is gone, and when a rank hangs."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -61,3 +63,47 @@ def end_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # It ended before the kernel was asked.
         os._exit(1)
+
+
+class Watch:
+    """Finds the rank that hangs: each writes where it is into `folder` when a step takes too long.
+
+    Args:
+        folder: of the run, which every rank sees; `rank-N.txt` in it is rank N's.
+        rank, num_ranks: this one, and how many there are.
+        limit: seconds that a collective may take; traces are written a little before.
+    """
+
+    def __init__(self, folder: Path, rank: int, num_ranks: int, limit: float) -> None:
+        self.folder, self.rank, self.num_ranks, self.limit = folder, rank, num_ranks, limit
+        folder.mkdir(exist_ok=True)
+
+    @contextlib.contextmanager
+    def step(self, step: int) -> Iterator[None]:
+        """While inside, watch.
+
+        Raises:
+            RuntimeError: where a collective fails, with who was not in one, and where that was.
+        """
+        with (self.folder / f"rank-{self.rank}.txt").open("w") as trace:
+            # In a thread of the interpreter's own, so also while this one waits in a collective, or hangs.
+            faulthandler.dump_traceback_later(0.8 * self.limit, file=trace)
+            try:
+                yield
+            except RuntimeError as error:
+                raise RuntimeError(f"step {step}: {error}\n{self._who_hangs()}") from error
+            finally:
+                faulthandler.cancel_dump_traceback_later()
+
+    def _who_hangs(self) -> str:
+        lines = []
+        for rank in range(self.num_ranks):
+            path = self.folder / f"rank-{rank}.txt"
+            text = path.read_text() if path.exists() else ""
+            # The main thread is the last, its innermost call first.
+            frames = [line.strip() for line in text.split("most recent call first")[-1].splitlines() if "File" in line]
+            if not frames:
+                lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, or is gone")
+            elif not any("distributed" in frame or "comm.py" in frame for frame in frames):
+                lines.append(f"rank {rank} is in no collective, so the others wait for it: {frames[0]}")
+        return "\n".join([*lines, f"what every rank was doing is in {self.folder}"])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,112 +22,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longnet_dist.checkpoint import Checkpoints, names_without, training_state
-from longnet_dist.comm import gather_objects, sum_over_ranks
+from longnet_dist.comm import sum_over_ranks
+from longnet_dist.config import TrainConfig
 from longnet_dist.data import (
     END_OF_DOCUMENT,
-    VOCAB_SIZE,
-    Corpus,
     TokenStream,
-    build_corpus,
-    find_files,
-    standard_library,
     unigram_bits,
     window_order,
 )
+from longnet_dist.job import corpus_of, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.mesh import SequenceMesh
-from longnet_dist.model import LongNetConfig, token_loss
-from longnet_dist.parallel import ParallelConfig, make_device_mesh, shard_parameters
-from longnet_dist.stopping import StopFlag, end_with_parent, stop_on_signals
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A training run. The sequences of each step are split over all ranks; see `parallel`.
-
-    Raises:
-        ValueError: for a value that cannot work, with the rule.
-    """
-
-    data: tuple[str, ...] = ()
-    """Files, folders and globs, read as bytes; by default the source of Python's standard library."""
-    seq_len: int = 16384
-    """Tokens a sequence, N; any number, over any number of ranks."""
-    batch_size: int = 1
-    """Sequences a forward, over all data-parallel ranks together."""
-    grad_accumulation: int = 1
-    """Forwards a step."""
-    steps: int = 80
-    """Optimizer steps."""
-    learning_rate: float = 3e-3
-    """At its peak, after the warmup."""
-    warmup_steps: int = 10
-    """Steps in which the learning rate rises from 0."""
-    final_learning_rate: float = 0.1
-    """At the end of the cosine, as a fraction of the peak."""
-    betas: tuple[float, float] = (0.9, 0.98)
-    """Of AdamW."""
-    weight_decay: float = 0.05
-    """Of AdamW, on matrices."""
-    clip_norm: float = 2.0
-    """The global gradient norm is clipped to this; 0 to leave it."""
-    most_skipped: int = 5
-    """Steps in a row whose loss or gradient norm is not finite, each skipped, after which the run stops."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Of the parameters."""
-    autocast: bool = False
-    """Compute in bfloat16 where torch's autocast does."""
-    compile: bool = False
-    """Compile each block with torch.compile."""
-    seed: int = 0
-    """Of the initialisation, the order of the data, and dropout."""
-    validation_fraction: float = 0.05
-    """The end of the data that is held out."""
-    validation_sequences: int = 4
-    """Sequences a validation."""
-    validate_every: int = 40
-    """Steps between validations; there is one at the end in any case. 0 for that one only."""
-    run_folder: Path | None = None
-    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest."""
-    checkpoint_every: int = 0
-    """Steps between checkpoints; there is one at the end in any case. 0 for that one only."""
-    keep_checkpoints: int = 2
-    """How many of the newest to keep; at least 2."""
-    keep_every: int = 0
-    """Keep the checkpoints of every so many steps for good; 0 for none."""
-    async_checkpoints: bool = False
-    """Write checkpoints in the background."""
-    cache: Path = Path("~/.cache/longnet_dist")
-    """Where tokenised data is kept between runs."""
-    keep_kv: bool = False
-    """Keep gathered keys and values for the backward in place of gathering them again."""
-    timeout: float = 600.0
-    """Seconds that a collective may take."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How ranks are arranged; all in one sequence by default."""
-    model: LongNetConfig = field(default_factory=LongNetConfig)
-    """The architecture."""
-
-    def __post_init__(self) -> None:
-        data = (self.data,) if isinstance(self.data, str | Path) else self.data
-        object.__setattr__(self, "data", tuple(map(str, data)))
-        for name in ("run_folder", "cache"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
-        least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
-        least |= dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every", "clip_norm"), 0)
-        # One of two may be damaged.
-        for name, value in (least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3}).items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
-        if self.dtype not in ("float32", "float64", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
-        if self.model.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size is {self.model.vocab_size}; bytes and the end of a document need at least {VOCAB_SIZE}"
-            )
+from longnet_dist.model import token_loss
+from longnet_dist.parallel import make_device_mesh, shard_parameters
+from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -161,7 +67,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
         RuntimeError: where every checkpoint is damaged, a rank is lost, or steps are not finite.
     """
     config = config or TrainConfig()
-    with _processes(config) as device, stop_on_signals() as stop:
+    with processes(config) as device, stop_on_signals() as stop:
         trainer = _Trainer(config, device)
         try:
             return trainer.run(stop)
@@ -187,8 +93,8 @@ class _Trainer:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = self.rank // self.mesh.size
-        self.corpus = _corpus(config)
-        self.folder = _run_folder(config)
+        self.corpus = corpus_of(config)
+        self.folder = run_folder(config)
         torch.manual_seed(config.seed)
         self.model = config.model.build(device, getattr(torch, config.dtype))
         # Dropout must differ between ranks, parameters must not.
@@ -210,11 +116,13 @@ class _Trainer:
         with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps) as log:
             step = self._resume(log)
             log.begin(step)
+            watch = Watch(self.folder / "traces", self.rank, self.num_ranks, config.timeout)
             log.say(f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}")
             while step < config.steps and not stop.agreed:
                 step += 1
                 began = time.perf_counter()
-                measured = self._step(step, stop)
+                with watch.step(step):
+                    measured = self._step(step, stop)
                 losses.append(measured["loss"])
                 measured |= _rates(config, step, time.perf_counter() - began)
                 if step == config.steps or (config.validate_every and step % config.validate_every == 0):
@@ -374,70 +282,3 @@ def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, An
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-
-
-@contextlib.contextmanager
-def _processes(config: TrainConfig) -> Iterator[torch.device]:
-    """The device of this rank, with a process group where a launcher set WORLD_SIZE and none was made yet."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
-            warnings.warn(
-                "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
-                "launchers/torchrun.sh, which does",
-                stacklevel=2,
-            )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ours:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
-    try:
-        yield device
-    finally:
-        if ours:
-            dist.destroy_process_group()
-
-
-def _run_folder(config: TrainConfig) -> Path:
-    """The run's folder, the same on every rank: rank 0 names it and makes it."""
-    # A restarted job must find its folder again: torchrun's own id, where it has one, outlives restarts.
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
-    folder = Path(gather_objects(str(config.run_folder or Path("runs") / name))[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _corpus(config: TrainConfig) -> Corpus:
-    """The tokenised data; the first rank of each machine makes it, then the others read it."""
-
-    def build() -> Corpus:
-        files = find_files(config.data) if config.data else standard_library()
-        return build_corpus(files, config.cache, config.validation_fraction, config.seed)
-
-    corpus, problem = None, None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            corpus = build()
-            problem = _too_short(corpus, config.seq_len)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    problem = next((p for p in gather_objects(problem) if p), None)
-    if problem:
-        raise ValueError(problem)
-    return corpus or build()
-
-
-def _too_short(corpus: Corpus, seq_len: int) -> str | None:
-    for name, stream in (("training", corpus.train), ("held-out", corpus.validation)):
-        if stream.num_windows(seq_len) == 0:
-            return (
-                f"the {name} part of the data is {stream.stop - stream.start} tokens, and one sequence with the token "
-                f"after it is {seq_len + 1}; give more data, a shorter seq_len, or another validation_fraction"
-            )
-    return None

@@ -135,11 +135,22 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
     assert losses(folder) == undisturbed
 
 
+def test_a_rank_that_hangs_is_named(tmp_path):
+    """Rank 1 sleeps in its third step; rank 0 says so, and where."""
+    script = Path(__file__).with_name("hanging.py")
+    done = run(2, script, *train(tmp_path / "run", *OPTIONS, "--timeout", 5)[2:])
+    assert done.returncode != 0
+    assert "step 3" in done.stderr
+    assert "rank 1 is in no collective, so the others wait for it" in done.stderr
+    assert "hanging.py" in done.stderr
+    assert "in oversleep" in (tmp_path / "run" / "traces" / "rank-1.txt").read_text()
+
+
 def test_a_full_disk_is_said_and_training_goes_on(tmp_path, undisturbed):
-    """A file system of 1 MiB for the checkpoints."""
+    """A file system that holds one checkpoint, and not two."""
     small = tmp_path / "run" / "checkpoints"
     small.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", small], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True)
     if mounted.returncode:
         pytest.skip("cannot mount a small file system here")
     try:

@@ -1,0 +1,100 @@
+"""The options of a training run, with their rules. The command line is read from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from longnet_dist.data import VOCAB_SIZE
+from longnet_dist.model import LongNetConfig
+from longnet_dist.parallel import ParallelConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run. The sequences of each step are split over all ranks; see `parallel`.
+
+    Raises:
+        ValueError: for a value that cannot work, with the rule.
+    """
+
+    data: tuple[str, ...] = ()
+    """Files, folders and globs, read as bytes; by default the source of Python's standard library."""
+    seq_len: int = 16384
+    """Tokens a sequence, N; any number, over any number of ranks."""
+    batch_size: int = 1
+    """Sequences a forward, over all data-parallel ranks together."""
+    grad_accumulation: int = 1
+    """Forwards a step."""
+    steps: int = 80
+    """Optimizer steps."""
+    learning_rate: float = 3e-3
+    """At its peak, after the warmup."""
+    warmup_steps: int = 10
+    """Steps in which the learning rate rises from 0."""
+    final_learning_rate: float = 0.1
+    """At the end of the cosine, as a fraction of the peak."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """Of AdamW."""
+    weight_decay: float = 0.05
+    """Of AdamW, on matrices."""
+    clip_norm: float = 2.0
+    """The global gradient norm is clipped to this; 0 to leave it."""
+    most_skipped: int = 5
+    """Steps in a row whose loss or gradient norm is not finite, each skipped, after which the run stops."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Of the parameters."""
+    autocast: bool = False
+    """Compute in bfloat16 where torch's autocast does."""
+    compile: bool = False
+    """Compile each block with torch.compile."""
+    seed: int = 0
+    """Of the initialisation, the order of the data, and dropout."""
+    validation_fraction: float = 0.05
+    """The end of the data that is held out."""
+    validation_sequences: int = 4
+    """Sequences a validation."""
+    validate_every: int = 40
+    """Steps between validations; there is one at the end in any case. 0 for that one only."""
+    run_folder: Path | None = None
+    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; there is one at the end in any case. 0 for that one only."""
+    keep_checkpoints: int = 2
+    """How many of the newest to keep; at least 2."""
+    keep_every: int = 0
+    """Keep the checkpoints of every so many steps for good; 0 for none."""
+    async_checkpoints: bool = False
+    """Write checkpoints in the background."""
+    cache: Path = Path("~/.cache/longnet_dist")
+    """Where tokenised data is kept between runs."""
+    keep_kv: bool = False
+    """Keep gathered keys and values for the backward in place of gathering them again."""
+    timeout: float = 600.0
+    """Seconds that a collective may take."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How ranks are arranged; all in one sequence by default."""
+    model: LongNetConfig = field(default_factory=LongNetConfig)
+    """The architecture."""
+
+    def __post_init__(self) -> None:
+        data = (self.data,) if isinstance(self.data, str | Path) else self.data
+        object.__setattr__(self, "data", tuple(map(str, data)))
+        for name in ("run_folder", "cache"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+        least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
+        least |= dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every", "clip_norm"), 0)
+        # One of two may be damaged.
+        for name, value in (least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3}).items():
+            if not getattr(self, name) >= value:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
+        if self.dtype not in ("float32", "float64", "bfloat16"):
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
+        if self.model.vocab_size < VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size is {self.model.vocab_size}; bytes and the end of a document need at least {VOCAB_SIZE}"
+            )

@@ -1,0 +1,85 @@
+"""What a run stands on: its processes and device, its folder, and its data, the same for every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from longnet_dist.comm import gather_objects
+from longnet_dist.config import TrainConfig
+from longnet_dist.data import Corpus, build_corpus, find_files, standard_library
+from longnet_dist.stopping import end_with_parent
+
+
+@contextlib.contextmanager
+def processes(config: TrainConfig) -> Iterator[torch.device]:
+    """The device of this rank, with a process group where a launcher set WORLD_SIZE and none was made yet."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+        restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
+            warnings.warn(
+                "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
+                "launchers/torchrun.sh, which does",
+                stacklevel=2,
+            )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if ours:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
+    try:
+        yield device
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The run's folder, the same on every rank: rank 0 names it and makes it."""
+    # A restarted job must find its folder again: torchrun's own id, where it has one, outlives restarts.
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
+    folder = Path(gather_objects(str(config.run_folder or Path("runs") / name))[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def corpus_of(config: TrainConfig) -> Corpus:
+    """The tokenised data; the first rank of each machine makes it, then the others read it."""
+
+    def build() -> Corpus:
+        files = find_files(config.data) if config.data else standard_library()
+        return build_corpus(files, config.cache, config.validation_fraction, config.seed)
+
+    corpus, problem = None, None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            corpus = build()
+            problem = _too_short(corpus, config.seq_len)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem = next((p for p in gather_objects(problem) if p), None)
+    if problem:
+        raise ValueError(problem)
+    return corpus or build()
+
+
+def _too_short(corpus: Corpus, seq_len: int) -> str | None:
+    for name, stream in (("training", corpus.train), ("held-out", corpus.validation)):
+        if stream.num_windows(seq_len) == 0:
+            return (
+                f"the {name} part of the data is {stream.stop - stream.start} tokens, and one sequence with the token "
+                f"after it is {seq_len + 1}; give more data, a shorter seq_len, or another validation_fraction"
+            )
+    return None
