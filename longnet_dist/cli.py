@@ -17,6 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 2 where its arguments cannot work, with the reason in one line."""
     app = tyro.extras.SubcommandApp()
     app.command(name="train")(_train)
+    app.command(name="eval")(_eval)
+    app.command(name="export")(_export)
+    app.command(name="report")(_report)
     app.command(name="draw")(_draw)
     app.command(name="plan")(_plan)
     app.command(name="doctor")(_doctor)
@@ -34,6 +37,62 @@ def _train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(
     torchrun --nproc-per-node 2 -m longnet_dist train --seq-len 32768 --data src/
     """
     train(config)
+
+
+def _eval(
+    run: tyro.conf.Positional[Path],
+    data: tuple[str, ...] = (),
+    seq_len: int | None = None,
+    sequences: int = 8,
+    edges: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768),
+) -> None:
+    """Say how many bits a byte a run's model needs on held-out data, by how much context a token has.
+
+    Args:
+        run: The run's folder.
+        data: Files, folders and globs; what the run held out by default.
+        seq_len: Tokens a sequence; the run's by default.
+        sequences: How many sequences, at most.
+        edges: Where one bucket of positions ends and the next begins.
+    """
+    from longnet_dist.checkpoint import load_model
+    from longnet_dist.data import build_corpus, find_files
+    from longnet_dist.evaluate import bits_by_position
+    from longnet_dist.job import corpus_of, read_config
+
+    model, config = load_model(run).eval(), read_config(run)
+    held_out = corpus_of(config).validation
+    if data:
+        whole = build_corpus(find_files(data), config.cache, 0.0, config.seed)
+        held_out = whole.train
+    print(f"{'context':>17}  bits per byte  perplexity of a byte")
+    for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):
+        print(f"{first:>7} to {last:>6}  {bits:13.3f}  {2**bits:.3f}")
+
+
+def _export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+    """Write a run's model as safetensors and config.json, for LongNet.from_pretrained(folder).
+
+    Args:
+        run: The run's folder.
+        folder: Where to write.
+    """
+    from longnet_dist.checkpoint import load_model
+
+    load_model(run).save_pretrained(folder)
+    print(folder)
+
+
+def _report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.png")) -> None:
+    """Draw the curves of one or several runs into one picture.
+
+    Args:
+        runs: The runs' folders.
+        out: The picture, a PNG, SVG or PDF by its ending.
+    """
+    from longnet_dist.report import report
+
+    print(report(out, runs))
 
 
 def _draw(

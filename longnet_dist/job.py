@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -15,6 +17,8 @@ import torch.distributed as dist
 from longnet_dist.comm import gather_objects
 from longnet_dist.config import TrainConfig
 from longnet_dist.data import Corpus, build_corpus, find_files, standard_library
+from longnet_dist.model import LongNetConfig
+from longnet_dist.parallel import ParallelConfig
 from longnet_dist.stopping import end_with_parent
 
 
@@ -83,3 +87,18 @@ def _too_short(corpus: Corpus, seq_len: int) -> str | None:
                 f"after it is {seq_len + 1}; give more data, a shorter seq_len, or another validation_fraction"
             )
     return None
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The options that a run was made with, from its config.json.
+
+    Raises:
+        ValueError: where the folder is not a run's.
+    """
+    path = run / "config.json"
+    if not path.exists():
+        raise ValueError(f"{run} holds no config.json; give the folder of a run")
+    saved = json.loads(path.read_text())
+    given = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig)}
+    given |= {"model": LongNetConfig(**saved["model"]), "parallel": ParallelConfig(**saved["parallel"])}
+    return TrainConfig(**given)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
@@ -163,6 +166,43 @@ class LongNet(nn.Module):
             rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x))
             x = self._checkpointed(block)(x, mesh, rotation)
         return self.output(self.norm(x))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write `config.json` and `model.safetensors` into `folder`, for `from_pretrained`.
+
+        Args:
+            folder: made where it is not there.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # A tied embedding is written once.
+        tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: torch.device | str | None = None) -> LongNet:
+        """The model that `save_pretrained` or `longnet-dist export` wrote, in the dtype it was written in.
+
+        Raises:
+            ValueError: where the tensors are not those of the configuration.
+            FileNotFoundError: where a file is missing.
+        """
+        folder = Path(folder)
+        config = LongNetConfig(**json.loads((folder / "config.json").read_text()))
+        tensors = load_file(folder / "model.safetensors")
+        model = cls(config, device, next(iter(tensors.values())).dtype)
+        expected = {name: p.shape for name, p in model.named_parameters()}
+        given = {name: x.shape for name, x in tensors.items()}
+        if given != expected:
+            differing = [name for name in expected | given if expected.get(name) != given.get(name)]
+            raise ValueError(
+                f"{folder}: model.safetensors is not of the model in config.json: {', '.join(differing[:5])}"
+            )
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(tensors[name])
+        return model
 
     def _checkpointed(self, block: Block) -> Callable[..., Tensor]:
         kind = self.config.activation_checkpointing

@@ -230,9 +230,8 @@ class _Trainer:
     def _resolved(self) -> dict[str, Any]:
         """The configuration with every default filled in, and what the run found: JSON can hold it."""
         config = dataclasses.replace(self.config, run_folder=self.folder, model=self.config.model.resolved)
-        data = self.config.data or (f"the standard library of Python {platform.python_version()}",)
         found = {
-            "data": data,
+            "corpus": ", ".join(self.config.data) or f"the standard library of Python {platform.python_version()}",
             "ranks": self.num_ranks,
             "rows_a_rank": self.mesh.shard.chunk,
             "device": str(self.device),

@@ -100,6 +100,14 @@ def test_loss_weighs_every_token_the_same(pool, world, num_tokens):
     pool.run(world, loss_of_chunks, num_tokens)
 
 
+def test_a_masked_value_weighs_nothing_and_may_be_nan():
+    values = torch.tensor([1.0, torch.nan, 3.0, 5.0], requires_grad=True)
+    mean = SequenceMesh(None, PATTERN, 4).token_mean(values, torch.tensor([True, False, True, False]))
+    mean.backward()
+    assert mean.item() == 2
+    assert values.grad.tolist() == [0.5, 0, 0.5, 0]
+
+
 def two_meshes(group):
     """Different patterns on one group, and one mesh a half of the world: data x sequence parallel."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)

@@ -155,3 +155,45 @@ def _stop_at(step):
         return _rates(config, now, seconds)
 
     return rates
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_eval_export_and_report_of_a_run(config, tmp_path, capsys):
+    from longnet_dist import LongNet, cli
+
+    longnet_dist.train(config)
+    run = str(config.run_folder)
+    capsys.readouterr()
+    assert cli.main(["eval", run, "--edges", "32", "64", "--sequences", "2"]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split()[:3] for row in rows] == [["0", "to", "32"], ["32", "to", "64"], ["64", "to", "128"]]
+    assert cli.main(["export", run, str(tmp_path / "exported")]) == 0
+    tokens = torch.randint(257, (1, 50))
+    exported, trained = LongNet.from_pretrained(tmp_path / "exported"), load_model(config.run_folder)
+    torch.testing.assert_close(exported(tokens), trained(tokens), rtol=0, atol=0)
+    assert cli.main(["report", run, run, "--out", str(tmp_path / "report.png")]) == 0
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert cli.main(["eval", str(tmp_path)]) == 2
+    assert cli.main(["report", str(tmp_path)]) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_eval_by_position_adds_up_to_the_validation(config):
+    from longnet_dist.evaluate import bits_by_position
+    from longnet_dist.job import corpus_of
+
+    result = longnet_dist.train(config)
+    held_out = corpus_of(config).validation
+    (whole,) = bits_by_position(load_model(config.run_folder), held_out, 128, 2, ())
+    assert whole[:2] == (0, 128)
+    assert whole[2] == pytest.approx(result.validation_bits_per_byte, rel=1e-5)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    from longnet_dist import LongNet
+
+    TINY.build().save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(described | {"d_model": 32}))
+    with pytest.raises(ValueError, match=r"is not of the model in config.json: embedding.weight"):
+        LongNet.from_pretrained(tmp_path)

@@ -1,0 +1,46 @@
+"""How well a model predicts held-out data, by how much context a token has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from longnet_dist.data import END_OF_DOCUMENT, TokenStream
+
+
+@torch.no_grad()
+def bits_by_position(
+    model: Callable[[Tensor], Tensor], stream: TokenStream, seq_len: int, num_sequences: int, edges: Sequence[int]
+) -> list[tuple[int, int, float]]:
+    """Bits per byte of the tokens that have `first` to `last` tokens before them, in windows of `seq_len`.
+
+    Args:
+        model: int64 (1, N) -> logits (1, N, vocab).
+        stream: held-out tokens; its first `num_sequences` windows are read.
+        seq_len: N.
+        num_sequences: how many windows, at most.
+        edges: where one bucket of positions ends and the next begins, rising; those at or beyond N are dropped.
+
+    Returns:
+        (first, last, bits per byte) of each bucket, last exclusive.
+
+    Raises:
+        ValueError: where the data holds no whole window.
+    """
+    count = min(num_sequences, stream.num_windows(seq_len))
+    if count == 0:
+        raise ValueError(
+            f"the held-out data holds no sequence of {seq_len} tokens; give a shorter seq_len or more data"
+        )
+    nats, num_bytes = torch.zeros(seq_len, dtype=torch.float64), torch.zeros(seq_len, dtype=torch.float64)
+    for window in range(count):
+        tokens, labels = stream.read(window, seq_len, 0, seq_len)
+        losses = nn.functional.cross_entropy(model(tokens[None])[0].float(), labels, reduction="none")
+        nats += losses.double()
+        num_bytes += labels != END_OF_DOCUMENT
+    inner = [edge for edge in edges if 0 < edge < seq_len]
+    buckets = zip([0, *inner], [*inner, seq_len], strict=True)
+    return [(a, b, (nats[a:b].sum() / num_bytes[a:b].sum().clamp(min=1)).item() / math.log(2)) for a, b in buckets]
