@@ -71,6 +71,10 @@ class TrainConfig:
     """Where tokenised data is kept between runs."""
     keep_kv: bool = False
     """Keep gathered keys and values for the backward in place of gathering them again."""
+    profile_step: int = 0
+    """Write a trace of this step into traces/ of the run's folder, for Perfetto; 0 for none."""
+    peak_tflops: float = 0.0
+    """What a rank's device can do, in 10^12 operations a second, for MFU; 0 to leave MFU out."""
     timeout: float = 600.0
     """Seconds that a collective may take."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -85,7 +89,18 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
         least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
-        least |= dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every", "clip_norm"), 0)
+        least |= dict.fromkeys(
+            (
+                "warmup_steps",
+                "validate_every",
+                "checkpoint_every",
+                "keep_every",
+                "clip_norm",
+                "profile_step",
+                "peak_tflops",
+            ),
+            0,
+        )
         # One of two may be damaged.
         for name, value in (least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3}).items():
             if not getattr(self, name) >= value:

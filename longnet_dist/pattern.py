@@ -1,6 +1,6 @@
 """Which key a query sees. Standard library only: this file is the definition, `reference` is its use.
 
-Run `python -m longnet_dist.pattern` to print a small pattern.
+`longnet-dist draw` makes a picture of one.
 """
 
 from __future__ import annotations
@@ -140,23 +140,3 @@ def _positive_integers(name: str, values: Iterable[int] | int) -> tuple[int, ...
             raise ValueError(f"{name} has {value!r} in {given}; every entry must be a positive integer")
         result.append(integer)
     return tuple(result)
-
-
-def _main() -> None:
-    pattern, num_tokens = Pattern((4, 8, 16), (1, 2, 4)), 16
-    for head in range(4):
-        print(f"head {head}: a digit is the number of branches in which the row sees the column")
-        for query in range(num_tokens):
-            counts = (
-                sum(
-                    b.keeps(query, p) and b.keeps(key, p) and query // b.segment_length == key // b.segment_length
-                    for b in pattern.branches
-                    for p in [pattern.phase(head, 4, b)]
-                )
-                for key in range(query + 1)
-            )
-            print("  " + "".join(f"{count or '.'}" for count in counts))
-
-
-if __name__ == "__main__":
-    _main()

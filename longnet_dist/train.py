@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import platform
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -32,6 +33,7 @@ from longnet_dist.data import (
 )
 from longnet_dist.job import corpus_of, processes, run_folder
 from longnet_dist.logs import RunLog
+from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
 from longnet_dist.model import token_loss
 from longnet_dist.parallel import make_device_mesh, shard_parameters
@@ -108,6 +110,7 @@ class _Trainer:
             self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, limit
         )
         self.skipped = 0
+        self.cost = StepCost()
 
     def run(self, stop: StopFlag) -> TrainResult:
         config = self.config
@@ -116,15 +119,19 @@ class _Trainer:
         with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps) as log:
             step = self._resume(log)
             log.begin(step)
+            flops = step_flops(config, self.model)
+            received = step_bytes(config, self.mesh.shard, self.data_ranks)
             watch = Watch(self.folder / "traces", self.rank, self.num_ranks, config.timeout)
             log.say(f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}")
             while step < config.steps and not stop.agreed:
                 step += 1
+                self.cost = StepCost()
                 began = time.perf_counter()
-                with watch.step(step):
+                with watch.step(step), self._profiled(step):
                     measured = self._step(step, stop)
                 losses.append(measured["loss"])
-                measured |= _rates(config, step, time.perf_counter() - began)
+                self.cost.seconds = time.perf_counter() - began
+                measured |= measures(config, step, self.cost, flops, received, self.num_ranks)
                 if step == config.steps or (config.validate_every and step % config.validate_every == 0):
                     validation = self._validate()
                     measured |= {"validation_bits_per_byte": validation, "unigram_bits_per_byte": unigram}
@@ -139,6 +146,18 @@ class _Trainer:
                 validation = self._validate() if math.isnan(validation) else validation
                 log.say(f"validation {validation:.3f} bits per byte; byte-unigram model {unigram:.3f} bits per byte")
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
+
+    @contextlib.contextmanager
+    def _profiled(self, step: int) -> Iterator[None]:
+        """Write a trace of the step that the options ask for, which Perfetto opens."""
+        if step != self.config.profile_step:
+            yield
+            return
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
+        with torch.profiler.profile(activities=activities) as profiler:
+            yield
+        profiler.export_chrome_trace(str(self.folder / "traces" / f"profile-rank-{self.rank}.json.gz"))
 
     def _step(self, step: int, stop: StopFlag) -> dict[str, float]:
         """One optimizer step; skipped where it is not finite."""
@@ -201,8 +220,10 @@ class _Trainer:
     def _loss(self, stream: TokenStream, windows: Sequence[int]) -> Tensor:
         """Of these windows, on every rank that holds them."""
         shard = self.mesh.shard
+        began = time.perf_counter()
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
+        self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
             logits = self.model(tokens, mesh=self.mesh)
         return token_loss(logits, labels, self.mesh)
@@ -260,11 +281,6 @@ class _Trainer:
         self.skipped = facts["skipped"]
         log.say(f"going on from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])
-
-
-def _rates(config: TrainConfig, step: int, seconds: float) -> dict[str, float]:
-    tokens = config.batch_size * config.grad_accumulation * config.seq_len
-    return {"tokens": step * tokens, "tokens_per_second": tokens / seconds, "seconds": seconds}
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -137,7 +137,7 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
     expected = longnet_dist.train(whole).losses
     again = dataclasses.replace(whole, run_folder=config.run_folder.with_name("again"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["longnet_dist.train"], "_rates", _stop_at(5))
+        patch.setattr(sys.modules["longnet_dist.train"], "measures", _stop_at(5))
         with pytest.raises(KeyboardInterrupt):
             longnet_dist.train(again)
     result = longnet_dist.train(again)
@@ -147,14 +147,14 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
 
 
 def _stop_at(step):
-    from longnet_dist.train import _rates
+    from longnet_dist.measures import measures
 
-    def rates(config, now, seconds):
+    def stop(config, now, *rest):
         if now == step:
             raise KeyboardInterrupt
-        return _rates(config, now, seconds)
+        return measures(config, now, *rest)
 
-    return rates
+    return stop
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -197,3 +197,29 @@ def test_weights_of_another_model_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(described | {"d_model": 32}))
     with pytest.raises(ValueError, match=r"is not of the model in config.json: embedding.weight"):
         LongNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_measures_and_a_profile(config):
+    import dataclasses
+    import gzip
+
+    longnet_dist.train(dataclasses.replace(config, profile_step=2, peak_tflops=0.5, steps=3))
+    lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
+        assert 0 < line["data_seconds"] < line["seconds"]
+        assert line["peak_memory_bytes"] > 10**7
+        assert line["attention_bytes_received"] == 0
+    trace = json.loads(gzip.decompress((config.run_folder / "traces" / "profile-rank-0.json.gz").read_bytes()))
+    assert any("dilated_attention" in event.get("name", "") for event in trace["traceEvents"])
+
+
+def test_operations_of_a_step_are_counted():
+    from longnet_dist.measures import step_flops
+
+    model = LongNetConfig(d_model=8, num_layers=3, num_heads=2, segment_lengths=(16,), dilation_rates=(1,))
+    config = TrainConfig(seq_len=16, batch_size=2, grad_accumulation=5, model=model)
+    parameters = sum(p.numel() for p in model.build().parameters())
+    attention = 4 * 8 * 16 * 17 / 2  # 4 D a visible pair and head, causal
+    assert step_flops(config, model.build()) == 10 * (6 * parameters * 16 + 3.5 * 3 * attention)
