@@ -20,7 +20,10 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs, read as bytes; by default the source of Python's standard library."""
+    """Files, folders and globs: .jsonl, .jsonl.zst and .parquet have a document a row, any other file is one document
+    of bytes. By default the source of Python's standard library."""
+    text_field: str = "text"
+    """The key or column that holds the text of a row of JSON lines or Parquet."""
     seq_len: int = 16384
     """Tokens a sequence, N; any number, over any number of ranks."""
     batch_size: int = 1

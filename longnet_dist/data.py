@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_dist.documents import read_documents
+
 END_OF_DOCUMENT = 256
 """The token after each document; 0 to 255 are its bytes."""
 VOCAB_SIZE = 257
@@ -99,22 +101,32 @@ class TokenStream:
         return np.memmap(self.path, np.uint16, "r")[self.start : min(self.stop, self.start + limit)]
 
 
-def build_corpus(files: Sequence[Path], folder: Path, validation_fraction: float, seed: int) -> Corpus:
+def build_corpus(
+    files: Sequence[Path], folder: Path, validation_fraction: float, seed: int, text_field: str = "text"
+) -> Corpus:
     """Tokenise `files`, shuffled by `seed`, into `folder`; what is there of the same files, unchanged, is used again.
 
     Written under a temporary name and renamed, so that a crash, or another process building the
     same, leaves no half of it.
+
+    Raises:
+        ValueError: where a file holds what cannot be read, naming the place; see `read_documents`.
     """
     described = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([described, validation_fraction, seed]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([described, validation_fraction, seed, text_field]).encode()).hexdigest()[:16]
     path, description = folder / f"corpus-{key}.bin", folder / f"corpus-{key}.json"
     if not description.exists():
         folder.mkdir(parents=True, exist_ok=True)
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
         with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name, delete=False) as out:
-            for index in order:
-                document = np.frombuffer(files[index].read_bytes(), np.uint8).astype(np.uint16)
-                out.write(np.append(document, np.uint16(END_OF_DOCUMENT)).tobytes())
+            try:
+                for index in order:
+                    for text in read_documents(files[index], text_field):
+                        document = np.frombuffer(text, np.uint8).astype(np.uint16)
+                        out.write(np.append(document, np.uint16(END_OF_DOCUMENT)).tobytes())
+            except BaseException:
+                os.unlink(out.name)
+                raise
             num_tokens = out.tell() // 2
             out.flush()
             os.fsync(out.fileno())

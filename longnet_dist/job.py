@@ -64,7 +64,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
 
     def build() -> Corpus:
         files = find_files(config.data) if config.data else standard_library()
-        return build_corpus(files, config.cache, config.validation_fraction, config.seed)
+        return build_corpus(files, config.cache, config.validation_fraction, config.seed, config.text_field)
 
     corpus, problem = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:

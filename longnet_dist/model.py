@@ -246,7 +246,7 @@ def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None,
         One number, float32 (float64 for float64), the same on every rank; 0 where no label is valid.
 
     Example:
-        >>> float(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).__round__(4))
+        >>> round(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).item(), 4)
         1.6094
     """
     kind = torch.promote_types(logits.dtype, torch.float32)

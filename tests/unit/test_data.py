@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
+import zstandard
+from pyarrow import parquet
 
 from longnet_dist.data import (
     END_OF_DOCUMENT,
@@ -16,6 +20,7 @@ from longnet_dist.data import (
     unigram_bits,
     window_order,
 )
+from longnet_dist.documents import read_documents
 
 
 @pytest.fixture
@@ -86,3 +91,58 @@ def test_the_default_corpus_is_there():
     files = standard_library()
     assert sum(p.stat().st_size for p in files) > 5_000_000
     assert torch.tensor([p.suffix == ".py" for p in files]).all()
+
+
+TEXTS = ["first", "zweites, mit Umlaut: ü", "", "last\nof two lines"]
+
+
+def _written(folder, kind, texts=TEXTS):
+    path = folder / f"rows.{kind}"
+    lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts).encode()
+    if kind == "jsonl":
+        path.write_bytes(lines)
+    elif kind == "jsonl.zst":
+        path.write_bytes(zstandard.ZstdCompressor().compress(lines))
+    else:
+        parquet.write_table(pyarrow.table({"text": texts, "other": [1] * len(texts)}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet"])
+def test_rows_are_documents(tmp_path, kind):
+    path = _written(tmp_path, kind)
+    assert [d.decode() for d in read_documents(path)] == TEXTS
+    tokens = build_corpus([path], tmp_path / "cache", 0.1, seed=0).train.tokens(10**6)
+    assert bytes(tokens[:5].astype(np.uint8)) == b"first"
+    assert tokens[5] == END_OF_DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b"{not json}", r"line 2, byte 18: Expecting property name"),
+        (b'{"other": 1}', r"line 2, byte 18: it is no object with 'text'"),
+        (b"[1]", r"line 2, byte 18: it is no object with 'text'"),
+        (b'{"text": 5}', r"line 2, byte 18: its 'text' is int, not text"),
+        (b'{"text": "\xff"}', r"line 2, byte 28: it is not UTF-8"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"text": "fine" }\n' + line + b"\n")
+    with pytest.raises(ValueError, match=said):
+        build_corpus([path], tmp_path / "cache", 0.1, seed=0)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_bad_archives_are_named(tmp_path):
+    compressed = _written(tmp_path, "jsonl.zst")
+    compressed.write_bytes(b"not zstandard")
+    with pytest.raises(ValueError, match=r"rows.jsonl.zst cannot be decompressed"):
+        list(read_documents(compressed))
+    table = _written(tmp_path, "parquet")
+    with pytest.raises(ValueError, match=r"has no column 'body'; it has text, other"):
+        list(read_documents(table, "body"))
+    table.write_bytes(table.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"rows.parquet cannot be read as Parquet"):
+        list(read_documents(table))
