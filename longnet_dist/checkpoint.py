@@ -165,12 +165,15 @@ class Checkpoints:
             _sync_folder(self.folder)
         except OSError as error:
             return repr(error)
-        self._remove_old()
+        self._remove_old(final)
         return None
 
-    def _remove_old(self) -> None:
-        whole = sorted(p for p in self.folder.glob("step-*") if ".tmp-" not in p.name)
-        for path in whole[: -self.keep_last]:
+    def _remove_old(self, newest: Path) -> None:
+        found = sorted(p for p in self.folder.glob("step-*") if ".tmp-" not in p.name)
+        # Later ones were passed over, as damaged, or the run would not be here: they must not count as the newest.
+        for path in (p for p in found if p.name > newest.name):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in [p for p in found if p.name <= newest.name][: -self.keep_last]:
             if not (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
                 shutil.rmtree(path, ignore_errors=True)
         for path in self.folder.glob("step-*.tmp-*"):

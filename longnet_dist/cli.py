@@ -63,7 +63,7 @@ def _eval(
     model, config = load_model(run).eval(), read_config(run)
     held_out = corpus_of(config).validation
     if data:
-        whole = build_corpus(find_files(data), config.cache, 0.0, config.seed)
+        whole = build_corpus(find_files(data), config.cache, 0.0, config.seed, config.text_field)
         held_out = whole.train
     print(f"{'context':>17}  bits per byte  perplexity of a byte")
     for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):

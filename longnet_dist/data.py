@@ -10,6 +10,7 @@ import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -133,6 +134,7 @@ def build_corpus(
         held_out = int(num_tokens * validation_fraction)
         trained_on = np.memmap(out.name, np.uint16, "r")[: num_tokens - held_out]
         counts = np.bincount(trained_on, minlength=VOCAB_SIZE).tolist()
+        os.chmod(out.name, 0o644)
         os.replace(out.name, path)
         write_whole(description, json.dumps([num_tokens, held_out, counts]))
     num_tokens, held_out, counts = json.loads(description.read_text())
@@ -145,6 +147,7 @@ def write_whole(path: Path, text: str) -> None:
         out.write(text)
         out.flush()
         os.fsync(out.fileno())
+    os.chmod(out.name, 0o644)
     os.replace(out.name, path)
 
 
@@ -155,6 +158,7 @@ def unigram_bits(counts: Sequence[int], tokens: np.ndarray) -> float:
     return float(bits[tokens].mean())
 
 
+@lru_cache(maxsize=4)
 def window_order(num_windows: int, epoch: int, seed: int) -> Tensor:
     """The order of an epoch's windows: a few integers say where a run is."""
     return torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -62,21 +62,28 @@ def run_folder(config: TrainConfig) -> Path:
 def corpus_of(config: TrainConfig) -> Corpus:
     """The tokenised data; the first rank of each machine makes it, then the others read it."""
 
-    def build() -> Corpus:
-        files = find_files(config.data) if config.data else standard_library()
-        return build_corpus(files, config.cache, config.validation_fraction, config.seed, config.text_field)
-
     corpus, problem = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
-            corpus = build()
+            files = find_files(config.data) if config.data else standard_library()
+            corpus = build_corpus(files, config.cache, config.validation_fraction, config.seed, config.text_field)
             problem = _too_short(corpus, config.seq_len)
         except (ValueError, OSError) as error:
             problem = str(error)
-    problem = next((p for p in gather_objects(problem) if p), None)
-    if problem:
+    # However long it takes to tokenise: the others wait.
+    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if dist.is_initialized() else None
+    everyones = gather_objects((corpus, problem), patient)
+    if problem := next((p for _, p in everyones if p), None):
         raise ValueError(problem)
-    return corpus or build()
+    built = [c for c, _ in everyones if c is not None]
+    if len({(c.num_tokens, c.byte_counts) for c in built}) > 1:
+        raise ValueError("the machines' data differ: --data must name the same files, with the same content, on each")
+    # Of this rank's machine: files may have changed since, so it is not looked for again.
+    return next(c for c, _ in reversed(everyones[: _rank() + 1]) if c is not None)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _too_short(corpus: Corpus, seq_len: int) -> str | None:

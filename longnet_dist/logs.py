@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -20,6 +22,7 @@ class RunLog:
     def __init__(self, folder: Path | None, config: dict[str, Any], steps: int) -> None:
         self.folder, self.config, self.steps = folder, config, steps
         self.metrics: IO[str] | None = None
+        self.failed = False
 
     def __enter__(self) -> RunLog:
         if self.folder is None:
@@ -30,7 +33,6 @@ class RunLog:
         self.console = Console(soft_wrap=True)
         self.board = SummaryWriter(str(self.folder))
         described = json.dumps(self.config, indent=2)
-        write_whole(self.folder / "config.json", described + "\n")
         self.board.add_text("config", f"```json\n{described}\n```")
         self.progress = Progress(
             TextColumn("step"),
@@ -52,14 +54,17 @@ class RunLog:
     ) -> None:
         if self.folder is not None:
             self.progress.stop()
-            if self.metrics is not None:
-                self.metrics.close()
-            self.board.close()
+            with contextlib.suppress(OSError):
+                if self.metrics is not None:
+                    self.metrics.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
 
     def begin(self, step: int) -> None:
         """Go on after `step`: what is logged of later steps, by a run that was stopped, is dropped."""
         if self.folder is None:
             return
+        write_whole(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
         path = self.folder / "metrics.jsonl"
         before = path.read_text().splitlines(keepends=True) if path.exists() else []
         write_whole(path, "".join(line for line in before if line.endswith("\n") and json.loads(line)["step"] <= step))
@@ -72,9 +77,15 @@ class RunLog:
             return
         # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
-        self.metrics.write(json.dumps(finite) + "\n")
-        for name, value in measured.items():
-            self.board.add_scalar(name, value, int(measured["step"]))
+        try:
+            self.metrics.write(json.dumps(finite) + "\n")
+            for name, value in measured.items():
+                self.board.add_scalar(name, value, int(measured["step"]))
+        except OSError as error:
+            # A full disk costs figures, not the run.
+            if not self.failed:
+                warnings.warn(f"the figures of step {measured['step']} and later may be missing: {error}", stacklevel=2)
+            self.failed = True
         self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])
         every = max(1, self.steps // 20)
         if "validation_bits_per_byte" in measured or (not self.console.is_terminal and measured["step"] % every == 0):
@@ -83,7 +94,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line above the live display."""
         if self.folder is not None:
-            self.progress.console.print(text, highlight=False)
+            self.progress.console.print(text, highlight=False, markup=False)
 
 
 def _line(measured: dict[str, float], steps: int) -> str:

@@ -141,7 +141,10 @@ class _Trainer:
                     self.checkpoints.save(step, self._state(), self._facts(step))
             self.checkpoints.wait()
             if step < config.steps:
-                log.say(f"stopped by a signal after step {step}, with a checkpoint: the same command goes on from it")
+                log.say(
+                    f"stopped by a signal after step {step}, with a checkpoint: the same command goes on from it, "
+                    f"with --run-folder {self.folder}"
+                )
             else:
                 validation = self._validate() if math.isnan(validation) else validation
                 log.say(f"validation {validation:.3f} bits per byte; byte-unigram model {unigram:.3f} bits per byte")
@@ -271,6 +274,23 @@ class _Trainer:
         if found is None:
             return 0
         path, facts = found
+        before, now = facts["config"], self._resolved()
+        shape = (
+            "vocab_size",
+            "d_model",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "ffn_dim",
+            "tie_embeddings",
+            "qk_norm",
+        )
+        if other := [name for name in shape if before["model"][name] != now["model"][name]]:
+            said = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in other)
+            raise ValueError(f"{path} is of another model: {said}; use its options, or another run folder")
+        for name in ("corpus", "seed", "seq_len", "batch_size", "grad_accumulation", "model", "dtype"):
+            if before[name] != now[name]:
+                log.say(f"not the run that was stopped: {name} was {before[name]} and is {now[name]}")
         state = self._state()
         # Random states are of ranks: on another number of ranks each has its fresh one.
         if facts["ranks"] != self.num_ranks:

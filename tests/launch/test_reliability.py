@@ -53,8 +53,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("ranks", "signal_number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_path, undisturbed, ranks, signal_number):
     folder = tmp_path / "run"
     job = start(ranks, *train(folder, *OPTIONS))

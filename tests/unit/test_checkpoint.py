@@ -147,6 +147,17 @@ def test_another_models_checkpoint_is_refused(folder, change):
         checkpoints.load(checkpoints.newest()[0], change)
 
 
+def test_damaged_ones_do_not_count_as_the_newest(tmp_path):
+    """A run that passed over two damaged checkpoints keeps the one it went on from, and the one it writes."""
+    for step in (4, 8, 10):
+        Checkpoints(tmp_path, keep_last=3).save(step, state(float(step)), {"step": step})
+    for step in (8, 10):
+        _flip(tmp_path / f"step-{step:08d}" / "__0_0.distcp")
+    Checkpoints(tmp_path, keep_last=2).save(6, state(6.0), {"step": 6})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
+    assert newest(tmp_path) == 6
+
+
 class _Hostile:
     def __reduce__(self):
         return os.system, ("touch /tmp/this-must-never-run",)

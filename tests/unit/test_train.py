@@ -223,3 +223,17 @@ def test_operations_of_a_step_are_counted():
     parameters = sum(p.numel() for p in model.build().parameters())
     attention = 4 * 8 * 16 * 17 / 2  # 4 D a visible pair and head, causal
     assert step_flops(config, model.build()) == 10 * (6 * parameters * 16 + 3.5 * 3 * attention)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(config, capsys):
+    import dataclasses
+
+    longnet_dist.train(dataclasses.replace(config, steps=2))
+    written = (config.run_folder / "config.json").read_text()
+    other = dataclasses.replace(TINY, num_layers=2)
+    with pytest.raises(ValueError, match=r"is of another model: num_layers 1 there, 2 here"):
+        longnet_dist.train(dataclasses.replace(config, steps=3, model=other))
+    assert (config.run_folder / "config.json").read_text() == written
+    longnet_dist.train(dataclasses.replace(config, steps=3, seed=9))
+    assert "seed was 0 and is 9" in capsys.readouterr().out
