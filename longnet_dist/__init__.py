@@ -5,8 +5,9 @@ Read `pattern`, `reference`, `plan` and `attention`, in that order, and you know
 
 from longnet_dist.attention import dilated_attention
 from longnet_dist.config import TrainConfig
+from longnet_dist.loss import next_token_labels, token_loss
 from longnet_dist.mesh import SequenceMesh
-from longnet_dist.model import LongNet, LongNetConfig, next_token_labels, token_loss
+from longnet_dist.model import LongNet, LongNetConfig
 from longnet_dist.nn import DilatedAttention
 from longnet_dist.pattern import Branch, Pattern
 from longnet_dist.reference import dense_reference

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
 from longnet_dist.data import END_OF_DOCUMENT, TokenStream
+from longnet_dist.loss import linear_token_losses
+from longnet_dist.model import LongNet
 
 
 @torch.no_grad()
 def bits_by_position(
-    model: Callable[[Tensor], Tensor], stream: TokenStream, seq_len: int, num_sequences: int, edges: Sequence[int]
+    model: LongNet, stream: TokenStream, seq_len: int, num_sequences: int, edges: Sequence[int]
 ) -> list[tuple[int, int, float]]:
     """Bits per byte of the tokens that have `first` to `last` tokens before them, in windows of `seq_len`.
 
     Args:
-        model: int64 (1, N) -> logits (1, N, vocab).
+        model: in eval mode.
         stream: held-out tokens; its first `num_sequences` windows are read.
         seq_len: N.
         num_sequences: how many windows, at most.
@@ -38,7 +39,7 @@ def bits_by_position(
     nats, num_bytes = torch.zeros(seq_len, dtype=torch.float64), torch.zeros(seq_len, dtype=torch.float64)
     for window in range(count):
         tokens, labels = stream.read(window, seq_len, 0, seq_len)
-        losses = nn.functional.cross_entropy(model(tokens[None])[0].float(), labels, reduction="none")
+        losses = linear_token_losses(model.features(tokens[None]), model.output.weight, labels[None])[0]
         nats += losses.double()
         num_bytes += labels != END_OF_DOCUMENT
     inner = [edge for edge in edges if 0 < edge < seq_len]

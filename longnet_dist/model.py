@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longnet_dist.kernels import KERNELS
+from longnet_dist.loss import linear_token_loss
 from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.nn import Block, DilatedAttention, Rotation
 from longnet_dist.pattern import HEAD_PHASES, Pattern
@@ -59,6 +62,8 @@ class LongNetConfig:
     """Whether the output projection is the embedding."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward: none, all but attention's, or all."""
+    offload_activations: bool = False
+    """Keep what the backward needs of the blocks in the CPU's memory."""
     kernel: str = "auto"
     """Attention kernel; see `longnet-dist doctor`."""
 
@@ -151,8 +156,23 @@ class LongNet(nn.Module):
             assert isinstance(block, Block)
             block.reset_parameters(self.config.num_layers)
 
-    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None, labels: Tensor | None = None) -> Tensor:
         """int64 (B, N) -> logits (B, N, vocab_size); with a mesh, of this rank's rows: (B, L) -> (B, L, vocab_size).
+
+        With `labels`, the `token_loss` in place of the logits, which are then never there as a whole.
+
+        Raises:
+            ValueError: for a wrong shape, or a mesh of another pattern or length.
+        """
+        x = self.features(tokens, mesh)
+        if labels is None:
+            return self.output(x)
+        if labels.shape != tokens.shape:
+            refuse(f"labels is {tuple(labels.shape)} and tokens {tuple(tokens.shape)}; they must be alike", mesh)
+        return linear_token_loss(x, self.output.weight, labels, mesh)
+
+    def features(self, tokens: Tensor, mesh: SequenceMesh | None = None) -> Tensor:
+        """int64 (B, N) -> what the output projection takes, (B, N, d_model); with a mesh, of this rank's rows.
 
         Raises:
             ValueError: for a wrong shape, or a mesh of another pattern or length.
@@ -161,11 +181,12 @@ class LongNet(nn.Module):
             refuse(f"tokens is {tuple(tokens.shape)}; it must be (B, N)", mesh)
         x = self.embedding(tokens) * self.config.d_model**0.5
         rotation: Rotation | None = None
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x))
-            x = self._checkpointed(block)(x, mesh, rotation)
-        return self.output(self.norm(x))
+        with saved_tensors_hooks(_to_cpu, _from_cpu) if self.config.offload_activations else nullcontext():
+            for block in self.blocks:
+                assert isinstance(block, Block)
+                rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x))
+                x = self._checkpointed(block)(x, mesh, rotation)
+        return self.norm(x)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write `config.json` and `model.safetensors` into `folder`, for `from_pretrained`.
@@ -215,45 +236,19 @@ class LongNet(nn.Module):
         return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
 
 
+def _to_cpu(x: Tensor) -> Tensor | tuple[Tensor, torch.device]:
+    """Where a saved tensor is kept; parameters stay where they are, as they are there in any case."""
+    if isinstance(x, nn.Parameter) or not x.is_cuda:
+        return x
+    kept = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return kept.copy_(x, non_blocking=True), x.device
+
+
+def _from_cpu(kept: Tensor | tuple[Tensor, torch.device]) -> Tensor:
+    return kept if isinstance(kept, Tensor) else kept[0].to(kept[1], non_blocking=True)
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """In which attention will be computed: xPos must keep to its range."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def next_token_labels(tokens: Tensor, ignore_index: int = -100) -> Tensor:
-    """The labels of whole sequences, (B, N) -> (B, N): the next token, and none for the last.
-
-    Shift first, split after: the label of a chunk's last token is in the next rank's chunk.
-
-    Example:
-        >>> next_token_labels(torch.tensor([[5, 6, 7]]))
-        tensor([[   6,    7, -100]])
-    """
-    return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
-
-
-def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = -100) -> Tensor:
-    """Mean cross-entropy over the valid labels of all ranks, in nats; each token weighs the same.
-
-    Args:
-        logits: (B, L, vocab), of this rank's rows.
-        labels: (B, L), int64, shifted before they were split; `ignore_index` is not counted.
-        mesh: the ranks that hold the sequence, uneven or empty chunks included; see
-            `SequenceMesh.token_mean` for what the gradients of its ranks are.
-
-    Returns:
-        One number, float32 (float64 for float64), the same on every rank; 0 where no label is valid.
-
-    Example:
-        >>> round(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).item(), 4)
-        1.6094
-    """
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2).to(kind), labels.flatten(), ignore_index=ignore_index, reduction="none"
-    )
-    mask = labels.flatten() != ignore_index
-    if mesh is not None:
-        return mesh.token_mean(losses, mask)
-    return losses.sum() / mask.sum().clamp(min=1)

@@ -35,7 +35,6 @@ from longnet_dist.job import corpus_of, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
-from longnet_dist.model import token_loss
 from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
 
@@ -228,8 +227,7 @@ class _Trainer:
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            logits = self.model(tokens, mesh=self.mesh)
-        return token_loss(logits, labels, self.mesh)
+            return self.model(tokens, mesh=self.mesh, labels=labels)
 
     @torch.no_grad()
     def _validate(self) -> float:

@@ -23,6 +23,7 @@ from longnet_dist import (
     next_token_labels,
     token_loss,
 )
+from longnet_dist.loss import linear_token_loss
 from longnet_dist.plan import bytes_received
 
 PATTERN = Pattern((8, 16, 64), (1, 2, 4))
@@ -90,6 +91,9 @@ def loss_of_chunks(group, num_tokens):
         cut = (lambda x: x) if mesh is None else mesh.split
         loss = token_loss(cut(logits) * weight, cut(labels), mesh)
         (grad,) = torch.autograd.grad(loss, weight)
+        in_parts = linear_token_loss(cut(logits), weight.diag(), cut(labels), mesh)
+        (grad_in_parts,) = torch.autograd.grad(in_parts, weight)
+        assert_close((in_parts, grad_in_parts), (loss, grad), rtol=0, atol=1e-12)
         results.append((loss.detach(), grad if mesh is None else mesh.sum(grad)))
     for mine, right in zip(*results, strict=True):
         assert_close(mine, right, rtol=0, atol=1e-12)
@@ -355,7 +359,7 @@ def model_over_ranks(group, checkpointing):
     labels = next_token_labels(tokens)
     expected = token_loss(model(tokens), labels)
     right = torch.autograd.grad(expected, list(model.parameters()))
-    loss = token_loss(model(mesh.split(tokens), mesh=mesh), mesh.split(labels), mesh)
+    loss = model(mesh.split(tokens), mesh=mesh, labels=mesh.split(labels))
     assert_close(loss, expected, rtol=0, atol=1e-12)
     for mine, whole in zip(torch.autograd.grad(loss, list(model.parameters())), right, strict=True):
         assert_close(mesh.sum(mine), whole, rtol=0, atol=1e-11)

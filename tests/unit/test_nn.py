@@ -145,13 +145,20 @@ def test_model_is_causal(position, num_tokens):
     assert_close(before[:, : num_tokens // 2], after[:, : num_tokens // 2], rtol=0, atol=1e-12)
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("compute", ["none", "selective", "full"])
-def test_checkpointing_changes_nothing(compute):
+def test_what_is_kept_for_the_backward_changes_nothing(compute, offload, device):
+    """Activation checkpointing, and offloading; and a loss from the head in parts."""
     torch.manual_seed(0)
-    model = LongNetConfig(**SMALL, activation_checkpointing=compute).build(dtype=torch.float64)
+    kept = {"activation_checkpointing": compute, "offload_activations": offload}
+    model = LongNetConfig(**SMALL, **kept).build(dtype=torch.float64).to(device)
     tokens = torch.randint(257, (1, 50), generator=torch.Generator().manual_seed(0))
-    loss = token_loss(model(tokens), next_token_labels(tokens))
-    grads = torch.autograd.grad(loss, list(model.parameters()))
+    loss = model(tokens.to(device), labels=next_token_labels(tokens.to(device)))
+    grads = [grad.cpu() for grad in torch.autograd.grad(loss, list(model.parameters()))]
     torch.manual_seed(0)
     plain = LongNetConfig(**SMALL).build(dtype=torch.float64)
     expected = torch.autograd.grad(token_loss(plain(tokens), next_token_labels(tokens)), list(plain.parameters()))
@@ -170,15 +177,3 @@ def test_autocast_runs_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randint(257, (1, 50)))
     assert logits.dtype == torch.bfloat16
-
-
-def test_labels_are_the_next_tokens():
-    assert next_token_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
-
-
-def test_loss_of_no_label_is_zero():
-    logits = torch.randn(1, 3, 5, requires_grad=True)
-    loss = token_loss(logits, torch.full((1, 3), -100))
-    loss.backward()
-    assert loss == 0
-    assert (logits.grad == 0).all()

@@ -1,0 +1,74 @@
+"""A failure here means: what is minimised is not the mean cross-entropy over tokens, or its logits are whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from longnet_dist import loss
+from longnet_dist.loss import linear_token_loss, linear_token_losses, next_token_labels, token_loss
+
+
+def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(2, rows, width, dtype=dtype, generator=generator).requires_grad_()
+    weight = torch.randn(vocab, width, dtype=dtype, generator=generator).requires_grad_()
+    labels = torch.randint(vocab, (2, rows), generator=generator)
+    return x, weight, labels.masked_fill(torch.rand(2, rows, generator=generator) < ignored, -100)
+
+
+def test_labels_are_the_next_tokens():
+    assert next_token_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+
+
+def test_loss_of_no_label_is_zero():
+    logits = torch.randn(1, 3, 5, requires_grad=True)
+    loss = token_loss(logits, torch.full((1, 3), -100))
+    loss.backward()
+    assert loss == 0
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize(("rows", "ignored"), [(1, 0.0), (7, 0.3), (8, 0.3), (33, 0.3), (9, 1.0), (0, 0.0)])
+def test_the_head_in_parts_is_the_head(rows, ignored, monkeypatch):
+    """Loss, gradients and each token's loss, over row counts that do and do not divide."""
+    monkeypatch.setattr(loss, "_MOST_ROWS", 4)
+    x, weight, labels = draw(rows, 6, 11, ignored=ignored)
+    expected = token_loss(x @ weight.T, labels)
+    mine = linear_token_loss(x, weight, labels)
+    assert_close(mine, expected, rtol=0, atol=1e-13)
+    for got, right in zip(*(torch.autograd.grad(3 * v, (x, weight)) for v in (mine, expected)), strict=True):
+        assert_close(got, right, rtol=0, atol=1e-13)
+    every = linear_token_losses(x, weight, labels)
+    right = torch.nn.functional.cross_entropy((x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
+    assert_close(every, right.detach().view(2, rows), rtol=0, atol=1e-13)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """As near to the float64 loss as bfloat16 logits allow, with a loss that is no bfloat16."""
+    x, weight, labels = draw(5000, 32, 100, torch.bfloat16)
+    exact = token_loss(x.double() @ weight.double().T, labels)
+    mine = linear_token_loss(x, weight, labels)
+    assert mine.dtype == torch.float32
+    assert_close(mine.double(), exact, rtol=1e-3, atol=0)
+    for got, right in zip(*(torch.autograd.grad(v, (x, weight)) for v in (mine, exact)), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - right.double()).norm() < 1e-2 * right.double().norm()
+
+
+def test_logits_are_never_whole():
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            largest = max([largest, *(t.numel() for t in torch.utils._pytree.tree_leaves(out) if torch.is_tensor(t))])
+            return out
+
+    x, weight, labels = draw(6000, 4, 1000, torch.float32)
+    with Largest():
+        linear_token_loss(x, weight, labels).backward()
+    assert largest <= loss._MOST_LOGITS < 12000 * 1000 / 2
