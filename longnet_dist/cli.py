@@ -1,4 +1,4 @@
-"""The command `longnet-dist`: train, draw, plan, doctor. Options are read from types and docstrings by tyro."""
+"""The command `longnet-dist` and its subcommands. Options are read from types and docstrings by tyro."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; 2 where its arguments cannot work, with the reason in one line."""
     app = tyro.extras.SubcommandApp()
     app.command(name="train")(_train)
+    app.command(name="tokenize")(_tokenize)
     app.command(name="eval")(_eval)
     app.command(name="export")(_export)
     app.command(name="report")(_report)
@@ -39,6 +40,52 @@ def _train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(
     train(config)
 
 
+def _tokenize(
+    data: tyro.conf.Positional[tuple[str, ...]],
+    out: Path,
+    tokenizer: Path | None = None,
+    text_field: str = "text",
+    seed: int = 0,
+    shard_tokens: int = 1 << 27,
+) -> None:
+    """Tokenise data into a folder of memory-mapped shards, for `longnet-dist train --data FOLDER`.
+
+    Stopped at any moment, the same command goes on from the last whole shard.
+
+    Args:
+        data: Files, folders, globs and hf: datasets, as for train.
+        out: The folder.
+        tokenizer: A tokenizer's file, *.json (tokenizers) or *.tiktoken; bytes by default.
+        text_field: The key or column that holds the text of a row of JSON lines or Parquet.
+        seed: Of the order of files.
+        shard_tokens: Tokens a shard, about.
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from longnet_dist.data import num_bytes, tokenize
+    from longnet_dist.tokens import read_index
+
+    _check_positive({"shard-tokens": shard_tokens})
+    columns = (TextColumn("tokenise"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("tokenise", total=num_bytes(data) or None)
+        tokenize(
+            data,
+            out,
+            out,
+            tokenizer=tokenizer,
+            text_field=text_field,
+            seed=seed,
+            shard_tokens=shard_tokens,
+            progress=lambda done: progress.update(task, completed=done),
+        )
+    index = read_index(out)
+    print(
+        f"{out}: {index.num_tokens:,} tokens of {sum(s.documents for s in index.shards):,} documents in "
+        f"{len(index.shards)} shards; train --data {out} --model.vocab-size {index.vocab_size}"
+    )
+
+
 def _eval(
     run: tyro.conf.Positional[Path],
     data: tuple[str, ...] = (),
@@ -56,15 +103,16 @@ def _eval(
         edges: Where one bucket of positions ends and the next begins.
     """
     from longnet_dist.checkpoint import load_model
-    from longnet_dist.data import build_corpus, find_files
+    from longnet_dist.data import open_corpus
     from longnet_dist.evaluate import bits_by_position
     from longnet_dist.job import corpus_of, read_config
 
     model, config = load_model(run).eval(), read_config(run)
     held_out = corpus_of(config).validation
     if data:
-        whole = build_corpus(find_files(data), config.cache, 0.0, config.seed, config.text_field)
-        held_out = whole.train
+        held_out = open_corpus(
+            data, config.cache, 0.0, tokenizer=config.tokenizer, text_field=config.text_field, seed=config.seed
+        ).train
     print(f"{'context':>17}  bits per byte  perplexity of a byte")
     for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):
         print(f"{first:>7} to {last:>6}  {bits:13.3f}  {2**bits:.3f}")
@@ -84,11 +132,11 @@ def _export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path])
 
 
 def _report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.png")) -> None:
-    """Draw the curves of one or several runs into one picture.
+    """Draw the curves of one or several runs into one picture or page.
 
     Args:
         runs: The runs' folders.
-        out: The picture, a PNG, SVG or PDF by its ending.
+        out: A picture (PNG, SVG or PDF) or a page (HTML), by its ending.
     """
     from longnet_dist.report import report
 

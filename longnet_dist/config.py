@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from longnet_dist.data import VOCAB_SIZE
 from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
 
@@ -20,8 +19,11 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs: .jsonl, .jsonl.zst and .parquet have a document a row, any other file is one document
-    of bytes. By default the source of Python's standard library."""
+    """Files, folders and globs: .jsonl, .jsonl.zst and .parquet have a document a row, any other file is one document.
+    Or hf:NAME?name=CONFIG&split=SPLIT, a Hugging Face dataset; or a folder that `longnet-dist tokenize` wrote. By
+    default the source of Python's standard library."""
+    tokenizer: Path | None = None
+    """A tokenizer's file, *.json (tokenizers) or *.tiktoken; bytes by default."""
     text_field: str = "text"
     """The key or column that holds the text of a row of JSON lines or Parquet."""
     seq_len: int = 16384
@@ -74,6 +76,8 @@ class TrainConfig:
     """Where tokenised data is kept between runs."""
     keep_kv: bool = False
     """Keep gathered keys and values for the backward in place of gathering them again."""
+    wandb: str = ""
+    """Log to this project of Weights & Biases, too; its own variables (WANDB_MODE, ...) say how."""
     profile_step: int = 0
     """Write a trace of this step into traces/ of the run's folder, for Perfetto; 0 for none."""
     peak_tflops: float = 0.0
@@ -88,7 +92,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
         object.__setattr__(self, "data", tuple(map(str, data)))
-        for name in ("run_folder", "cache"):
+        for name in ("run_folder", "cache", "tokenizer"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
         least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
@@ -112,7 +116,3 @@ class TrainConfig:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
-        if self.model.vocab_size < VOCAB_SIZE:
-            raise ValueError(
-                f"vocab_size is {self.model.vocab_size}; bytes and the end of a document need at least {VOCAB_SIZE}"
-            )

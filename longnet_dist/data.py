@@ -1,14 +1,10 @@
-"""Text and code as one long stream of byte tokens, memory-mapped; each rank reads only its own rows of it."""
+"""What is trained on: documents, tokenised once into a folder, in windows whose order a few integers decide."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
-import os
-import sysconfig
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -17,144 +13,128 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_dist.documents import read_documents
+from longnet_dist.documents import find_files, read_documents, standard_library
+from longnet_dist.tokenizer import Bytes, load_tokenizer
+from longnet_dist.tokens import INDEX, SHARD_TOKENS, Index, TokenStream, check_ids, read_index, write_tokens
 
-END_OF_DOCUMENT = 256
-"""The token after each document; 0 to 255 are its bytes."""
-VOCAB_SIZE = 257
-
-
-def standard_library() -> list[Path]:
-    """The source of the running Python's standard library: about 30 MB that every machine has."""
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts)
-
-
-def find_files(paths: Sequence[str]) -> list[Path]:
-    """The files that files, folders and globs (with `**`) name, sorted, each once; hidden ones only by name.
-
-    Raises:
-        ValueError: where one of them names no file.
-    """
-    found: set[Path] = set()
-    for given in paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        elif path.is_file():
-            files = [path]
-        else:
-            files = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        files = [p for p in files if p.is_file()]
-        if not files:
-            raise ValueError(
-                f"--data {given}: no file there; give files, folders or globs, for example src/ or 'src/**/*.py'"
-            )
-        found.update(p.resolve() for p in files)
-    return sorted(found)
+_COUNTED_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents joined into a stream of tokens, uint16 on disk; its last part is held out for validation."""
+    """A folder of tokens; its last part is held out for validation."""
 
-    path: Path
-    num_tokens: int
-    num_validation_tokens: int
-    byte_counts: tuple[int, ...]
-    """How often each token is in the training part."""
+    folder: Path
+    index: Index
+    validation_fraction: float
 
     @property
     def train(self) -> TokenStream:
         """What is trained on."""
-        return TokenStream(self.path, 0, self.num_tokens - self.num_validation_tokens)
+        return TokenStream(self.folder, self.index, 0, self.index.num_tokens - self._num_held_out)
 
     @property
     def validation(self) -> TokenStream:
         """What is held out."""
-        return TokenStream(self.path, self.num_tokens - self.num_validation_tokens, self.num_tokens)
+        return TokenStream(self.folder, self.index, self.index.num_tokens - self._num_held_out, self.index.num_tokens)
+
+    @property
+    def _num_held_out(self) -> int:
+        return int(self.index.num_tokens * self.validation_fraction)
 
 
-@dataclass(frozen=True)
-class TokenStream:
-    """The tokens [start, stop) of a file of uint16."""
+def tokenize(
+    data: Sequence[str],
+    folder: Path | None,
+    cache: Path,
+    *,
+    tokenizer: Path | None = None,
+    text_field: str = "text",
+    seed: int = 0,
+    shard_tokens: int = SHARD_TOKENS,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Path:
+    """Tokenise `data`, files shuffled by `seed`, into `folder`; what is there of it already is used again.
 
-    path: Path
-    start: int
-    stop: int
+    Args:
+        data: files, folders, globs and datasets; see `find_files` and `read_documents`. None is the standard library.
+        folder: where to; by default one in `cache`, named by what is tokenised and how.
+        cache: see `folder`.
+        tokenizer: a tokenizer's file; None is bytes.
+        text_field, shard_tokens, progress: see `read_documents` and `write_tokens`.
+        seed: of the order of files.
 
-    def num_windows(self, seq_len: int) -> int:
-        """How many windows of `seq_len` tokens it holds, each with the token after it."""
-        return max(0, (self.stop - self.start - 1) // seq_len)
-
-    def read(self, window: int, seq_len: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of the rows [first, last) of a window, int64 each; no other part is read.
-
-        The label of a row is the token after it, so they are shifted before they are split.
-        """
-        begin = self.start + window * seq_len
-        tokens = np.memmap(self.path, np.uint16, "r")[begin + first : begin + last + (last > first)]
-        both = torch.from_numpy(tokens.astype(np.int64))
-        return both[: last - first], both[1:]
-
-    def tokens(self, limit: int) -> np.ndarray:
-        """Up to `limit` tokens from its beginning, as they are on disk."""
-        return np.memmap(self.path, np.uint16, "r")[self.start : min(self.stop, self.start + limit)]
-
-
-def build_corpus(
-    files: Sequence[Path], folder: Path, validation_fraction: float, seed: int, text_field: str = "text"
-) -> Corpus:
-    """Tokenise `files`, shuffled by `seed`, into `folder`; what is there of the same files, unchanged, is used again.
-
-    Written under a temporary name and renamed, so that a crash, or another process building the
-    same, leaves no half of it.
+    Returns:
+        The folder.
 
     Raises:
         ValueError: where a file holds what cannot be read, naming the place; see `read_documents`.
     """
-    described = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(json.dumps([described, validation_fraction, seed, text_field]).encode()).hexdigest()[:16]
-    path, description = folder / f"corpus-{key}.bin", folder / f"corpus-{key}.json"
-    if not description.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name, delete=False) as out:
-            try:
-                for index in order:
-                    for text in read_documents(files[index], text_field):
-                        document = np.frombuffer(text, np.uint8).astype(np.uint16)
-                        out.write(np.append(document, np.uint16(END_OF_DOCUMENT)).tobytes())
-            except BaseException:
-                os.unlink(out.name)
-                raise
-            num_tokens = out.tell() // 2
-            out.flush()
-            os.fsync(out.fileno())
-        held_out = int(num_tokens * validation_fraction)
-        trained_on = np.memmap(out.name, np.uint16, "r")[: num_tokens - held_out]
-        counts = np.bincount(trained_on, minlength=VOCAB_SIZE).tolist()
-        os.chmod(out.name, 0o644)
-        os.replace(out.name, path)
-        write_whole(description, json.dumps([num_tokens, held_out, counts]))
-    num_tokens, held_out, counts = json.loads(description.read_text())
-    return Corpus(path, num_tokens, held_out, tuple(counts))
+    ids = load_tokenizer(tokenizer)
+    sources = find_files(data) if data else list(standard_library())
+    stats = [(str(s), *((s.stat().st_size, s.stat().st_mtime_ns) if isinstance(s, Path) else ())) for s in sources]
+    source = hashlib.sha256(json.dumps([stats, seed, text_field, ids.name, shard_tokens]).encode()).hexdigest()[:16]
+    folder = folder or cache / f"tokens-{source}"
+    order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def documents() -> Iterator[bytes]:
+        for index in order:
+            yield from read_documents(sources[index], text_field, only_text=not isinstance(ids, Bytes))
+
+    write_tokens(documents, ids, folder, source, shard_tokens, progress)
+    return folder
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.chmod(out.name, 0o644)
-    os.replace(out.name, path)
+def num_bytes(data: Sequence[str]) -> int:
+    """Of the files that `data` names, as they are on the disk; datasets that are streamed are not known."""
+    return sum(p.stat().st_size for p in (find_files(data) if data else standard_library()) if isinstance(p, Path))
 
 
-def unigram_bits(counts: Sequence[int], tokens: np.ndarray) -> float:
-    """Bits a token of a model that knows only how often each token is in training (one is added to each count)."""
-    smoothed = np.asarray(counts, np.float64) + 1
-    bits = -np.log2(smoothed / smoothed.sum())
+def open_corpus(
+    data: Sequence[str],
+    cache: Path,
+    validation_fraction: float,
+    *,
+    tokenizer: Path | None = None,
+    text_field: str = "text",
+    seed: int = 0,
+) -> Corpus:
+    """The tokens of `data`: a folder that `longnet-dist tokenize` wrote, or what is tokenised into `cache` now.
+
+    Raises:
+        ValueError: where there is something wrong with them, naming file and byte.
+    """
+    if len(data) == 1 and (Path(data[0]).expanduser() / INDEX).exists():
+        folder = Path(data[0]).expanduser().resolve()
+        if tokenizer is not None and load_tokenizer(tokenizer).name != read_index(folder).tokenizer:
+            raise ValueError(
+                f"--data {folder} is tokenised by {read_index(folder).tokenizer}, and --tokenizer is {tokenizer}"
+            )
+    else:
+        folder = tokenize(data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed)
+    index = read_index(folder)
+    _check_once(folder, index, cache)
+    return Corpus(folder, index, validation_fraction)
+
+
+def _check_once(folder: Path, index: Index, cache: Path) -> None:
+    """`check_ids`, unless these very files have passed it before."""
+    files = [folder / shard.name for shard in index.shards]
+    stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
+    checked = cache / f"checked-{hashlib.sha256(json.dumps([stats, index.vocab_size]).encode()).hexdigest()[:16]}"
+    if not checked.exists():
+        check_ids(folder, index)
+        cache.mkdir(parents=True, exist_ok=True)
+        checked.touch()
+
+
+def unigram_bits(stream: TokenStream, tokens: np.ndarray) -> float:
+    """Bits a token of a model that knows only how often each token is in the beginning of `stream`.
+
+    (One is added to each count; no more than 67 million tokens are counted.)
+    """
+    counts = np.bincount(stream.tokens(_COUNTED_TOKENS), minlength=stream.index.vocab_size)
+    bits = -np.log2((counts + 1.0) / (counts + 1.0).sum())
     return float(bits[tokens].mean())
 
 

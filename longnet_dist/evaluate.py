@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from longnet_dist.data import END_OF_DOCUMENT, TokenStream
 from longnet_dist.loss import linear_token_losses
 from longnet_dist.model import LongNet
+from longnet_dist.tokens import TokenStream
 
 
 @torch.no_grad()
@@ -36,12 +36,11 @@ def bits_by_position(
         raise ValueError(
             f"the held-out data holds no sequence of {seq_len} tokens; give a shorter seq_len or more data"
         )
-    nats, num_bytes = torch.zeros(seq_len, dtype=torch.float64), torch.zeros(seq_len, dtype=torch.float64)
+    nats = torch.zeros(seq_len, dtype=torch.float64)
     for window in range(count):
         tokens, labels = stream.read(window, seq_len, 0, seq_len)
         losses = linear_token_losses(model.features(tokens[None]), model.output.weight, labels[None])[0]
-        nats += losses.double()
-        num_bytes += labels != END_OF_DOCUMENT
+        nats += losses.double() / count
     inner = [edge for edge in edges if 0 < edge < seq_len]
     buckets = zip([0, *inner], [*inner, seq_len], strict=True)
-    return [(a, b, (nats[a:b].sum() / num_bytes[a:b].sum().clamp(min=1)).item() / math.log(2)) for a, b in buckets]
+    return [(a, b, nats[a:b].mean().item() / math.log(2) * stream.index.tokens_per_byte) for a, b in buckets]

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from longnet_dist.comm import gather_objects
 from longnet_dist.config import TrainConfig
-from longnet_dist.data import Corpus, build_corpus, find_files, standard_library
+from longnet_dist.data import Corpus, open_corpus
 from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.stopping import end_with_parent
@@ -65,9 +65,15 @@ def corpus_of(config: TrainConfig) -> Corpus:
     corpus, problem = None, None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
-            files = find_files(config.data) if config.data else standard_library()
-            corpus = build_corpus(files, config.cache, config.validation_fraction, config.seed, config.text_field)
-            problem = _too_short(corpus, config.seq_len)
+            corpus = open_corpus(
+                config.data,
+                config.cache,
+                config.validation_fraction,
+                tokenizer=config.tokenizer,
+                text_field=config.text_field,
+                seed=config.seed,
+            )
+            problem = _does_not_fit(corpus, config)
         except (ValueError, OSError) as error:
             problem = str(error)
     # However long it takes to tokenise: the others wait.
@@ -76,7 +82,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
     if problem := next((p for _, p in everyones if p), None):
         raise ValueError(problem)
     built = [c for c, _ in everyones if c is not None]
-    if len({(c.num_tokens, c.byte_counts) for c in built}) > 1:
+    if len({tuple(shard.sha256 for shard in c.index.shards) for c in built}) > 1:
         raise ValueError("the machines' data differ: --data must name the same files, with the same content, on each")
     # Of this rank's machine: files may have changed since, so it is not looked for again.
     return next(c for c, _ in reversed(everyones[: _rank() + 1]) if c is not None)
@@ -86,7 +92,13 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _too_short(corpus: Corpus, seq_len: int) -> str | None:
+def _does_not_fit(corpus: Corpus, config: TrainConfig) -> str | None:
+    needed, seq_len = corpus.index.vocab_size, config.seq_len
+    if config.model.vocab_size < needed:
+        return (
+            f"vocab_size is {config.model.vocab_size}, and the data's tokens ({corpus.index.tokenizer}) need {needed}: "
+            f"--model.vocab-size {needed}"
+        )
     for name, stream in (("training", corpus.train), ("held-out", corpus.validation)):
         if stream.num_windows(seq_len) == 0:
             return (

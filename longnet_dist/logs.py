@@ -1,8 +1,9 @@
-"""What a run says while it runs: a live display, metrics.jsonl and TensorBoard, all on rank 0."""
+"""What a run says while it runs: a live display, metrics.jsonl, TensorBoard and Weights & Biases, all on rank 0."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -13,27 +14,23 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from longnet_dist.data import write_whole
+from longnet_dist.tokens import write_whole
 
 
 class RunLog:
-    """Writes into `folder`; None says and writes nothing."""
+    """Writes into `folder`, None says and writes nothing; and to the `project` of Weights & Biases, if there is one."""
 
-    def __init__(self, folder: Path | None, config: dict[str, Any], steps: int) -> None:
-        self.folder, self.config, self.steps = folder, config, steps
+    def __init__(self, folder: Path | None, config: dict[str, Any], steps: int, project: str = "") -> None:
+        self.folder, self.config, self.steps, self.project = folder, config, steps, project
+        self.wandb: Any = None
         self.metrics: IO[str] | None = None
+        self.board: Any = None
         self.failed = False
 
     def __enter__(self) -> RunLog:
         if self.folder is None:
             return self
-        # It takes a second to import, and only a training run's rank 0 needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.console = Console(soft_wrap=True)
-        self.board = SummaryWriter(str(self.folder))
-        described = json.dumps(self.config, indent=2)
-        self.board.add_text("config", f"```json\n{described}\n```")
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -58,7 +55,10 @@ class RunLog:
                 if self.metrics is not None:
                     self.metrics.close()
             with contextlib.suppress(OSError):
-                self.board.close()
+                if self.board is not None:
+                    self.board.close()
+            if self.wandb is not None:
+                self.wandb.finish(exit_code=int(kind is not None))
 
     def begin(self, step: int) -> None:
         """Go on after `step`: what is logged of later steps, by a run that was stopped, is dropped."""
@@ -69,7 +69,20 @@ class RunLog:
         before = path.read_text().splitlines(keepends=True) if path.exists() else []
         write_whole(path, "".join(line for line in before if line.endswith("\n") and json.loads(line)["step"] <= step))
         self.metrics = path.open("a", buffering=1)
+        # Events of later steps are of the run that was stopped, and TensorBoard drops them too.
+        self.board = self._board(purge_step=step + 1)
+        if self.project:
+            self.wandb = _wandb_run(self.project, self.folder, self.config)
         self.progress.update(self.task, completed=step)
+
+    def _board(self, purge_step: int) -> Any:
+        # It takes a second to import, and only a training run's rank 0 needs it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(self.folder), purge_step=purge_step)
+        described = json.dumps(self.config, indent=2)
+        board.add_text("config", f"```json\n{described}\n```")
+        return board
 
     def step(self, measured: dict[str, float]) -> None:
         """One step's numbers: `step`, `loss`, `tokens_per_second` and others."""
@@ -81,6 +94,8 @@ class RunLog:
             self.metrics.write(json.dumps(finite) + "\n")
             for name, value in measured.items():
                 self.board.add_scalar(name, value, int(measured["step"]))
+            if self.wandb is not None:
+                self.wandb.log(finite, step=int(measured["step"]))
         except OSError as error:
             # A full disk costs figures, not the run.
             if not self.failed:
@@ -95,6 +110,16 @@ class RunLog:
         """A line above the live display."""
         if self.folder is not None:
             self.progress.console.print(text, highlight=False, markup=False)
+
+
+def _wandb_run(project: str, folder: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(f"--wandb {project} needs the package wandb: pip install 'longnet-dist[wandb]'") from None
+    # The same id for the same folder: a run that goes on is one run there, too.
+    run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return wandb.init(project=project, dir=folder, id=run, name=folder.name, config=config, resume="allow")
 
 
 def _line(measured: dict[str, float], steps: int) -> str:

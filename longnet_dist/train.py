@@ -25,18 +25,14 @@ from torch.distributed.tensor import DTensor
 from longnet_dist.checkpoint import Checkpoints, names_without, training_state
 from longnet_dist.comm import sum_over_ranks
 from longnet_dist.config import TrainConfig
-from longnet_dist.data import (
-    END_OF_DOCUMENT,
-    TokenStream,
-    unigram_bits,
-    window_order,
-)
+from longnet_dist.data import unigram_bits, window_order
 from longnet_dist.job import corpus_of, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
 from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
+from longnet_dist.tokens import TokenStream
 
 
 @dataclass(frozen=True)
@@ -114,8 +110,8 @@ class _Trainer:
     def run(self, stop: StopFlag) -> TrainResult:
         config = self.config
         losses, validation = [], math.nan
-        unigram = self._per_byte(unigram_bits(self.corpus.byte_counts, self._held_out_tokens()))
-        with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps) as log:
+        unigram = self._per_byte(unigram_bits(self.corpus.train, self._held_out_tokens()))
+        with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps, config.wandb) as log:
             step = self._resume(log)
             log.begin(step)
             flops = step_flops(config, self.model)
@@ -146,7 +142,8 @@ class _Trainer:
                 )
             else:
                 validation = self._validate() if math.isnan(validation) else validation
-                log.say(f"validation {validation:.3f} bits per byte; byte-unigram model {unigram:.3f} bits per byte")
+                kind = "token" if config.tokenizer else "byte"
+                log.say(f"validation {validation:.3f} bits per byte; {kind}-unigram model {unigram:.3f} bits per byte")
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
     @contextlib.contextmanager
@@ -177,7 +174,13 @@ class _Trainer:
         else:
             self._skip(step, loss, norm)
         self.optimizer.zero_grad(set_to_none=True)
-        return {"step": step, "loss": loss, "bits_per_byte": loss / math.log(2), "grad_norm": norm, "lr": rate}
+        return {
+            "step": step,
+            "loss": loss,
+            "bits_per_byte": self._per_byte(loss / math.log(2)),
+            "grad_norm": norm,
+            "lr": rate,
+        }
 
     def _loss_and_gradients(self, step: int) -> tuple[float, float]:
         """Forward and backward of a step: the loss of this rank's sequences, and the global gradient norm."""
@@ -203,7 +206,7 @@ class _Trainer:
             windows = [self._windows(step, micro, every=True) for micro in range(self.config.grad_accumulation)]
             raise RuntimeError(
                 f"{self.skipped} steps in a row were not finite, so the run stops; {said}, at sequences {windows} of "
-                f"{self.config.seq_len} tokens in {self.corpus.path}. The last good checkpoint is kept, and a lower "
+                f"{self.config.seq_len} tokens in {self.corpus.folder}. The last good checkpoint is kept, and a lower "
                 "learning rate, or a smaller clip_norm, may go on from it"
             )
 
@@ -238,9 +241,8 @@ class _Trainer:
         return self._per_byte(sum(losses) / len(losses) / math.log(2))
 
     def _per_byte(self, bits_per_token: float) -> float:
-        """Ends of documents are tokens that are to be predicted, and no bytes."""
-        tokens = self._held_out_tokens()
-        return bits_per_token * tokens.size / max(1, int((tokens != END_OF_DOCUMENT).sum()))
+        """By the bytes that a token stands for in the data; an end of a document is a token, and no bytes."""
+        return bits_per_token * self.corpus.index.tokens_per_byte
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))

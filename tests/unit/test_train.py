@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import longnet_dist
-from longnet_dist import LongNetConfig, TrainConfig
+from longnet_dist import LongNetConfig, TrainConfig, cli
 from longnet_dist.checkpoint import load_model
 
 TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
@@ -237,3 +237,61 @@ def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(confi
     assert (config.run_folder / "config.json").read_text() == written
     longnet_dist.train(dataclasses.replace(config, steps=3, seed=9))
     assert "seed was 0 and is 9" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_and_biases(config, monkeypatch):
+    """The package itself, offline."""
+    import dataclasses
+
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    longnet_dist.train(dataclasses.replace(config, wandb="project", steps=2))
+    assert wandb.run is None
+    (written,) = (config.run_folder / "wandb").glob("offline-run-*/run-*.wandb")
+    assert b"bits_per_byte" in written.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
+    """Tokenised by the command with a real tokenizer; a vocabulary that is too small is said before any step."""
+    import dataclasses
+
+    from tokenizers import ByteLevelBPETokenizer
+
+    text = (tmp_path / "text" / "0.txt").read_text()
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([text], vocab_size=270, special_tokens=["<|endoftext|>"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    command = ["tokenize", str(tmp_path / "text"), "--out", str(tmp_path / "tokens"), "--shard-tokens", "500"]
+    assert cli.main([*command, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    assert "4 documents" in capsys.readouterr().out
+    config = dataclasses.replace(config, data=(str(tmp_path / "tokens"),), seq_len=32)
+    with pytest.raises(ValueError, match=r"vocab_size is 257, and .*tokenizer.json.* need 270: --model.vocab-size 270"):
+        longnet_dist.train(config)
+    with pytest.raises(ValueError, match=r"is tokenised by tokenizer.json \w+, and --tokenizer is"):
+        (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
+        longnet_dist.train(dataclasses.replace(config, tokenizer=tmp_path / "other.json"))
+    model = dataclasses.replace(TINY, vocab_size=270)
+    result = longnet_dist.train(dataclasses.replace(config, model=model))
+    line = json.loads((config.run_folder / "metrics.jsonl").read_text().splitlines()[0])
+    ratio = line["bits_per_byte"] * 0.6931471805599453 / line["loss"]
+    assert 0.05 < ratio < 0.7
+    assert result.validation_bits_per_byte < 8.1 * ratio
+
+
+def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
+    lines = [{"step": n, "tokens": 10 * n, "loss": 5.0 / n, "tokens_per_second": 3.0} for n in (1, 2)]
+    (tmp_path / "run<1>").mkdir()
+    path = tmp_path / "run<1>" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    assert cli.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "<svg" in page
+    assert "run&lt;1&gt;" in page
+    assert "<td>2.5</td>" in page
+    assert cli.main(["report", str(path.parent), "--out", "report.xyz"]) == 2
+    path.write_text("no json\n")
+    assert cli.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 2
+    assert "cannot be read" in capsys.readouterr().err

@@ -1,0 +1,190 @@
+"""A failure here means: tokens on disk are not those of the documents, or a stopped or damaged tokenisation passes."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from longnet_dist import cli
+from longnet_dist.data import open_corpus, tokenize
+from longnet_dist.tokenizer import Bytes, load_tokenizer
+from longnet_dist.tokens import check_ids, read_index, write_tokens
+
+DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in range(40)]
+
+
+@pytest.fixture
+def hugging_face(tmp_path):
+    """A byte-level BPE of the package tokenizers, trained here."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator([d.decode() for d in DOCUMENTS], vocab_size=300, special_tokens=["<|endoftext|>"])
+    trained.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+@pytest.fixture
+def tiktoken(tmp_path):
+    """Ranks of the 256 bytes and two merges, under the name of an encoding."""
+    ranks = [bytes([n]) for n in range(256)] + [b"do", b"cu"]
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
+    (tmp_path / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
+    return tmp_path / "cl100k_base.tiktoken"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "hugging_face", "tiktoken"])
+def test_what_is_written_is_what_was_read(kind, tmp_path, request):
+    """Through every tokenizer, in several shards: each document, and an end after it."""
+    tokenizer = load_tokenizer(None if kind == "bytes" else request.getfixturevalue(kind))
+    index = write_tokens(lambda: iter(DOCUMENTS), tokenizer, tmp_path / "out", "source", shard_tokens=1)
+    assert index == read_index(tmp_path / "out")
+    assert index.dtype == ("uint32" if kind == "tiktoken" else "uint16")
+    check_ids(tmp_path / "out", index)
+    tokens = np.concatenate([np.fromfile(tmp_path / "out" / shard.name, index.dtype) for shard in index.shards])
+    ends = np.flatnonzero(tokens == tokenizer.end_of_document)
+    read = [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+    assert read == DOCUMENTS
+    assert index.num_tokens == len(tokens)
+    assert index.tokens_per_byte == len(tokens) / sum(map(len, DOCUMENTS))
+
+
+def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
+    monkeypatch.setattr("longnet_dist.tokens._BATCH_DOCUMENTS", 3)
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d.decode()}) + "\n" for d in DOCUMENTS))
+    folder = tokenize([str(tmp_path / "text.jsonl")], tmp_path / "out", tmp_path, shard_tokens=50)
+    assert len(read_index(folder).shards) > 5
+    stream = open_corpus([str(folder)], tmp_path, 0.0).train
+    whole = np.concatenate([np.append(np.frombuffer(d, np.uint8), np.uint16(256)) for d in DOCUMENTS])
+    assert stream.tokens(10**6).tolist() == whole.tolist()
+    for window in range(stream.num_windows(100)):
+        tokens, labels = stream.read(window, 100, 20, 90)
+        assert tokens.tolist() == whole[window * 100 + 20 : window * 100 + 90].tolist()
+        assert labels.tolist() == whole[window * 100 + 21 : window * 100 + 91].tolist()
+
+
+@pytest.mark.parametrize("after", [1, 4, 11])
+def test_it_goes_on_from_the_last_whole_shard(tmp_path, monkeypatch, after):
+    """Stopped after some shards by a failing source: the same files as of one that was not stopped."""
+    monkeypatch.setattr("longnet_dist.tokens._BATCH_DOCUMENTS", 3)
+    read = []
+
+    def failing():
+        for number, document in enumerate(DOCUMENTS):
+            if number == 3 * after + 1:
+                raise OSError("the network is gone")
+            yield document
+
+    def whole():
+        for document in DOCUMENTS:
+            read.append(document)
+            yield document
+
+    class Counting(Bytes):
+        encoded = 0
+
+        def encode(self, documents):
+            self.encoded += len(documents)
+            return super().encode(documents)
+
+    expected = write_tokens(whole, Bytes(), tmp_path / "expected", "source", shard_tokens=1)
+    with pytest.raises(OSError, match="network"):
+        write_tokens(failing, Bytes(), tmp_path / "out", "source", shard_tokens=1)
+    with pytest.raises(ValueError, match="stopped: start the same"):
+        read_index(tmp_path / "out")
+    with pytest.raises(ValueError, match="tokens of other data"):
+        write_tokens(whole, Bytes(), tmp_path / "out", "another", shard_tokens=1)
+    counting = Counting()
+    assert write_tokens(whole, counting, tmp_path / "out", "source", shard_tokens=1) == expected
+    assert counting.encoded == len(DOCUMENTS) - 3 * after
+    for shard in expected.shards:
+        assert (tmp_path / "out" / shard.name).read_bytes() == (tmp_path / "expected" / shard.name).read_bytes()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "expected").iterdir()}
+
+
+def test_killed_it_goes_on(tmp_path):
+    """The real command, SIGKILLed between shards."""
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} " * 500}) + "\n" for n in range(40_000)))
+    command = ["-m", "longnet_dist", "tokenize", str(text), "--shard-tokens", "100000", "--out"]
+    job = subprocess.Popen([sys.executable, *command, str(tmp_path / "out")], stdout=subprocess.DEVNULL)
+    partial = tmp_path / "out" / "partial.json"
+    deadline = time.monotonic() + 60
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)  # Its progress shows in its files alone.
+    os.kill(job.pid, signal.SIGKILL)
+    job.wait()
+    before = len(json.loads(partial.read_text())["shards"])
+    assert not (tmp_path / "out" / "index.json").exists()
+    for folder in ("out", "expected"):
+        assert cli.main([*command[2:], str(tmp_path / folder)]) == 0
+    index = read_index(tmp_path / "out")
+    assert len(index.shards) > before
+    assert index == read_index(tmp_path / "expected")
+
+
+def _written(tmp_path):
+    (tmp_path / "text.txt").write_text("some words again\n" * 50)
+    return tokenize([str(tmp_path / "text.txt")], tmp_path / "tokens", tmp_path)
+
+
+def test_damage_is_named_with_its_byte(tmp_path):
+    folder = _written(tmp_path)
+    shard = folder / "tokens-00000.bin"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100] + b"\xff\xff" + content[102:])
+    with pytest.raises(ValueError, match=r"tokens-00000.bin, byte 100: token id 65535, and the vocabulary"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    shard.write_bytes(content[:99])
+    with pytest.raises(ValueError, match=r"tokens-00000.bin ends at byte 99, and .* tells of 1702 bytes"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"tokens-00000.bin is missing"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    (folder / "index.json").write_text("{")
+    with pytest.raises(ValueError, match=r"index.json cannot be read"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+
+
+def test_bad_tokenizers_and_bad_text_are_named(tmp_path, hugging_face):
+    for name, content, said in (
+        ("x.model", "", r"give a file named \*.json"),
+        ("x.json", "{}", "is no tokenizer.json"),
+        ("x.tiktoken", "", "must be named as tiktoken names its encoding"),
+        ("cl100k_base.tiktoken", "YQ== 0\nno\n", r"cl100k_base.tiktoken, line 2: it is not bytes in base64"),
+        ("r50k_base.tiktoken", "YQ== 0\n", r"holds no ranks of r50k_base"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=said):
+            load_tokenizer(tmp_path / name)
+    with pytest.raises(ValueError, match="no file there"):
+        load_tokenizer(tmp_path / "missing.json")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin.txt, byte 3: it is not UTF-8"):
+        tokenize([str(tmp_path / "latin.txt")], tmp_path / "a", tmp_path, tokenizer=hugging_face)
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(ValueError, match="every document is empty"):
+        tokenize([str(tmp_path / "empty.txt")], tmp_path / "b", tmp_path)
+
+
+def test_a_hugging_face_dataset_is_streamed(tmp_path, monkeypatch):
+    """The package itself, on a folder of JSON lines."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "rows").mkdir()
+    rows = [{"text": d.decode(), "n": n} for n, d in enumerate(DOCUMENTS)]
+    (tmp_path / "rows" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tokenize([f"hf:{tmp_path / 'rows'}?split=train"], tmp_path / "out", tmp_path)
+    tokens = open_corpus([str(folder)], tmp_path, 0.0).train.tokens(10**6)
+    assert Bytes().decode(tokens.tolist()) == b"".join(DOCUMENTS)
+    with pytest.raises(ValueError, match=r"row 0: its 'body' is NoneType, not text; it has text, n"):
+        tokenize([f"hf:{tmp_path / 'rows'}"], tmp_path / "other", tmp_path, text_field="body")
+    with pytest.raises(ValueError, match=r"cannot be opened"):
+        tokenize([f"hf:{tmp_path / 'rows'}?split=nothing"], tmp_path / "other", tmp_path)
