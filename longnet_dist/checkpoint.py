@@ -129,31 +129,36 @@ class Checkpoints:
         final = self.folder / f"step-{step:08d}"
         nonce = self._from_first(uuid.uuid4().hex[:8])
         temporary = self.folder / f"{final.name}.tmp-{nonce}"
-        problem = None
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            with self._alone():
-                save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
-            mine = {p.name: _described(p) for p in temporary.glob(f"__{self.rank}_*")}
-        except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
-            problem, mine = "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items()), {}
-        except OSError as error:
-            problem, mine = repr(error), {}
-        files: dict[str, Any] = {}
-        for of_rank in gather_objects(mine, self.group):
-            files |= of_rank
-        problem = self._from_any(problem)
+        problem = self._from_any(_made(temporary))
+        if problem is None:
+            mine, problem = self._write_files(temporary, state)
+            files: dict[str, Any] = {}
+            for of_rank in gather_objects(mine, self.group):
+                files |= of_rank
+            problem = self._from_any(problem)
         if problem is None:
             problem = self._from_first(self._finish(temporary, final, files, facts) if self.rank == 0 else None)
         if problem is not None and self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
 
+    def _write_files(self, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
+        """This rank's files, described; or what went wrong, here or elsewhere."""
+        try:
+            with self._alone():
+                save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            return {p.name: _described(p) for p in temporary.glob(f"__{self.rank}_*")}, None
+        except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
+            return {}, "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())
+        except OSError as error:
+            return {}, repr(error)
+
     def _finish(self, temporary: Path, final: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
         """On rank 0: the manifest, the rename, and the removal of old ones; what went wrong, or None."""
         try:
             files[".metadata"] = _described(temporary / ".metadata")
             manifest = {"facts": facts, "files": files, "torch": torch.__version__}
+            manifest["sha256"] = _hash(manifest)
             with (temporary / _MANIFEST).open("w") as out:
                 json.dump(manifest, out, indent=1)
                 out.flush()
@@ -171,11 +176,13 @@ class Checkpoints:
     def _remove_old(self, newest: Path) -> None:
         found = sorted(p for p in self.folder.glob("step-*") if ".tmp-" not in p.name)
         # Later ones were passed over, as damaged, or the run would not be here: they must not count as the newest.
-        for path in (p for p in found if p.name > newest.name):
-            shutil.rmtree(path, ignore_errors=True)
+        old = [p for p in found if p.name > newest.name]
         for path in [p for p in found if p.name <= newest.name][: -self.keep_last]:
             if not (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
-                shutil.rmtree(path, ignore_errors=True)
+                old.append(path)
+        for path in old:  # Renamed first: half a checkpoint must not look like one.
+            with contextlib.suppress(OSError):
+                os.rename(path, self.folder / f"{path.name}.tmp-old-{uuid.uuid4().hex[:8]}")
         for path in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -245,11 +252,14 @@ class _AllowList(pickle.Unpickler):
 def _damage(path: Path, rank: int, size: int) -> str | None:
     """What is wrong with a checkpoint, looking at this rank's share of its files; None where nothing is."""
     try:
-        files = json.loads((path / _MANIFEST).read_text())["files"]
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest.pop("sha256") != _hash(manifest):
+            return f"{_MANIFEST} is not as it was written"
+        files = manifest["files"]
     except FileNotFoundError:
         return f"{_MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        return f"{_MANIFEST} cannot be read ({error})"
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{_MANIFEST} cannot be read ({error!r})"
     for name, described in sorted(files.items())[rank::size]:
         try:
             if _described(path / name) != described:
@@ -259,6 +269,19 @@ def _damage(path: Path, rank: int, size: int) -> str | None:
             return f"{name} is missing"
         except OSError as error:
             return f"{name} cannot be read ({error})"
+    return None
+
+
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _made(folder: Path) -> str | None:
+    """Make a folder; what went wrong, or None."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return repr(error)
     return None
 
 
@@ -289,7 +312,10 @@ def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ran
             moments["step"] = torch.zeros((), dtype=torch.float32)
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state |= {f"optimizer.{moment}.{name}": value for moment, value in moments.items()}
-    return state | {f"random.{rank}": torch.get_rng_state()}
+    state[f"random.{rank}"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        state[f"random_cuda.{rank}"] = torch.cuda.get_rng_state()
+    return state
 
 
 def load_model(folder: Path | str) -> LongNet:

@@ -107,6 +107,7 @@ def _eval(
     from longnet_dist.evaluate import bits_by_position
     from longnet_dist.job import corpus_of, read_config
 
+    _check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
     model, config = load_model(run).eval(), read_config(run)
     held_out = corpus_of(config).validation
     if data:

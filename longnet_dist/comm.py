@@ -75,8 +75,9 @@ class Communicator:
         if highest == -minus_lowest and not anyones_problem:
             return
         if len(text) > _MESSAGE_BYTES:
-            text = json.dumps({name: f"{str(value)[:100]}... {number}" for name, value in mine.items()})
-            text = json.dumps({"problem": problem[:1000]}) if problem else text
+            room = _MESSAGE_BYTES // 4 // (1 + len(mine))
+            text = json.dumps({name: f"{_ascii(value)[:room]}... {number}" for name, value in mine.items()})
+            text = json.dumps({"problem": _ascii(problem)[: _MESSAGE_BYTES // 4]}) if problem else text
         message = torch.frombuffer(bytearray(text.encode().ljust(_MESSAGE_BYTES)), dtype=torch.uint8)
         everyones = self.all_gather(message.to(self.device), doing).wait().cpu().numpy()
         _raise_disagreement([json.loads(bytes(row).decode()) for row in everyones])
@@ -191,6 +192,11 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return total.tolist()
+
+
+def _ascii(value: Any) -> str:
+    """So that its length is known: of ASCII, JSON writes at most two characters for one."""
+    return "".join(c if c.isprintable() else " " for c in str(value).encode("ascii", "replace").decode())
 
 
 def _raise_disagreement(ranks: Sequence[dict[str, Any]]) -> NoReturn:

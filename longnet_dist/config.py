@@ -105,6 +105,9 @@ class TrainConfig:
                 "clip_norm",
                 "profile_step",
                 "peak_tflops",
+                "learning_rate",
+                "final_learning_rate",
+                "weight_decay",
             ),
             0,
         )

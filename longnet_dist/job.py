@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,8 @@ from longnet_dist.data import Corpus, open_corpus
 from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.stopping import end_with_parent
+
+LOCK_SECONDS = 30.0
 
 
 @contextlib.contextmanager
@@ -43,6 +48,7 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     try:
+        _compare(config)
         yield device
     finally:
         if ours:
@@ -57,6 +63,50 @@ def run_folder(config: TrainConfig) -> Path:
     folder = Path(gather_objects(str(config.run_folder or Path("runs") / name))[0])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Rank 0 holds the run's folder, so that no second job writes into it. Collective.
+
+    Raises:
+        ValueError: on every rank, where another job holds it, also after a while in which one that was killed ends.
+    """
+    with contextlib.ExitStack() as stack:
+        problem = None
+        if _rank() == 0:
+            lock = stack.enter_context((folder / ".lock").open("w"))
+            problem = None if _locked(lock) else f"another job trains in {folder}: give another --run-folder, or end it"
+        if problem := gather_objects(problem)[0]:
+            raise ValueError(problem)
+        yield
+
+
+def _locked(lock: IO[str]) -> bool:
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.2)
+
+
+def _compare(config: TrainConfig) -> None:
+    """See that every rank was given the same options, which would otherwise make different models of one."""
+    everyones = [
+        {name: json.dumps(value, default=str) for name, value in options.items()}
+        for options in gather_objects(dataclasses.asdict(config))
+    ]
+    for rank, options in enumerate(everyones):
+        for name, value in options.items():
+            if value != everyones[0][name]:
+                raise ValueError(
+                    f"every rank must have the same options: {name} is {everyones[0][name]} on rank 0, and "
+                    f"{value} on rank {rank}"
+                )
 
 
 def corpus_of(config: TrainConfig) -> Corpus:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
@@ -39,25 +38,38 @@ def stop_on_signals() -> Iterator[StopFlag]:
         yield flag
         return
 
-    first = 0.0
-
-    def tell(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if flag.told:
-            # A scheduler signals the launcher and its workers at once, and the launcher passes it on: that is one.
-            if time.monotonic() - first > SAME_SIGNAL_SECONDS:
-                os._exit(128 + number)
-            return
-        flag.told, first = True, time.monotonic()
-        name = signal.Signals(number).name
-        print(f"{name}: finishing the step, then a checkpoint; a second signal exits at once", file=sys.stderr)
-
-    before = {number: signal.signal(number, tell) for number in _SIGNALS}
+    # The signal's number comes through a pipe to a thread, so it is seen at once, also while the main thread waits in a
+    # collective, where no handler of Python's runs.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    listener = threading.Thread(target=_listen, args=(reader, flag), name="signals", daemon=True)
+    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    before_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    listener.start()
     try:
         yield flag
     finally:
+        signal.set_wakeup_fd(before_writer)
         for number, handler in before.items():
             signal.signal(number, handler)
+        os.close(writer)
+        listener.join()
+        os.close(reader)
+
+
+def _listen(reader: int, flag: StopFlag) -> None:
+    """Set the flag at the first signal, end the process at the second; return when the pipe is closed."""
+    first = 0.0
+    while said := os.read(reader, 1):
+        if said[0] not in _SIGNALS:
+            continue
+        # A scheduler signals the launcher and its workers at once, and the launcher passes it on: that is one.
+        if flag.told and time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            os._exit(128 + said[0])
+        if not flag.told:
+            flag.told, first = True, time.monotonic()
+            name = signal.Signals(said[0]).name
+            print(f"{name}: finishing the step, then a checkpoint; a second signal exits at once", file=sys.stderr)
 
 
 def end_with_parent() -> None:
@@ -74,7 +86,7 @@ def end_with_parent() -> None:
 
 
 class Watch:
-    """Finds the rank that hangs: each writes where it is into `folder` when a step takes too long.
+    """Finds the rank that hangs: each writes where it is into `folder` when something takes too long.
 
     Args:
         folder: of the run, which every rank sees; `rank-N.txt` in it is rank N's.
@@ -87,7 +99,7 @@ class Watch:
         folder.mkdir(exist_ok=True)
 
     @contextlib.contextmanager
-    def step(self, step: int) -> Iterator[None]:
+    def over(self, what: str) -> Iterator[None]:
         """While inside, watch.
 
         Raises:
@@ -99,19 +111,21 @@ class Watch:
             try:
                 yield
             except RuntimeError as error:
-                raise RuntimeError(f"step {step}: {error}\n{self._who_hangs()}") from error
+                raise RuntimeError(f"{what}: {error}{self._who_hangs()}") from error
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
     def _who_hangs(self) -> str:
-        lines = []
+        """What to add to an error: nothing where nobody was late."""
+        lines, late = [], False
         for rank in range(self.num_ranks):
             path = self.folder / f"rank-{rank}.txt"
             text = path.read_text() if path.exists() else ""
             # The main thread is the last, its innermost call first.
             frames = [line.strip() for line in text.split("most recent call first")[-1].splitlines() if "File" in line]
+            late = late or bool(frames)
             if not frames:
                 lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, or is gone")
             elif not any("distributed" in frame or "comm.py" in frame for frame in frames):
                 lines.append(f"rank {rank} is in no collective, so the others wait for it: {frames[0]}")
-        return "\n".join([*lines, f"what every rank was doing is in {self.folder}"])
+        return "\n".join(["", *lines, f"what every rank was doing is in {self.folder}"]) if late else ""

@@ -26,7 +26,7 @@ from longnet_dist.checkpoint import Checkpoints, names_without, training_state
 from longnet_dist.comm import sum_over_ranks
 from longnet_dist.config import TrainConfig
 from longnet_dist.data import unigram_bits, window_order
-from longnet_dist.job import corpus_of, processes, run_folder
+from longnet_dist.job import corpus_of, held, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
@@ -111,7 +111,10 @@ class _Trainer:
         config = self.config
         losses, validation = [], math.nan
         unigram = self._per_byte(unigram_bits(self.corpus.train, self._held_out_tokens()))
-        with RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps, config.wandb) as log:
+        with (
+            held(self.folder),
+            RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps, config.wandb) as log,
+        ):
             step = self._resume(log)
             log.begin(step)
             flops = step_flops(config, self.model)
@@ -122,18 +125,20 @@ class _Trainer:
                 step += 1
                 self.cost = StepCost()
                 began = time.perf_counter()
-                with watch.step(step), self._profiled(step):
+                with watch.over(f"step {step}"), self._profiled(step):
                     measured = self._step(step, stop)
                 losses.append(measured["loss"])
                 self.cost.seconds = time.perf_counter() - began
                 measured |= measures(config, step, self.cost, flops, received, self.num_ranks)
                 if step == config.steps or (config.validate_every and step % config.validate_every == 0):
-                    validation = self._validate()
+                    with watch.over(f"validation after step {step}"):
+                        validation = self._validate()
                     measured |= {"validation_bits_per_byte": validation, "unigram_bits_per_byte": unigram}
                 log.step(measured)
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or step == config.steps or stop.agreed:
-                    self.checkpoints.save(step, self._state(), self._facts(step))
+                    with watch.over(f"checkpoint of step {step}"):
+                        self.checkpoints.save(step, self._state(), self._facts(step))
             self.checkpoints.wait()
             if step < config.steps:
                 log.say(
@@ -206,8 +211,8 @@ class _Trainer:
             windows = [self._windows(step, micro, every=True) for micro in range(self.config.grad_accumulation)]
             raise RuntimeError(
                 f"{self.skipped} steps in a row were not finite, so the run stops; {said}, at sequences {windows} of "
-                f"{self.config.seq_len} tokens in {self.corpus.folder}. The last good checkpoint is kept, and a lower "
-                "learning rate, or a smaller clip_norm, may go on from it"
+                f"{self.config.seq_len} tokens in {self.corpus.folder}. Checkpoints are of good steps: a lower "
+                "learning rate, or a smaller clip_norm, may go on from the last, if there is one"
             )
 
     def _windows(self, step: int, micro: int, every: bool = False) -> list[int]:
@@ -294,10 +299,12 @@ class _Trainer:
         state = self._state()
         # Random states are of ranks: on another number of ranks each has its fresh one.
         if facts["ranks"] != self.num_ranks:
-            state = names_without(state, ["random."])
+            state = names_without(state, ["random"])
         self.checkpoints.load(path, state)
         if f"random.{self.rank}" in state:
             torch.set_rng_state(state[f"random.{self.rank}"])
+        if f"random_cuda.{self.rank}" in state:
+            torch.cuda.set_rng_state(state[f"random_cuda.{self.rank}"])
         self.skipped = facts["skipped"]
         log.say(f"going on from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])

@@ -7,11 +7,13 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from longnet_dist.job import held
 from tests.launch.jobs import losses, run, start, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
@@ -75,11 +77,11 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
 
 
 def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
-    """Two ranks, then four in another arrangement, then one: one curve."""
+    """Two ranks, then four in another arrangement, or eight, or one: one curve."""
     folder = tmp_path / "run"
     assert run(2, *train(folder, *OPTIONS, "--steps", 4)).returncode == 0
     (folder / "checkpoints").rename(folder / "kept")
-    for ranks, axes in ((4, ("--parallel.dp-shard", 2)), (1, ())):
+    for ranks, axes in ((4, ("--parallel.dp-shard", 2)), (8, ()), (1, ())):
         again = tmp_path / f"again-{ranks}"
         again.mkdir()
         for name in ("kept", "metrics.jsonl"):
@@ -91,7 +93,7 @@ def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
         assert losses(again)[:4] == losses(folder)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2, 3])
 def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed, seed):
     """Under --max-restarts the job goes on by itself, to the very same losses."""
     folder, chance = tmp_path / "run", random.Random(seed)
@@ -134,15 +136,74 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
     assert losses(folder) == undisturbed
 
 
-def test_a_rank_that_hangs_is_named(tmp_path):
-    """Rank 1 sleeps in its third step; rank 0 says so, and where."""
-    script = Path(__file__).with_name("hanging.py")
-    done = run(2, script, *train(tmp_path / "run", *OPTIONS, "--timeout", 5)[2:])
+@pytest.mark.parametrize(
+    "fault", ["forward raise", "backward raise", "save raise", "backward SIGTERM", "save SIGKILL", "forward SIGSTOP"]
+)
+def test_a_fault_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch, fault):
+    """In the forward, the backward or a save: under --max-restarts the job ends with the very same losses."""
+    script, folder = Path(__file__).with_name("faults.py"), tmp_path / "run"
+    monkeypatch.setenv("FAULT", fault)
+    monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
+    job = ("--timeout", 10) if "SIGSTOP" in fault else ()
+    done = run(2, script, *train(folder, *OPTIONS, *job)[2:], launcher=("--max-restarts=1",))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "mark").exists()
+    if fault == "backward SIGTERM":  # No fault: all ranks end well, and the next start goes on.
+        assert len(losses(folder)) == 5
+        done = run(2, *train(folder, *OPTIONS))
+    assert "going on from" in done.stdout
+    assert losses(folder) == undisturbed
+
+
+def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
+    """Rank 1 sleeps in its fifth step; rank 0 says so, and where."""
+    monkeypatch.setenv("FAULT", "forward sleep")
+    monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
+    done = run(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS, "--timeout", 5)[2:])
     assert done.returncode != 0
-    assert "step 3" in done.stderr
+    assert "step 5" in done.stderr
     assert "rank 1 is in no collective, so the others wait for it" in done.stderr
-    assert "hanging.py" in done.stderr
+    assert "faults.py" in done.stderr
     assert "in oversleep" in (tmp_path / "run" / "traces" / "rank-1.txt").read_text()
+
+
+def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path, monkeypatch):
+    """Rank 1 sleeps; rank 0 waits for it, in C, and is told twice."""
+    monkeypatch.setenv("FAULT", "forward sleep")
+    monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
+    job = start(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
+    until(tmp_path / "run", 4, job)
+    (first, *_) = workers(job.pid)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "mark").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(first, signal.SIGTERM)
+    time.sleep(3.2)  # Sooner, a second signal is taken for the first, passed on by a launcher.
+    os.kill(first, signal.SIGTERM)
+    began = time.monotonic()
+    while not gone(first):
+        assert time.monotonic() - began < 5
+        time.sleep(0.02)
+    job.communicate(timeout=60)
+    assert job.returncode != 0
+
+
+def test_a_second_job_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("longnet_dist.job.LOCK_SECONDS", 0.2)
+    with held(tmp_path), pytest.raises(ValueError, match="another job trains in"), held(tmp_path):
+        pass
+    with held(tmp_path):
+        pass
+
+
+def test_ranks_with_other_options_are_refused(tmp_path):
+    """A rank of its own mind: an error that names the option, on every rank, and no hang."""
+    script = tmp_path / "own.sh"
+    options = " ".join(map(str, train(tmp_path / "run", *OPTIONS)))
+    script.write_text(f"exec {sys.executable} {options} --learning-rate 0.00$((RANK + 1))\n")
+    done = run(2, "/bin/sh", script, launcher=("--no-python",))
+    assert done.returncode != 0
+    assert "every rank must have the same options: learning_rate is 0.001 on rank 0, and 0.002 on rank 1" in done.stderr
 
 
 def test_a_full_disk_is_said_and_training_goes_on(tmp_path, undisturbed):

@@ -270,8 +270,8 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     config = dataclasses.replace(config, data=(str(tmp_path / "tokens"),), seq_len=32)
     with pytest.raises(ValueError, match=r"vocab_size is 257, and .*tokenizer.json.* need 270: --model.vocab-size 270"):
         longnet_dist.train(config)
+    (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=r"is tokenised by tokenizer.json \w+, and --tokenizer is"):
-        (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
         longnet_dist.train(dataclasses.replace(config, tokenizer=tmp_path / "other.json"))
     model = dataclasses.replace(TINY, vocab_size=270)
     result = longnet_dist.train(dataclasses.replace(config, model=model))

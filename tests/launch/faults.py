@@ -1,0 +1,60 @@
+"""`longnet-dist train`, in which rank 1 meets a fault in step 5, the first time it comes there: FAULT says which."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import longnet_dist.checkpoint
+from longnet_dist import cli
+from longnet_dist.train import _Trainer
+
+STEP = 5
+WHERE, WHAT = os.environ["FAULT"].split()
+windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
+now = 0
+
+
+def fault():
+    """Once: a restarted job finds the mark."""
+    mark = Path(os.environ["FAULT_MARK"])
+    if now != STEP + (WHERE == "save") or os.environ["RANK"] != "1" or mark.exists():
+        return
+    mark.touch()
+    if WHAT == "raise":
+        raise RuntimeError("a fault that was asked for")
+    if WHAT == "sleep":
+        oversleep()
+    os.kill(os.getpid(), getattr(signal, WHAT))
+
+
+def oversleep():
+    time.sleep(30)
+
+
+def windows_with_fault(self, step, micro, every=False):
+    global now
+    now = step
+    if WHERE == "forward":
+        fault()
+    return windows(self, step, micro, every)
+
+
+def loss_with_fault(self, stream, indices):
+    value = loss(self, stream, indices)
+    if WHERE == "backward" and value.requires_grad:
+        value.register_hook(lambda grad: fault())
+    return value
+
+
+def save_with_fault(*args, **kwargs):
+    if WHERE == "save":
+        fault()
+    return save(*args, **kwargs)
+
+
+if __name__ == "__main__":
+    _Trainer._windows, _Trainer._loss = windows_with_fault, loss_with_fault
+    longnet_dist.checkpoint.save = save_with_fault
+    sys.exit(cli.main(sys.argv[1:]))
