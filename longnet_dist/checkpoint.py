@@ -65,14 +65,16 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo", timeout=timeout) if many else None
         self.rank = dist.get_rank() if many else 0
         self.size = dist.get_world_size() if many else 1
+        self.latest: Path | None = None
+        """The last one that this process wrote whole, or `newest` found; the same on every rank."""
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
-        self._writing: Future[None] | None = None
+        self._writing: Future[Path | None] | None = None
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
         """Write a checkpoint. A disk that is full or fails is a warning: the run, and older checkpoints, go on."""
         self.wait()
         if self._writer is None:
-            self._write(step, state, facts)
+            self.latest = self._write(step, state, facts) or self.latest
             return
         staged = {name: x.detach().cpu().clone() for name, x in state.items()}
         self._writing = self._writer.submit(self._write, step, staged, facts)
@@ -81,7 +83,7 @@ class Checkpoints:
         """Until the checkpoint that is being written is there, or has failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            writing.result()
+            self.latest = writing.result() or self.latest
 
     def newest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and its facts; None where there is none at all.
@@ -125,7 +127,8 @@ class Checkpoints:
         with self._alone():
             load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
 
-    def _write(self, step: int, state: State, facts: dict[str, Any]) -> None:
+    def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
+        """The checkpoint; None where there is none."""
         final = self.folder / f"step-{step:08d}"
         nonce = self._from_first(uuid.uuid4().hex[:8])
         temporary = self.folder / f"{final.name}.tmp-{nonce}"
@@ -141,6 +144,7 @@ class Checkpoints:
         if problem is not None and self.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
+        return final if problem is None else None
 
     def _write_files(self, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
         """This rank's files, described; or what went wrong, here or elsewhere."""

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from longnet_dist.config import TrainConfig
+from longnet_dist.config import RayConfig, TrainConfig
 from longnet_dist.pattern import Pattern
 from longnet_dist.train import train
 
@@ -32,12 +32,31 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _train(config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()) -> None:  # noqa: B008
-    """Train a LongNet on text or code: alone, or under torchrun over all its ranks.
+def _train(
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    launcher: Literal["none", "ray"] = "none",
+    ranks: int = 1,
+    ray: RayConfig = RayConfig(),  # noqa: B008
+) -> None:
+    """Train a LongNet on text or code: alone, under torchrun over all its ranks, or on a cluster of Ray.
 
     torchrun --nproc-per-node 2 -m longnet_dist train --seq-len 32768 --data src/
+    longnet-dist train --launcher ray --ranks 8 --run-folder /shared/run --data /shared/src/
+
+    Args:
+        config: The options of the run.
+        launcher: Who starts the ranks: none (this process, or whoever set WORLD_SIZE), or Ray.
+        ranks: How many, where Ray starts them.
+        ray: How Ray runs them.
     """
-    train(config)
+    if launcher == "none":
+        train(config)
+        return
+    try:
+        from longnet_dist.integrations.ray import train_on_ray
+    except ImportError as error:
+        raise ValueError(f"--launcher ray needs the package {error.name}: pip install 'longnet-dist[ray]'") from None
+    train_on_ray(config, ranks, ray)
 
 
 def _tokenize(

@@ -1,4 +1,4 @@
-"""The options of a training run, with their rules. The command line is read from here."""
+"""The options of a training run, and of Ray for one, with their rules. The command line is read from here."""
 
 from __future__ import annotations
 
@@ -119,3 +119,33 @@ class TrainConfig:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """How Ray runs a training.
+
+    Raises:
+        ValueError: for a value that cannot work, with the rule.
+    """
+
+    min_ranks: int = 0
+    """Where nodes are lost, go on with as few as this many, and grow again when they are back; 0 for a fixed number."""
+    cpus_per_rank: float = 1
+    """CPUs that each rank reserves."""
+    gpus_per_rank: float = 0
+    """GPUs that each rank reserves; with one, ranks talk by NCCL."""
+    placement: str = "PACK"
+    """Ray's placement strategy; PACK keeps the ranks of a segment together."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Of the nodes that may hold ranks, Ray's label selector."""
+    max_failures: int = 3
+    """Restarts after a lost rank or node; -1 for any number. Preemptions that were announced do not count."""
+    resize_seconds: float = 60.0
+    """How often to look whether there is room for more ranks."""
+
+    def __post_init__(self) -> None:
+        if self.min_ranks < 0 or self.max_failures < -1 or not self.cpus_per_rank > 0 or self.gpus_per_rank < 0:
+            raise ValueError(
+                f"{self}: min_ranks and gpus_per_rank must be 0 or more, cpus_per_rank above 0, max_failures -1 or more"
+            )

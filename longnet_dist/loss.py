@@ -14,7 +14,7 @@ from longnet_dist.mesh import SequenceMesh
 
 IGNORED = -100
 """The label of a token that is not counted."""
-_MOST_ROWS, _MOST_LOGITS = 4096, 1 << 22
+_MOST_ROWS, _MOST_LOGITS = 4096, 1 << 24
 
 
 def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -34,6 +34,9 @@ from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
 from longnet_dist.tokens import TokenStream
 
+ASK_SECONDS = 5.0
+"""How often to ask a launcher whether a machine goes."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -50,14 +53,24 @@ class TrainResult:
     """Of a model that knows only how frequent each byte is, on the same held-out tokens."""
 
 
-def train(config: TrainConfig | None = None) -> TrainResult:
+class Session(Protocol):
+    """A launcher above the ranks, such as Ray Train. Every rank calls its methods, in the same steps."""
+
+    def checkpointed(self, path: Path, measured: dict[str, float]) -> None:
+        """A checkpoint was written whole; `measured` are the figures of the step before which it was seen."""
+
+    def leaving(self) -> bool:
+        """Whether a rank's machine is about to go, so that a checkpoint should be written now."""
+
+
+def train(config: TrainConfig | None = None, session: Session | None = None) -> TrainResult:
     """Train a LongNet; under torchrun or Ray Train over all their ranks, else on this process alone.
 
     Writes a run folder: config.json, metrics.jsonl, TensorBoard events and checkpoints. A run folder
     that holds checkpoints is gone on with, from its newest whole one: on as many ranks, and on a
     CPU, bit for bit as if it had never stopped. On SIGTERM or SIGINT the step is finished, a
     checkpoint written, and the result returned; a second signal exits at once. With no argument
-    it trains the default model on the default corpus.
+    it trains the default model on the default corpus. `session` is for launchers.
 
     Raises:
         ValueError: for options or data that cannot work, before any step.
@@ -65,7 +78,7 @@ def train(config: TrainConfig | None = None) -> TrainResult:
     """
     config = config or TrainConfig()
     with processes(config) as device, stop_on_signals() as stop:
-        trainer = _Trainer(config, device)
+        trainer = _Trainer(config, device, session)
         try:
             return trainer.run(stop)
         finally:
@@ -74,8 +87,9 @@ def train(config: TrainConfig | None = None) -> TrainResult:
 
 
 class _Trainer:
-    def __init__(self, config: TrainConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: TrainConfig, device: torch.device, session: Session | None = None) -> None:
+        self.config, self.device, self.session = config, device, session
+        self.asked = time.monotonic()
         device_mesh = make_device_mesh(config.parallel, device.type)
         replicate, shard, _ = config.parallel.degrees(dist.get_world_size() if dist.is_initialized() else 1)
         self.data_ranks = replicate * shard
@@ -106,10 +120,13 @@ class _Trainer:
         )
         self.skipped = 0
         self.cost = StepCost()
+        self.ask = False
+        self.told: Path | None = None
+        """The last checkpoint that the launcher knows of."""
 
     def run(self, stop: StopFlag) -> TrainResult:
         config = self.config
-        losses, validation = [], math.nan
+        losses, validation, measured = [], math.nan, {}
         unigram = self._per_byte(unigram_bits(self.corpus.train, self._held_out_tokens()))
         with (
             held(self.folder),
@@ -136,10 +153,11 @@ class _Trainer:
                     measured |= {"validation_bits_per_byte": validation, "unigram_bits_per_byte": unigram}
                 log.step(measured)
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
-                if due or step == config.steps or stop.agreed:
+                if due or step == config.steps or stop.agreed or self._leaving():
                     with watch.over(f"checkpoint of step {step}"):
-                        self.checkpoints.save(step, self._state(), self._facts(step))
+                        self._checkpoint(step, measured)
             self.checkpoints.wait()
+            self._checkpointed(measured)
             if step < config.steps:
                 log.say(
                     f"stopped by a signal after step {step}, with a checkpoint: the same command goes on from it, "
@@ -150,6 +168,24 @@ class _Trainer:
                 kind = "token" if config.tokenizer else "byte"
                 log.say(f"validation {validation:.3f} bits per byte; {kind}-unigram model {unigram:.3f} bits per byte")
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
+
+    def _checkpoint(self, step: int, measured: dict[str, float]) -> None:
+        self.checkpoints.save(step, self._state(), self._facts(step))
+        self._checkpointed(measured)
+
+    def _checkpointed(self, measured: dict[str, float]) -> None:
+        """Tell the launcher of a checkpoint that it does not know."""
+        latest = self.checkpoints.latest
+        if self.session is not None and latest is not None and latest != self.told:
+            self.session.checkpointed(latest, measured)
+            self.told = latest
+
+    def _leaving(self) -> bool:
+        """Whether to write a checkpoint because a machine goes; asked now and then, in steps that rank 0 decides."""
+        if self.session is None or not self.ask:
+            return False
+        self.asked = time.monotonic()
+        return self.session.leaving()
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:
@@ -170,9 +206,10 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, norm = self._loss_and_gradients(step)
-        # One small collective a step: every rank's loss, and whether any was told to stop.
-        loss, told = sum_over_ranks([loss / self.num_ranks, float(stop.told)], self.device)
-        stop.agreed = told > 0
+        # One small collective a step: every rank's loss, whether any was told to stop, and whether it is time to ask.
+        ask = self.rank == 0 and time.monotonic() - self.asked > ASK_SECONDS
+        loss, told, asks = sum_over_ranks([loss / self.num_ranks, float(stop.told), float(ask)], self.device)
+        stop.agreed, self.ask = told > 0, asks > 0
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
             self.skipped = 0

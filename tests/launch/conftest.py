@@ -1,0 +1,20 @@
+"""Fixtures of the tests that start real jobs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_nodes() -> Iterator[object]:
+    """One Ray cluster for all; see tests/launch/ray_cluster.py."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of ray's own.
+        from tests.launch.ray_cluster import Nodes
+
+        nodes = Nodes()
+    yield nodes
+    nodes.close()

@@ -1,0 +1,220 @@
+"""A failure here means: a gang of Ray actors answers wrongly, or not at all, or does not survive the loss of one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_labels
+from longnet_dist.loss import linear_token_losses
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+PATTERN = Pattern((16, 64), (1, 4))
+DOCUMENT = bytes(np.random.default_rng(0).integers(0, 256, 301, np.uint8))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model's folder, and what one process says of the document: log-likelihoods and features."""
+    config = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
+    torch.manual_seed(0)
+    model = config.build(dtype=torch.float64).eval()
+    folder = tmp_path_factory.mktemp("exported")
+    model.save_pretrained(folder)
+    ids = torch.tensor(list(DOCUMENT))[None]
+    with torch.no_grad():
+        features = model.features(ids)
+    losses = linear_token_losses(features, model.output.weight, next_token_labels(ids))
+    return folder, -losses[0, :-1], features[0]
+
+
+def make(nodes, ranks, model=None, **options):
+    from longnet_dist.integrations.ray import SequenceParallelGang
+
+    return SequenceParallelGang(ranks, model=model, **({"timeout": 30} | options))
+
+
+def draw(rows, dtype=torch.float64, heads=(4, 2)):
+    generator = torch.Generator().manual_seed(rows)
+    q, k, v = (torch.randn(2, rows, n, 8, dtype=dtype, generator=generator) for n in (heads[0], heads[1], heads[1]))
+    return q, k, v
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_gang_is_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks):
+    """Attention, scores and embeddings, of tensors, text, ids and files; results in memory and in files."""
+    folder, scores, features = exported
+    (tmp_path / "book.bin").write_bytes(DOCUMENT)
+    np.save(tmp_path / "ids.npy", np.frombuffer(DOCUMENT, np.uint8).astype(np.int32))
+    with make(ray_nodes, ranks, folder) as gang:
+        for rows, causal in ((100, True), (61, False), (3, True)):
+            q, k, v = draw(rows)
+            out = gang.dilated_attention(q, k, v, PATTERN, causal=causal)
+            assert_close(out, dense_reference(q, k, v, PATTERN, causal=causal), rtol=0, atol=1e-12)
+        names = []
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            names.append(tmp_path / f"{name}.npy")
+            np.save(names[-1], x.numpy())
+        left = gang.dilated_attention(*names, PATTERN, causal=True, out=tmp_path / "attention")
+        files = sorted(p for p in left.iterdir() if p.suffix == ".npy")
+        joined = torch.from_numpy(np.concatenate([np.load(p) for p in files], 1))
+        assert_close(joined, dense_reference(q, k, v, PATTERN, causal=True), rtol=0, atol=1e-12)
+        for document in (DOCUMENT, list(DOCUMENT), tmp_path / "book.bin", tmp_path / "ids.npy"):
+            assert_close(gang.score(document), scores, rtol=0, atol=1e-12)
+        assert gang.score("é").shape == (1,)
+        assert gang.score(b"a").shape == (0,)
+        assert_close(gang.embed(DOCUMENT), features.mean(0), rtol=0, atol=1e-12)
+        assert_close(gang.embed(DOCUMENT, pooling="last"), features[-1], rtol=0, atol=1e-12)
+        assert_close(gang.embed(DOCUMENT, pooling=None), features, rtol=0, atol=1e-12)
+        left = gang.embed(tmp_path / "book.bin", pooling=None, out=tmp_path / "features")
+        files = sorted(p for p in left.iterdir() if p.suffix == ".npy")
+        assert_close(torch.from_numpy(np.concatenate([np.load(p) for p in files])), features, rtol=0, atol=1e-12)
+        # Requests are futures, and done in order.
+        calls = [gang.submit("score", DOCUMENT[:n]) for n in (50, 301, 100)]
+        assert_close(calls[2].result(), scores[:99], rtol=0, atol=1e-12)
+        assert all(call.done() and call.progress() == 1 for call in calls)
+        assert gang.stats()["formed"] == 1
+
+
+def test_mistakes_are_said_and_the_gang_lives_on(ray_nodes, exported, tmp_path):
+    folder, scores, _ = exported
+    q, k, v = draw(20)
+    with make(ray_nodes, 2, folder) as gang:
+        mistakes = [
+            (lambda: gang.dilated_attention(q, k[:, :5], v, PATTERN), "of one N"),
+            (lambda: gang.dilated_attention(q, k.float(), v, PATTERN), "dtype"),
+            (lambda: gang.dilated_attention(q, k, v, PATTERN, dropout=0.1), r"\['dropout'\] are not known"),
+            (lambda: gang.score([5, 999]), "token ids of rows .* 999"),
+            (lambda: gang.score([]), "at least one token"),
+            (lambda: gang.score(tmp_path / "missing.bin"), "no file there"),
+            (lambda: gang.embed(DOCUMENT, pooling="max"), "pooling is 'max'"),
+            (lambda: gang.submit("generate", DOCUMENT), "must be one of dilated_attention, score, embed"),
+        ]
+        for mistake, said in mistakes:
+            with pytest.raises(ValueError, match=said):
+                mistake()
+        assert_close(gang.score(DOCUMENT), scores, rtol=0, atol=1e-12)
+        assert gang.stats()["formed"] == 1
+    with pytest.raises(ValueError, match="is closed"):
+        gang.score(DOCUMENT)
+    with make(ray_nodes, 1) as gang, pytest.raises(ValueError, match="has no model"):
+        gang.score(DOCUMENT)
+
+
+@pytest.mark.parametrize("when", ["between calls", "in mid-call", "in mid-collective"])
+def test_a_dead_actor_is_named_and_the_gang_forms_again(ray_nodes, when):
+    from longnet_dist.integrations.ray import GangError
+
+    q, k, v = draw(100)
+    expected = dense_reference(q, k, v, PATTERN, causal=True)
+    with make(ray_nodes, 2) as gang:
+        assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
+        pid = gang.stats()["ranks"][1]["pid"]
+        if when == "between calls":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            long = draw(6000)
+            if when == "in mid-collective":  # It stands still, so that the other waits for it.
+                call = gang.submit("dilated_attention", *long, Pattern((6000,), (1,)), kernel="eager")
+                time.sleep(0.3)
+                os.kill(pid, signal.SIGSTOP)
+                time.sleep(1.5)
+            else:
+                call = gang.submit("dilated_attention", *long, Pattern((3000,), (1,)), kernel="eager")
+                time.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            began = time.monotonic()
+            with pytest.raises(
+                GangError, match=rf"rank 1 of 2 \(process {pid} on node 127.0.0.2\) died, in att"
+            ) as got:
+                call.result()
+            assert time.monotonic() - began < 15
+            assert (got.value.rank, got.value.node) == (1, "127.0.0.2")
+        assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
+        assert gang.stats()["formed"] == 2
+
+
+def test_retries_hide_a_loss_and_silence_is_bounded(ray_nodes):
+    from longnet_dist.integrations.ray import GangError
+
+    q, k, v = draw(100)
+    expected = dense_reference(q, k, v, PATTERN, causal=True)
+    with make(ray_nodes, 2, retries=1, timeout=12) as gang:
+        for give_up in (False, True):
+            gang.retries = int(not give_up)
+            pid = gang.stats()["ranks"][1]["pid"]
+            call = gang.submit("dilated_attention", *draw(6000), Pattern((6000,), (1,)), kernel="eager")
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGSTOP)
+            began = time.monotonic()
+            if give_up:
+                with pytest.raises(GangError, match=r"rank 1 of 2 .* did not answer"):
+                    call.result()
+            else:
+                assert call.result().shape == (2, 6000, 4, 8)
+            assert time.monotonic() - began < 40
+            assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
+        assert gang.stats()["formed"] == 3
+
+
+def test_many_calls_leak_neither_memory_nor_actors(ray_nodes, exported):
+    import ray
+
+    folder, scores, _ = exported
+    with make(ray_nodes, 2, folder) as gang:
+        for number in range(200):
+            assert len(gang.score(DOCUMENT[: 100 + number])) == 99 + number
+            if number == 50:
+                before = [rank["memory_bytes"] for rank in gang.stats()["ranks"]]
+        after = [rank["memory_bytes"] for rank in gang.stats()["ranks"]]
+        assert all(b - a < 20 * 2**20 for a, b in zip(before, after, strict=True)), (before, after)
+        assert gang.stats()["formed"] == 1
+        assert_close(gang.score(DOCUMENT), scores, rtol=0, atol=1e-12)
+    gc.collect()
+    deadline = time.monotonic() + 20
+    while ray.available_resources().get("CPU") != ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, ray.available_resources()
+        time.sleep(0.1)
+
+
+def test_a_gang_over_nodes_survives_the_loss_of_one(ray_nodes):
+    """Ranks on two nodes by their label; one goes, and another comes."""
+    from longnet_dist.integrations.ray import GangError
+
+    q, k, v = draw(100)
+    expected = dense_reference(q, k, v, PATTERN, causal=True)
+    first, second = ray_nodes.add("gang"), ray_nodes.add("gang")
+    options = {"labels": {"pool": "gang"}, "placement": "STRICT_SPREAD", "form_timeout": 20}
+    with make(ray_nodes, 2, **options) as gang:
+        assert len({rank["node"] for rank in gang.stats()["ranks"]}) == 2
+        assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
+        ray_nodes.remove(second)
+        third = ray_nodes.add("gang")
+        assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
+    with pytest.raises(GangError, match=r"no room for 3 x .*pool.* in 1 s: the cluster has"):
+        make(ray_nodes, 3, **(options | {"form_timeout": 1}))
+    ray_nodes.remove(first)
+    ray_nodes.remove(third)
+
+
+def test_a_client_without_the_token_is_refused(ray_nodes):
+    code = "import ray; ray.init(log_to_driver=False); print('let in')"
+    for token, said in ((None, "let in"), ("0" * 64, "")):
+        environment = os.environ | ray_nodes.environment | ({"RAY_AUTH_TOKEN": token} if token else {})
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+        )
+        assert done.stdout.strip() == said, done.stderr
+        if token:
+            assert done.returncode != 0
+            assert "token" in done.stderr.lower()
