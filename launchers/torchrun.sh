@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Train on one or several machines with torchrun, with restarts that work. Edit the four lines, and run it on each machine.
-NODES=1                      # machines; of several, all must see the run's folder
+NODES=${NODES:-1}            # machines; of several, all must see the run's folder
 RANKS=${RANKS:-2}            # processes on each: its GPUs, or its cores
 RENDEZVOUS=${RENDEZVOUS:-localhost:0}  # host:port of one of the machines, open to the others; localhost:0 for one alone
 JOB=${JOB:-$(date +%Y%m%d-%H%M%S)}     # its name, of which the run's folder is made; of several machines, the same on all

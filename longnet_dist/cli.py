@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,10 +54,8 @@ def _train(
     if launcher == "none":
         train(config)
         return
-    try:
+    with _extra("ray", "--launcher ray"):
         from longnet_dist.integrations.ray import train_on_ray
-    except ImportError as error:
-        raise ValueError(f"--launcher ray needs the package {error.name}: pip install 'longnet-dist[ray]'") from None
     train_on_ray(config, ranks, ray)
 
 
@@ -242,11 +242,34 @@ def _check_positive(options: dict[str, int]) -> None:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
 
 
-def _doctor() -> None:
-    """Say what this machine has, which kernels and backends work here, and why the others do not."""
+def _doctor(cluster: bool = False, timeout: float = 30.0) -> None:
+    """Say what this machine has, which kernels and backends work here, and why the others do not.
+
+    Args:
+        cluster: Look at the cluster of Ray that RAY_ADDRESS names instead: its nodes, and whether and how fast every
+            two of them reach each other. Exits with 1 where something is wrong.
+        timeout: Seconds that an answer from a node may take.
+    """
+    if cluster:
+        with _extra("ray", "--cluster"):
+            from longnet_dist.integrations.ray.doctor import diagnose_cluster
+        report, wrong = diagnose_cluster(timeout)
+        print(report)
+        if wrong:
+            raise SystemExit(1)
+        return
     from longnet_dist.doctor import diagnose
 
     print(diagnose())
+
+
+@contextlib.contextmanager
+def _extra(name: str, option: str) -> Iterator[None]:
+    """Say which extra is missing, where an import fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{option} needs the package {error.name}: pip install 'longnet-dist[{name}]'") from None
 
 
 if __name__ == "__main__":

@@ -139,12 +139,19 @@ class RayConfig:
     """Ray's placement strategy; PACK keeps the ranks of a segment together."""
     labels: dict[str, str] = field(default_factory=dict)
     """Of the nodes that may hold ranks, Ray's label selector."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """What else each rank reserves: custom resources of nodes, which, other than labels, go with min_ranks."""
     max_failures: int = 3
     """Restarts after a lost rank or node; -1 for any number. Preemptions that were announced do not count."""
     resize_seconds: float = 60.0
     """How often to look whether there is room for more ranks."""
 
     def __post_init__(self) -> None:
+        if self.labels and self.min_ranks:
+            raise ValueError(
+                "labels and min_ranks do not go together, because Ray counts the room on all nodes, whatever their "
+                "labels: give the nodes a custom resource, and each rank a part of it (resources)"
+            )
         if self.min_ranks < 0 or self.max_failures < -1 or not self.cpus_per_rank > 0 or self.gpus_per_rank < 0:
             raise ValueError(
                 f"{self}: min_ranks and gpus_per_rank must be 0 or more, cpus_per_rank above 0, max_failures -1 or more"

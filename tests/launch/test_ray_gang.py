@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -218,3 +219,19 @@ def test_a_client_without_the_token_is_refused(ray_nodes):
         if token:
             assert done.returncode != 0
             assert "token" in done.stderr.lower()
+
+
+def test_the_doctor_looks_at_a_cluster(ray_nodes):
+    """The command, on three nodes: each is there, every two meet, and nothing is wrong."""
+    nodes = [ray_nodes.add("doctor") for _ in range(2)]
+    environment = os.environ | ray_nodes.environment
+    command = [sys.executable, "-m", "longnet_dist", "doctor", "--cluster"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    addresses = ["127.0.0.2", *(node.node_ip_address for node in nodes)]
+    for node in nodes:
+        ray_nodes.remove(node)
+    for address in addresses:
+        assert re.search(rf"{address} .*no GPU; .*torch 2.*clock [+-]0", done.stdout), done.stdout + done.stderr
+    assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 3
+    assert done.returncode == 0, done.stdout
+    assert "nothing is wrong" in done.stdout

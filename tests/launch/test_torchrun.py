@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ROOT, losses, run, train
+from tests.launch.jobs import losses, run, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 
@@ -42,17 +38,3 @@ def test_the_example_gives_the_same_numbers_on_any_number_of_ranks():
     said = {run(ranks, "examples/attention.py").stdout.split(":")[1] for ranks in (1, 4)}
     assert len(said) == 1
     assert "dq" in said.pop()
-
-
-def test_the_launcher_runs_what_it_says(tmp_path):
-    """launchers/torchrun.sh, with its variables given from outside."""
-    arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 128)[3:]]
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "RANKS": "2", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        ["bash", "launchers/torchrun.sh", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert len(losses(tmp_path / "run")) == 2
-    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in done.stderr

@@ -51,7 +51,8 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
             num_workers=(options.min_ranks, ranks) if options.min_ranks else ranks,
             use_gpu=options.gpus_per_rank > 0,
             resources_per_worker={"CPU": options.cpus_per_rank}
-            | ({"GPU": options.gpus_per_rank} if options.gpus_per_rank else {}),
+            | ({"GPU": options.gpus_per_rank} if options.gpus_per_rank else {})
+            | options.resources,
             placement_strategy=options.placement,
             label_selector=options.labels or None,
             elastic_resize_monitor_interval_s=options.resize_seconds,

@@ -1,0 +1,12 @@
+"""Train on a Ray cluster, from Python. Edit three lines; then: RAY_ADDRESS=head:6379 python launchers/ray_train.py"""
+
+from longnet_dist import TrainConfig
+from longnet_dist.config import RayConfig
+from longnet_dist.integrations.ray import train_on_ray
+
+RANKS = 2  # over the whole cluster
+RAY = RayConfig(cpus_per_rank=1, gpus_per_rank=0, min_ranks=1)  # goes on with one where nodes are lost
+RUN = TrainConfig(run_folder="/shared/runs/first", checkpoint_every=20)  # a folder that all nodes see
+
+if __name__ == "__main__":
+    print(train_on_ray(RUN, RANKS, RAY))

@@ -1,0 +1,111 @@
+"""A failure here means: a file that users are told to edit and start does not do what it says."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.launch.jobs import ENVIRONMENT, ROOT, losses, train
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+LAUNCHERS = ROOT / "launchers"
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch", "ray_job.sh"])
+def test_shell_is_shell(name):
+    subprocess.run(["bash", "-n", LAUNCHERS / name], check=True)
+
+
+def test_torchrun_runs(tmp_path):
+    arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 128)[3:]]
+    done = start("torchrun.sh", arguments, {"RANKS": "2"})
+    assert len(losses(tmp_path / "run")) == 2
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in done.stderr
+
+
+def test_slurm_starts_torchrun_on_its_machines(tmp_path):
+    """As far as can be without Slurm: what is made of its variables, and that srun runs torchrun.sh with it."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "scontrol").write_text("#!/bin/sh\necho first\necho second\n")
+    (programs / "srun").write_text('#!/bin/sh\necho "$RANKS $NODES $JOB $RENDEZVOUS" "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "x", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
+    path = {"PATH": f"{programs}:{os.environ['PATH']}"}
+    done = start("slurm.sbatch", ["--seq-len", "1024"], slurm | path)
+    said = (
+        "8 2 7 first:29400 --kill-on-bad-exit=0 bash ./launchers/torchrun.sh --run-folder /shared/runs/7 --seq-len 1024"
+    )
+    assert done.stdout.strip() == said
+
+
+def test_ray_job_and_ray_train_run(ray_nodes, tmp_path):
+    """Submitted through the jobs API, and started from Python with its three lines edited."""
+    arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 128)[3:]]
+    job = {"RANKS": "2", "FOLDER": str(tmp_path / "run")} | ray_nodes.environment
+    done = start("ray_job.sh", [a for a in arguments if a not in ("--run-folder", str(tmp_path / "run"))], job)
+    assert "succeeded" in done.stdout
+    assert len(losses(tmp_path / "run")) == 2
+    refused = start("ray_job.sh", [], job | {"RAY_AUTH_TOKEN": "0" * 64}, fails=True)
+    assert "401" in refused.stderr + refused.stdout or "uthenticat" in refused.stderr + refused.stdout
+
+    text = (LAUNCHERS / "ray_train.py").read_text()
+    old = 'run_folder="/shared/runs/first", '
+    assert old in text
+    data = f'data=("{tmp_path / "text.txt"}",), cache="{tmp_path / "cache"}", seq_len=128, steps=2, '
+    text = text.replace(old, f'run_folder="{tmp_path / "second"}", validation_sequences=2, {data}')
+    (tmp_path / "edited.py").write_text(text)
+    environment = os.environ | ENVIRONMENT | ray_nodes.environment
+    done = subprocess.run(
+        [sys.executable, tmp_path / "edited.py"], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "TrainResult(" in done.stdout
+    assert len(losses(tmp_path / "second")) == 2
+
+
+def test_kuberay_asks_for_what_it_should():
+    """The fields of a RayJob that this one leans on, by KubeRay's reference; a token; and a command that parses."""
+    (job,) = yaml.safe_load_all((LAUNCHERS / "kuberay.yaml").read_text())
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    cluster = job["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert tuple(map(int, cluster["rayVersion"].split("."))) >= (2, 59, 0)
+    pods = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for pod in pods:
+        assert all(isinstance(value, str) for value in pod["rayStartParams"].values())
+        spec = pod["template"]["spec"]
+        named = {volume["name"] for volume in spec["volumes"]}
+        for container in spec["containers"]:
+            assert container["resources"]["limits"] == container["resources"]["requests"]
+            assert {mount["name"] for mount in container["volumeMounts"]} <= named
+    for group in cluster["workerGroupSpecs"]:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    command = job["spec"]["entrypoint"].split()
+    gpus = sum(
+        group["replicas"] * int(c["resources"]["limits"]["nvidia.com/gpu"])
+        for group in cluster["workerGroupSpecs"]
+        for c in group["template"]["spec"]["containers"]
+    )
+    assert command[:4] == ["python", "-m", "longnet_dist", "train"]
+    assert command[command.index("--ranks") + 1] == str(gpus)
+    helped = subprocess.run([sys.executable, "-m", "longnet_dist", "train", "--help"], capture_output=True, text=True)
+    for option in (word for word in command if word.startswith("--")):
+        assert option in helped.stdout
+
+
+def start(name: str, arguments: list[str], variables: dict[str, str], fails: bool = False):
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", LAUNCHERS / name, *arguments],
+        cwd=ROOT, env=environment | variables, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done

@@ -1,0 +1,102 @@
+"""A failure here means: a run under Ray Train is not the run that torchrun makes, or does not survive its cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch.jobs import ENVIRONMENT, ROOT, command, losses, run, train
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+OPTIONS = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
+
+
+class Job:
+    """`longnet-dist train --launcher ray`, in a process of its own."""
+
+    def __init__(self, nodes, folder: Path, *options: object) -> None:
+        self.folder = folder
+        self.log = folder.parent / f"{folder.name}.log"
+        arguments = train(folder, *OPTIONS, "--launcher", "ray", *options)
+        environment = ENVIRONMENT | nodes.environment | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command(1, *arguments), cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log
+            )
+
+    def until(self, true, what: str, limit: float = 120) -> None:
+        deadline = time.monotonic() + limit
+        while not true():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, f"{what} did not come in {limit} s: {self.log.read_text()}"
+            time.sleep(0.02)  # The job's progress shows in its files alone.
+
+    def groups(self) -> list[list[int]]:
+        """The workers' process ids, of each group of them that was started."""
+        started = re.split("Started training worker group of size", self.log.read_text())[1:]
+        groups = []
+        for text in started:
+            size = int(re.match(r" (\d+):", text)[1])
+            groups.append([int(pid) for pid in re.findall(r"pid=(\d+)\) world_rank=\d+", text)[:size]])
+        return [pids for pids in groups if pids]
+
+    def registered(self, step: int) -> bool:
+        path = self.folder / "checkpoint_manager_snapshot.json"
+        return path.exists() and f"step-{step:08d}" in path.read_text()
+
+    def trained(self, step: int) -> bool:
+        path = self.folder / "metrics.jsonl"
+        return path.exists() and f'"step": {step},' in path.read_text()
+
+    def end(self, limit: float = 120) -> str:
+        try:
+            self.process.wait(limit)
+        finally:
+            self.process.kill()
+        said = self.log.read_text()
+        assert self.process.returncode == 0, said
+        return said
+
+
+def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, tmp_path):
+    """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
+    (tmp_path / "plain").mkdir()
+    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
+    node = ray_nodes.add("train", cpus=2)
+    job = Job(ray_nodes, tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
+    job.until(lambda: job.registered(4), "a checkpoint")
+    os.kill(job.groups()[-1][1], signal.SIGKILL)
+    job.until(lambda: len(job.groups()) == 2 and job.trained(7), "a restart")
+    os.kill(job.groups()[-1][0], signal.SIGKILL)
+    said = job.end()
+    ray_nodes.remove(node)
+    assert len(job.groups()) == 3
+    assert "going on from" in said
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain" / "run")
+
+
+def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_path):
+    """Two ranks, one, two: the same data in the same order, so the same losses to rounding."""
+    (tmp_path / "plain").mkdir()
+    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 40)).returncode == 0
+    first, second = ray_nodes.add("elastic"), ray_nodes.add("elastic")
+    options = ("--ranks", 2, "--ray.min-ranks", 1, "--ray.resize-seconds", 3, "--ray.resources", "elastic", 1)
+    job = Job(ray_nodes, tmp_path / "run", "--steps", 40, *options)
+    job.until(lambda: job.registered(4), "a checkpoint")
+    ray_nodes.remove(second)
+    job.until(lambda: [len(pids) for pids in job.groups()][-1] == 1 and job.trained(9), "a smaller group")
+    third = ray_nodes.add("elastic")
+    said = job.end()
+    ray_nodes.remove(first)
+    ray_nodes.remove(third)
+    sizes = [len(pids) for pids in job.groups()]
+    assert (sizes[0], min(sizes), sizes[-1]) == (2, 1, 2), sizes
+    assert re.search(r"going on from .* on 2 ranks", said)
+    assert re.search(r"going on from .* on 1 ranks", said)
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain" / "run"), rel=1e-9)
