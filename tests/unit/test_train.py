@@ -295,3 +295,31 @@ def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
     path.write_text("no json\n")
     assert cli.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_launcher_hears_of_checkpoints_and_can_ask_for_one(config, monkeypatch, asynchronous):
+    """A machine that is about to go: a checkpoint at once, beside those of every third step."""
+    import dataclasses
+
+    class Session:
+        def __init__(self):
+            self.asked, self.heard = 0, []
+
+        def leaving(self):
+            self.asked += 1
+            return self.asked == 2
+
+        def checkpointed(self, path, measured):
+            assert (path / "manifest.json").exists()
+            self.heard.append((path.name, measured["step"]))
+
+    monkeypatch.setattr(sys.modules["longnet_dist.train"], "ASK_SECONDS", 0.0)
+    session, every = Session(), {"checkpoint_every": 3, "steps": 7, "keep_checkpoints": 9}
+    longnet_dist.train(dataclasses.replace(config, async_checkpoints=asynchronous, **every), session)
+    written = sorted(path.name for path in (config.run_folder / "checkpoints").iterdir())
+    assert written == [f"step-{step:08d}" for step in (2, 3, 6, 7)]
+    assert [name for name, _ in session.heard] == written
+    seen_at = [3, 6, 7, 7] if asynchronous else [2, 3, 6, 7]
+    assert [step for _, step in session.heard] == seen_at

@@ -1,0 +1,94 @@
+"""A failure here means: what Ray is asked for is not what the options say. Real clusters are in tests/launch/."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from longnet_dist import TrainConfig, cli
+from longnet_dist.config import RayConfig
+from longnet_dist.parallel import ParallelConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize(
+    ("asked", "batch", "ranks", "expected"),
+    [
+        ((1, 1, 0), 1, 3, (1, 1, 0)),  # Any number of ranks holds a sequence.
+        ((1, 2, 0), 4, 6, (1, 2, 0)),
+        ((1, 2, 0), 4, 3, (1, 1, 3)),
+        ((2, 2, 0), 4, 6, (1, 2, 3)),
+        ((1, 4, 0), 4, 6, (1, 2, 3)),
+        ((1, 3, 0), 3, 4, (1, 1, 4)),
+        ((4, 1, 0), 4, 1, (1, 1, 1)),
+    ],
+)
+def test_fewer_ranks_are_all_in_use(asked, batch, ranks, expected):
+    from longnet_dist.integrations.ray.train import arrangement
+
+    found = arrangement(TrainConfig(batch_size=batch, parallel=ParallelConfig(*asked)), ranks)
+    assert found == ParallelConfig(*expected)
+    replicate, shard, sp = found.degrees(ranks)
+    assert replicate * shard * sp == ranks
+    assert batch % (replicate * shard) == 0
+
+
+def test_a_fixed_degree_that_does_not_fit_is_refused():
+    from longnet_dist.integrations.ray.train import arrangement
+
+    with pytest.raises(ValueError, match="does not make the 3 ranks"):
+        arrangement(TrainConfig(parallel=ParallelConfig(sp=2)), 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"min_ranks": -1}, "min_ranks and gpus_per_rank must be 0 or more"),
+        ({"cpus_per_rank": 0}, "cpus_per_rank above 0"),
+        ({"labels": {"a": "b"}, "min_ranks": 1}, "labels and min_ranks do not go together"),
+    ],
+)
+def test_bad_options(given, said):
+    with pytest.raises(ValueError, match=said):
+        RayConfig(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--launcher", "ray"], "give --run-folder, a path that every node sees"),
+        (["--launcher", "ray", "--run-folder", "x", "--ranks", "0"], "ranks is 0; it must be at least 1"),
+        (["--launcher", "ray", "--run-folder", "x", "--ranks", "3", "--ray.min-ranks", "4"], "at least min_ranks, 4"),
+        (["--launcher", "ray", "--run-folder", "x", "--ranks", "3", "--parallel.sp", "2"], "does not make the 3 ranks"),
+    ],
+)
+def test_mistakes_are_said_before_anything_starts(arguments, said, capsys):
+    assert cli.main(["train", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_without_the_extra_it_is_named(monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name == "ray" or name.startswith(("ray.", "longnet_dist.integrations")):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for command in (["train", "--launcher", "ray"], ["doctor", "--cluster"]):
+        assert cli.main(command) == 2
+        assert "needs the package ray: pip install 'longnet-dist[ray]'" in capsys.readouterr().err
+
+
+def test_a_rank_reads_only_its_rows(tmp_path):
+    from longnet_dist.integrations.ray.rank import Rows
+
+    whole = torch.arange(2 * 10 * 3).view(2, 10, 3)
+    np.save(tmp_path / "x.npy", whole.numpy())
+    assert Rows(tmp_path / "x.npy", dim=1).read(4, 7).tolist() == whole[:, 4:7].tolist()
+    (tmp_path / "x.txt").write_bytes(b"abcdef")
+    assert Rows(tmp_path / "x.txt").read(4, 9).tolist() == list(b"ef")
+    np.save(tmp_path / "hostile.npy", np.array([object()]), allow_pickle=True)
+    with pytest.raises(ValueError, match="Python objects"):
+        Rows(tmp_path / "hostile.npy").read(0, 1)
