@@ -11,7 +11,7 @@ from longnet_dist import cli
 from longnet_dist.train import _Trainer
 
 STEP = 5
-WHERE, WHAT = os.environ["FAULT"].split()
+WHERE, WHAT = os.environ.get("FAULT", "nowhere nothing").split()
 windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
 now = 0
 
