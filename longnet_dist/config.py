@@ -78,8 +78,8 @@ class TrainConfig:
     """Keep gathered keys and values for the backward in place of gathering them again."""
     wandb: str = ""
     """Log to this project of Weights & Biases, too; its own variables (WANDB_MODE, ...) say how."""
-    profile_step: int = 0
-    """Write a trace of this step into traces/ of the run's folder, for Perfetto; 0 for none."""
+    profile: bool = False
+    """Write a trace of the third step of this start (or the last) into traces/ of the run's folder, for Perfetto."""
     peak_tflops: float = 0.0
     """What a rank's device can do, in 10^12 operations a second, for MFU; 0 to leave MFU out."""
     timeout: float = 600.0
@@ -103,7 +103,6 @@ class TrainConfig:
                 "checkpoint_every",
                 "keep_every",
                 "clip_norm",
-                "profile_step",
                 "peak_tflops",
                 "learning_rate",
                 "final_learning_rate",

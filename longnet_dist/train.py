@@ -121,6 +121,7 @@ class _Trainer:
         self.skipped = 0
         self.cost = StepCost()
         self.ask = False
+        self.profiled = 0
         self.told: Path | None = None
         """The last checkpoint that the launcher knows of."""
 
@@ -134,6 +135,7 @@ class _Trainer:
         ):
             step = self._resume(log)
             log.begin(step)
+            self.profiled = min(step + 3, config.steps)
             flops = step_flops(config, self.model)
             received = step_bytes(config, self.mesh.shard, self.data_ranks)
             watch = Watch(self.folder / "traces", self.rank, self.num_ranks, config.timeout)
@@ -189,8 +191,8 @@ class _Trainer:
 
     @contextlib.contextmanager
     def _profiled(self, step: int) -> Iterator[None]:
-        """Write a trace of the step that the options ask for, which Perfetto opens."""
-        if step != self.config.profile_step:
+        """Write a trace of one step, where the options ask for it; Perfetto opens it."""
+        if not self.config.profile or step != self.profiled:
             yield
             return
         activities = [torch.profiler.ProfilerActivity.CPU]

@@ -43,6 +43,8 @@ def windows_with_fault(self, step, micro, every=False):
 
 def loss_with_fault(self, stream, indices):
     value = loss(self, stream, indices)
+    if WHAT == "nan" and now == STEP and os.environ["RANK"] == "1":
+        value = value * float("nan")
     if WHERE == "backward" and value.requires_grad:
         value.register_hook(lambda grad: fault())
     return value

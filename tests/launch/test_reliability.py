@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,20 +78,17 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
 
 
 def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
-    """Two ranks, then four in another arrangement, or eight, or one: one curve."""
+    """Written on four ranks, gone on with from the middle on one, two and eight, in other arrangements: one curve."""
     folder = tmp_path / "run"
-    assert run(2, *train(folder, *OPTIONS, "--steps", 4)).returncode == 0
-    (folder / "checkpoints").rename(folder / "kept")
-    for ranks, axes in ((4, ("--parallel.dp-shard", 2)), (8, ()), (1, ())):
+    assert run(4, *train(folder, *OPTIONS, "--keep-checkpoints", 9, "--parallel.dp-shard", 2)).returncode == 0
+    for ranks, axes in ((1, ()), (2, ("--parallel.dp-shard", 2)), (8, ("--parallel.dp-replicate", 2))):
         again = tmp_path / f"again-{ranks}"
-        again.mkdir()
-        for name in ("kept", "metrics.jsonl"):
-            subprocess.run(["cp", "-r", folder / name, again / name.replace("kept", "checkpoints")], check=True)
+        shutil.copytree(folder / "checkpoints" / "step-00000004", again / "checkpoints" / "step-00000004")
+        shutil.copy(folder / "metrics.jsonl", again)
         done = run(ranks, *train(again, *OPTIONS, *axes))
         assert done.returncode == 0, done.stderr
-        assert "going on from" in done.stdout
-        # The learning rate's schedule is that of the longer run from step 5 on.
-        assert losses(again)[:4] == losses(folder)
+        assert "of step 4 on 4 ranks" in done.stdout
+        assert losses(again) == pytest.approx(undisturbed, rel=1e-10)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 3])
@@ -119,21 +117,39 @@ def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):
         time.sleep(0.05)
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, undisturbed):
+def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
+    """One with a flipped byte, one truncated, one without a file, and half of one under its temporary name."""
     folder = tmp_path / "run"
-    assert run(2, *train(folder, *OPTIONS, "--checkpoint-every", 5, "--keep-checkpoints", 3)).returncode == 0
-    found = sorted((folder / "checkpoints").iterdir())
-    assert [p.name for p in found] == ["step-00000005", "step-00000010", "step-00000012"]
-    for path in found[1:]:
-        victim = path / "__1_0.distcp"
-        data = bytearray(victim.read_bytes())
-        data[-1] ^= 1
-        victim.write_bytes(data)
-    done = run(2, *train(folder, *OPTIONS))
+    assert run(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9)).returncode == 0
+    flipped, truncated, without = (folder / "checkpoints" / f"step-{step:08d}" for step in (12, 10, 8))
+    data = bytearray((flipped / "__1_0.distcp").read_bytes())
+    data[-1] ^= 1
+    (flipped / "__1_0.distcp").write_bytes(data)
+    os.truncate(truncated / "__0_0.distcp", 1000)
+    (without / "__0_0.distcp").unlink()
+    shutil.copytree(truncated, folder / "checkpoints" / "step-00000014.tmp-0123abcd")
+    done = run(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"step-00000012 is damaged and passed over: rank \d: __1_0.distcp is not as", done.stdout)
-    assert "step-00000005, of step 5" in done.stdout
+    for said in (
+        r"step-00000012 is damaged and passed over: rank \d: __1_0.distcp is not as it was written",
+        r"step-00000010 is damaged and passed over: rank \d: __0_0.distcp is not .* \(1000 bytes now",
+        r"step-00000008 is damaged and passed over: rank \d: __0_0.distcp is missing",
+        r"going on from .*step-00000006, of step 6",
+    ):
+        assert re.search(said, done.stdout), done.stdout
     assert losses(folder) == undisturbed
+    assert not list((folder / "checkpoints").glob("*.tmp-*"))
+
+
+def test_a_step_that_is_not_finite_is_skipped_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULT", "loss nan")
+    monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
+    done = run(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
+    assert done.returncode == 0, done.stderr
+    assert "step 5 is skipped: loss nan" in done.stderr
+    found = losses(tmp_path / "run")
+    assert [step for step, loss in enumerate(found, start=1) if loss is None] == [5]
+    assert found[11] < found[0]
 
 
 @pytest.mark.parametrize(

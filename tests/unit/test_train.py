@@ -204,7 +204,7 @@ def test_measures_and_a_profile(config):
     import dataclasses
     import gzip
 
-    longnet_dist.train(dataclasses.replace(config, profile_step=2, peak_tflops=0.5, steps=3))
+    longnet_dist.train(dataclasses.replace(config, profile=True, peak_tflops=0.5, steps=3))
     lines = [json.loads(line) for line in (config.run_folder / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
