@@ -1,0 +1,143 @@
+"""A failure here means: a transformers model over ranks is not that model on one process, or attends otherwise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from longnet_dist import Pattern, SequenceMesh
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+PATTERN = Pattern((8, 32), (1, 4))
+FAMILIES = ("llama", "qwen3", "gpt_neox")
+
+
+def make(family, pattern=PATTERN, mesh=None, **changes):
+    """A tiny model of a family, from its config, in float64."""
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "use_cache": False}
+    kv = {} if family == "gpt_neox" else {"num_key_value_heads": 2}
+    head = {"head_dim": 4} if family == "qwen3" else {}
+    kind = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "gpt_neox": "GPTNeoXConfig"}[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**(sizes | kv | head | changes))
+    model = transformers.AutoModelForCausalLM.from_config(config).double()
+    return model if pattern is None else apply(model, pattern, mesh)
+
+
+def draw(rows, padded=0):
+    generator = torch.Generator().manual_seed(rows)
+    tokens = torch.randint(50, (2, rows), generator=generator)
+    batch = {"input_ids": tokens, "labels": tokens.clone(), "attention_mask": torch.ones_like(tokens)}
+    if padded:
+        batch["labels"][1, -padded:] = -100
+        batch["attention_mask"][1, -padded:] = 0
+    return batch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_one_dense_branch_it_is_transformers_own(family):
+    """A branch as long as the sequence, w = N and r = 1: the logits and the loss of eager attention."""
+    batch = draw(40)
+    mine, theirs = make(family, Pattern((64,), (1,))), make(family, None)
+    theirs.set_attn_implementation("eager")
+    a, b = mine(**batch), theirs(**batch)
+    assert_close(a.logits, b.logits, rtol=0, atol=1e-6)  # GPT-NeoX's eager softmax is in float32.
+    assert_close(a.loss.double(), b.loss.double(), rtol=0, atol=1e-6)
+
+
+def over_ranks(group, family, rows, padded):
+    """Logits, loss and the sum of gradients, against one process."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    batch = draw(rows, padded)
+    whole = make(family)
+    expected = whole(**split_batch(batch, None))
+    expected.loss.backward()
+    mesh = SequenceMesh(group, PATTERN, rows)
+    model = make(family, PATTERN, mesh)
+    local = split_batch(batch, mesh)
+    for given in (local, {name: x for name, x in local.items() if name != "position_ids"}):
+        model.zero_grad()
+        found = model(**given)
+        found.loss.backward()
+        valid = batch["attention_mask"].bool()
+        assert_close(mesh.join(found.logits)[valid], expected.logits[valid], rtol=0, atol=1e-11)
+        assert_close(found.loss, expected.loss, rtol=0, atol=1e-11)
+        for (name, mine), right in zip(model.named_parameters(), whole.parameters(), strict=True):
+            assert_close(
+                mesh.sum(mine.grad), right.grad, rtol=0, atol=1e-11, msg=lambda said, name=name: f"{name}: {said}"
+            )
+
+
+@pytest.mark.parametrize(("world", "rows", "padded"), [(1, 40, 0), (2, 61, 0), (2, 64, 9), (4, 50, 30)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_are_one_process(pool, family, world, rows, padded):
+    pool.run(world, over_ranks, family, rows, padded)
+
+
+def refusals(group):
+    """Each raises the documented error on every rank, and none hangs."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    mesh = SequenceMesh(group, PATTERN, 40)
+    model, batch = make("llama", PATTERN, mesh), draw(40)
+    local = split_batch(batch, mesh)
+    left = draw(40)
+    left["attention_mask"][0, :5] = 0
+    cases = [
+        (batch, "split_batch"),  # Not split.
+        (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "must be global and without restarts"),
+        (split_batch(left, mesh), "padding before tokens"),
+        ({name: x for name, x in local.items() if name != "shift_labels"}, "shifted before they are split"),
+        (local | {"attention_mask": torch.ones(2, 1, 40, 40)}, r"must be \(B, N\)"),
+    ]
+    for given, said in cases:
+        with pytest.raises(ValueError, match=said):
+            model(**given)
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
+        make("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
+
+
+def test_what_cannot_be_exact_is_refused_on_every_rank(pool):
+    pool.run(2, refusals)
+
+
+def test_refusals_on_one_process():
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply, register
+
+    batch = draw(40)
+    packed = {"input_ids": batch["input_ids"], "position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
+    with pytest.raises(ValueError, match="without restarts"):
+        make("llama")(**packed)
+    sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+    mistral = transformers.MistralConfig(**sizes, vocab_size=50, num_hidden_layers=1, sliding_window=8)
+    with pytest.raises(ValueError, match="sliding window"):
+        apply(transformers.MistralForCausalLM(mistral), PATTERN)(batch["input_ids"])
+    register()
+    plain = make("llama", None)
+    plain.set_attn_implementation("longnet_dist")
+    with pytest.raises(ValueError, match=r"has no pattern: call .*apply\(model, pattern\)"):
+        plain(batch["input_ids"])
+    with pytest.raises(ValueError, match="the mesh is of the pattern"):
+        apply(make("llama", None), PATTERN, SequenceMesh(None, Pattern((16,), (1,)), 40))
+
+
+def test_generate_without_a_cache_is_exact_and_with_one_is_refused():
+    model = make("llama").eval()
+    tokens = draw(20)["input_ids"][:1]
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
+    made = model.generate(tokens, use_cache=False, **options)
+    expected = tokens
+    for _ in range(5):
+        expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
+    assert made.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(tokens, use_cache=True, **options)

@@ -1,0 +1,47 @@
+"""A failure here means: an example of a trainer does not run as the documents show it, or two processes are not one."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.jobs import ENVIRONMENT, ROOT, run
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+
+
+def curve(said: str) -> list[float]:
+    found = [float(loss) for loss in re.findall(r"step \d+  loss ([\d.]+)", said)]
+    assert len(found) == 5, said
+    assert found[4] < found[0]
+    return found
+
+
+def test_transformers(tmp_path):
+    curves = []
+    for ranks in (1, 2, 4):
+        done = run(ranks, "examples/transformers_train.py")
+        assert done.returncode == 0, done.stderr
+        curves.append(curve(done.stdout))
+    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+    assert curves[2] == pytest.approx(curves[0], abs=2e-9)
+
+
+def test_accelerate(tmp_path):
+    curves = []
+    program = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
+    program += ["--dynamo_backend=no", "--main_process_port=0", "--cpu"]
+    for command in ([sys.executable], [*program, "--num_processes=2"]):
+        environment = os.environ | ENVIRONMENT | {"HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [*command, "examples/accelerate_train.py"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        curves.append(curve(done.stdout))
+    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
