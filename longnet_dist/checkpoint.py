@@ -14,6 +14,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import uuid
 import warnings
@@ -93,8 +94,7 @@ class Checkpoints:
         Raises:
             RuntimeError: where there are checkpoints, and none is whole.
         """
-        names = sorted((p.name for p in self.folder.glob("step-*") if ".tmp-" not in p.name), reverse=True)
-        names = self._from_first(names)
+        names = self._from_first([path.name for path in reversed(self._written())])
         problems = []
         for name in names:
             path = self.folder / name
@@ -116,6 +116,8 @@ class Checkpoints:
         """
         reader = TensorsOnlyReader(path)
         stored = reader.read_metadata().state_dict_metadata
+        # A run that goes on on another kind of device begins its random states anew.
+        state = {name: x for name, x in state.items() if name in stored or not name.startswith("random")}
         for name, x in state.items():
             have = stored.get(name)
             kind = (have.size, have.properties.dtype) if isinstance(have, TensorStorageMetadata) else None
@@ -178,7 +180,7 @@ class Checkpoints:
         return None
 
     def _remove_old(self, newest: Path) -> None:
-        found = sorted(p for p in self.folder.glob("step-*") if ".tmp-" not in p.name)
+        found = self._written()
         # Later ones were passed over, as damaged, or the run would not be here: they must not count as the newest.
         old = [p for p in found if p.name > newest.name]
         for path in [p for p in found if p.name <= newest.name][: -self.keep_last]:
@@ -189,6 +191,10 @@ class Checkpoints:
                 os.rename(path, self.folder / f"{path.name}.tmp-old-{uuid.uuid4().hex[:8]}")
         for path in self.folder.glob("step-*.tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def _written(self) -> list[Path]:
+        """Those that were renamed, oldest first; a user's `step-00000100.backup` is none of them."""
+        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

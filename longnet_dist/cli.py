@@ -121,18 +121,27 @@ def _eval(
         sequences: How many sequences, at most.
         edges: Where one bucket of positions ends and the next begins.
     """
+    import torch
+
     from longnet_dist.checkpoint import load_model
     from longnet_dist.data import open_corpus
     from longnet_dist.evaluate import bits_by_position
     from longnet_dist.job import corpus_of, read_config
 
     _check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
-    model, config = load_model(run).eval(), read_config(run)
-    held_out = corpus_of(config).validation
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, config = load_model(run).to(device).eval(), read_config(run)
     if data:
         held_out = open_corpus(
             data, config.cache, 0.0, tokenizer=config.tokenizer, text_field=config.text_field, seed=config.seed
         ).train
+    else:
+        held_out = corpus_of(config).validation
+    if held_out.index.vocab_size > model.config.vocab_size:
+        raise ValueError(
+            f"the data has {held_out.index.vocab_size} token ids ({held_out.index.tokenizer}), and the model "
+            f"{model.config.vocab_size}"
+        )
     print(f"{'context':>17}  bits per byte  perplexity of a byte")
     for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):
         print(f"{first:>7} to {last:>6}  {bits:13.3f}  {2**bits:.3f}")

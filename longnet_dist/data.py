@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longnet_dist.documents import find_files, read_documents, standard_library
 from longnet_dist.tokenizer import Bytes, load_tokenizer
-from longnet_dist.tokens import INDEX, SHARD_TOKENS, Index, TokenStream, check_ids, read_index, write_tokens
+from longnet_dist.tokens import INDEX, PARTIAL, SHARD_TOKENS, Index, TokenStream, check_tokens, read_index, write_tokens
 
 _COUNTED_TOKENS = 1 << 26
 
@@ -104,7 +104,12 @@ def open_corpus(
     Raises:
         ValueError: where there is something wrong with them, naming file and byte.
     """
-    if len(data) == 1 and (Path(data[0]).expanduser() / INDEX).exists():
+    tokenised = [path for path in data if any((Path(path).expanduser() / name).exists() for name in (INDEX, PARTIAL))]
+    if tokenised and len(data) > 1:
+        raise ValueError(
+            f"--data {tokenised[0]} is a folder of tokens, which must be the only one: it cannot be joined"
+        )
+    if tokenised:
         folder = Path(data[0]).expanduser().resolve()
         if tokenizer is not None and load_tokenizer(tokenizer).name != read_index(folder).tokenizer:
             raise ValueError(
@@ -118,12 +123,12 @@ def open_corpus(
 
 
 def _check_once(folder: Path, index: Index, cache: Path) -> None:
-    """`check_ids`, unless these very files have passed it before."""
+    """`check_tokens`, unless these very files have passed it before."""
     files = [folder / shard.name for shard in index.shards]
     stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
     checked = cache / f"checked-{hashlib.sha256(json.dumps([stats, index.vocab_size]).encode()).hexdigest()[:16]}"
     if not checked.exists():
-        check_ids(folder, index)
+        check_tokens(folder, index)
         cache.mkdir(parents=True, exist_ok=True)
         checked.touch()
 

@@ -36,11 +36,13 @@ def bits_by_position(
         raise ValueError(
             f"the held-out data holds no sequence of {seq_len} tokens; give a shorter seq_len or more data"
         )
-    nats = torch.zeros(seq_len, dtype=torch.float64)
+    nats, device = torch.zeros(seq_len, dtype=torch.float64), model.output.weight.device
     for window in range(count):
         tokens, labels = stream.read(window, seq_len, 0, seq_len)
-        losses = linear_token_losses(model.features(tokens[None]), model.output.weight, labels[None])[0]
-        nats += losses.double() / count
+        losses = linear_token_losses(
+            model.features(tokens[None].to(device)), model.output.weight, labels[None].to(device)
+        )[0]
+        nats += losses.double().cpu() / count
     inner = [edge for edge in edges if 0 < edge < seq_len]
     buckets = zip([0, *inner], [*inner, seq_len], strict=True)
     return [(a, b, nats[a:b].mean().item() / math.log(2) * stream.index.tokens_per_byte) for a, b in buckets]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -24,7 +25,7 @@ from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.stopping import end_with_parent
 
-LOCK_SECONDS = 30.0
+LOCK_SECONDS = 120.0
 
 
 @contextlib.contextmanager
@@ -33,6 +34,11 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        if restarts and not config.checkpoint_every:
+            warnings.warn(
+                "no checkpoint before the end: after a failure the run begins anew; give --checkpoint-every",
+                stacklevel=2,
+            )
         if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
             warnings.warn(
                 "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
@@ -75,8 +81,12 @@ def held(folder: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         problem = None
         if _rank() == 0:
-            lock = stack.enter_context((folder / ".lock").open("w"))
-            problem = None if _locked(lock) else f"another job trains in {folder}: give another --run-folder, or end it"
+            try:
+                lock = stack.enter_context((folder / ".lock").open("w"))
+                problem = None if _locked(lock) else f"another job trains in {folder}: give another, or end it"
+            except OSError as error:
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # No locks there: nothing to hold.
+                    problem = f"the run's folder cannot be written: {error}"
         if problem := gather_objects(problem)[0]:
             raise ValueError(problem)
         yield

@@ -67,7 +67,7 @@ class RunLog:
         write_whole(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
         path = self.folder / "metrics.jsonl"
         before = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, "".join(line for line in before if line.endswith("\n") and json.loads(line)["step"] <= step))
+        write_whole(path, "".join(line for line in before if _step_of(line) <= step))
         self.metrics = path.open("a", buffering=1)
         # Events of later steps are of the run that was stopped, and TensorBoard drops them too.
         self.board = self._board(purge_step=step + 1)
@@ -110,6 +110,14 @@ class RunLog:
         """A line above the live display."""
         if self.folder is not None:
             self.progress.console.print(text, highlight=False, markup=False)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; infinity for what a crash left of one."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _wandb_run(project: str, folder: Path, config: dict[str, Any]) -> Any:

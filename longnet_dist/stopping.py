@@ -106,6 +106,9 @@ class Watch:
             RuntimeError: where a collective fails, with who was not in one, and where that was.
         """
         with (self.folder / f"rank-{self.rank}.txt").open("w") as trace:
+            # Of this thread, which need not be the main one: see _who_hangs.
+            trace.write(f"0x{threading.get_ident():016x}\n")
+            trace.flush()
             # In a thread of the interpreter's own, so also while this one waits in a collective, or hangs.
             faulthandler.dump_traceback_later(0.8 * self.limit, file=trace)
             try:
@@ -121,8 +124,10 @@ class Watch:
         for rank in range(self.num_ranks):
             path = self.folder / f"rank-{rank}.txt"
             text = path.read_text() if path.exists() else ""
-            # The main thread is the last, its innermost call first.
-            frames = [line.strip() for line in text.split("most recent call first")[-1].splitlines() if "File" in line]
+            # The block of the thread that the first line names, its innermost call first.
+            blocks = text.split("hread ")[1:]
+            block = next((block for block in blocks if block.startswith(text[:18])), "")
+            frames = [line.strip() for line in block.splitlines() if "File" in line]
             late = late or bool(frames)
             if not frames:
                 lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, or is gone")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from longnet_dist.tokenizer import Tokenizer
 
-INDEX, _PARTIAL = "index.json", "partial.json"
+INDEX, PARTIAL = "index.json", "partial.json"
 SHARD_TOKENS = 1 << 27
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 22, 1024
 _AT_A_TIME = 1 << 24
@@ -75,38 +75,35 @@ def read_index(folder: Path) -> Index:
     """
     path = folder / INDEX
     if not path.exists():
-        half = (folder / _PARTIAL).exists()
+        half = (folder / PARTIAL).exists()
         raise ValueError(
             f"{folder} holds a tokenisation that was stopped: start the same `longnet-dist tokenize` again"
             if half
             else f"{folder} holds no {INDEX}; give a folder that `longnet-dist tokenize` wrote"
         )
-    index = _parsed(path)
-    for shard in index.shards:
-        file = folder / shard.name
-        have, want = file.stat().st_size if file.exists() else None, shard.tokens * np.dtype(index.dtype).itemsize
-        if have != want:
-            said = "is missing" if have is None else f"ends at byte {have}"
-            raise ValueError(f"{file} {said}, and {path} tells of {want} bytes; tokenise the data again")
-    return index
+    return _with_whole_shards(path)
 
 
-def check_ids(folder: Path, index: Index) -> None:
-    """Read all tokens once, to see that each is below the vocabulary's size.
+def check_tokens(folder: Path, index: Index) -> None:
+    """Read all tokens once, to see that each is below the vocabulary's size, and that they are as they were written.
 
     Raises:
-        ValueError: naming the file and byte of the first that is not.
+        ValueError: naming the file, and the byte of the first that is not below it.
     """
     for shard in index.shards:
+        digest = hashlib.sha256()
         tokens = np.memmap(folder / shard.name, index.dtype, "r")
         for first in range(0, len(tokens), _AT_A_TIME):
             part = tokens[first : first + _AT_A_TIME]
+            digest.update(part.tobytes())
             if part.max(initial=0) >= index.vocab_size:
                 at = first + int(np.argmax(part >= index.vocab_size))
                 raise ValueError(
                     f"{folder / shard.name}, byte {at * tokens.itemsize}: token id {tokens[at]}, and the vocabulary "
-                    f"of {index.tokenizer} has {index.vocab_size}; tokenise the data again"
+                    f"of {index.tokenizer} has {index.vocab_size}; {_again(folder)}"
                 )
+        if digest.hexdigest() != shard.sha256:
+            raise ValueError(f"{folder / shard.name} is not as it was written; {_again(folder)}")
 
 
 def write_tokens(
@@ -141,18 +138,18 @@ def write_tokens(
         index = Index(source, tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document, dtype)
         for left in folder.glob("unfinished-*"):
             left.unlink()
-        if (folder / _PARTIAL).exists():
-            index = _parsed(folder / _PARTIAL)
+        if (folder / PARTIAL).exists():
+            index = _with_whole_shards(folder / PARTIAL)
             _check_source(folder, index, source)
         todo = islice(documents(), sum(shard.documents for shard in index.shards), None)
         batches = _batches(todo)
         while (shard := _write_shard(batches, tokenizer, folder, index, shard_tokens, progress)) is not None:
             index = Index(**{**vars(index), "shards": (*index.shards, shard)})
-            write_whole(folder / _PARTIAL, json.dumps(asdict(index), indent=1))
+            write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
         if sum(shard.num_bytes for shard in index.shards) == 0:
             raise ValueError("the data holds no text: every document is empty")
         write_whole(folder / INDEX, json.dumps(asdict(index), indent=1) + "\n")
-        (folder / _PARTIAL).unlink()
+        (folder / PARTIAL).unlink()
     return index
 
 
@@ -257,12 +254,25 @@ def _check_source(folder: Path, index: Index, source: str) -> None:
         )
 
 
-def _parsed(path: Path) -> Index:
+def _with_whole_shards(path: Path) -> Index:
+    """The index in a file, where the shards beside it have the sizes that it tells of."""
+    folder = path.parent
     try:
         given = json.loads(path.read_text())
-        return Index(**{**given, "shards": tuple(Shard(**shard) for shard in given["shards"])})
+        index = Index(**{**given, "shards": tuple(Shard(**shard) for shard in given["shards"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); tokenise the data again") from None
+        raise ValueError(f"{path} cannot be read ({error!r}); {_again(folder)}") from None
+    for shard in index.shards:
+        file = folder / shard.name
+        have, want = file.stat().st_size if file.exists() else None, shard.tokens * np.dtype(index.dtype).itemsize
+        if have != want:
+            said = "is missing" if have is None else f"ends at byte {have}"
+            raise ValueError(f"{file} {said}, and {path} tells of {want} bytes; {_again(folder)}")
+    return index
+
+
+def _again(folder: Path) -> str:
+    return f"remove {folder}, and tokenise the data again"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -34,6 +35,12 @@ from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
 from longnet_dist.tokens import TokenStream
 
+_OF_THE_PLACE = {
+    *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout"),
+    *("profile", "wandb", "peak_tflops", "keep_checkpoints", "keep_every", "checkpoint_every", "async_checkpoints"),
+    *("validate_every", "keep_kv"),
+}
+"""What may change between starts of one run, without a word."""
 ASK_SECONDS = 5.0
 """How often to ask a launcher whether a machine goes."""
 
@@ -300,6 +307,7 @@ class _Trainer:
         config = dataclasses.replace(self.config, run_folder=self.folder, model=self.config.model.resolved)
         found = {
             "corpus": ", ".join(self.config.data) or f"the standard library of Python {platform.python_version()}",
+            "tokens": hashlib.sha256("".join(s.sha256 for s in self.corpus.index.shards).encode()).hexdigest()[:16],
             "ranks": self.num_ranks,
             "rows_a_rank": self.mesh.shard.chunk,
             "device": str(self.device),
@@ -332,7 +340,7 @@ class _Trainer:
         if other := [name for name in shape if before["model"][name] != now["model"][name]]:
             said = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in other)
             raise ValueError(f"{path} is of another model: {said}; use its options, or another run folder")
-        for name in ("corpus", "seed", "seq_len", "batch_size", "grad_accumulation", "model", "dtype"):
+        for name in sorted(set(before) & set(now) - _OF_THE_PLACE):
             if before[name] != now[name]:
                 log.say(f"not the run that was stopped: {name} was {before[name]} and is {now[name]}")
         state = self._state()

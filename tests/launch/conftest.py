@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 
@@ -17,4 +18,8 @@ def ray_nodes() -> Iterator[object]:
 
         nodes = Nodes()
     yield nodes
-    nodes.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Sockets that ray leaves to the collector.
+        nodes.close()
+        del nodes
+        gc.collect()

@@ -76,10 +76,14 @@ def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, 
     job.until(lambda: len(job.groups()) == 2 and job.trained(7), "a restart")
     os.kill(job.groups()[-1][0], signal.SIGKILL)
     said = job.end()
-    ray_nodes.remove(node)
     assert len(job.groups()) == 3
     assert "going on from" in said
     assert losses(tmp_path / "run") == losses(tmp_path / "plain" / "run")
+    # The same command again goes on from the folder, though retention has removed what Ray had registered.
+    again = Job(ray_nodes, tmp_path / "run", "--steps", 14, "--ranks", 2, "--ray.labels", "pool", "train")
+    assert "of step 12 on 2 ranks" in again.end()
+    ray_nodes.remove(node)
+    assert len(losses(tmp_path / "run")) == 14
 
 
 def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from longnet_dist import cli
 from longnet_dist.data import open_corpus, tokenize
 from longnet_dist.tokenizer import Bytes, load_tokenizer
-from longnet_dist.tokens import check_ids, read_index, write_tokens
+from longnet_dist.tokens import check_tokens, read_index, write_tokens
 
 DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in range(40)]
 
@@ -48,7 +48,7 @@ def test_what_is_written_is_what_was_read(kind, tmp_path, request):
     index = write_tokens(lambda: iter(DOCUMENTS), tokenizer, tmp_path / "out", "source", shard_tokens=1)
     assert index == read_index(tmp_path / "out")
     assert index.dtype == ("uint32" if kind == "tiktoken" else "uint16")
-    check_ids(tmp_path / "out", index)
+    check_tokens(tmp_path / "out", index)
     tokens = np.concatenate([np.fromfile(tmp_path / "out" / shard.name, index.dtype) for shard in index.shards])
     ends = np.flatnonzero(tokens == tokenizer.end_of_document)
     read = [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
@@ -143,11 +143,19 @@ def test_damage_is_named_with_its_byte(tmp_path):
     shard.write_bytes(content[:100] + b"\xff\xff" + content[102:])
     with pytest.raises(ValueError, match=r"tokens-00000.bin, byte 100: token id 65535, and the vocabulary"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
+    with pytest.raises(ValueError, match=r"tokens-00000.bin is not as it was written; remove .*tokens, and tokenise"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    with pytest.raises(ValueError, match=r"which must be the only one"):
+        open_corpus([str(folder), str(tmp_path / "text.txt")], tmp_path / "cache", 0.1)
     shard.write_bytes(content[:99])
     with pytest.raises(ValueError, match=r"tokens-00000.bin ends at byte 99, and .* tells of 1702 bytes"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     shard.unlink()
     with pytest.raises(ValueError, match=r"tokens-00000.bin is missing"):
+        open_corpus([str(folder)], tmp_path / "cache", 0.1)
+    (folder / "index.json").rename(folder / "partial.json")
+    with pytest.raises(ValueError, match="holds a tokenisation that was stopped"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     (folder / "index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index.json cannot be read"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,8 @@ class Crew:
         """Process and node of each rank."""
         self.formed = 0
         """How often."""
+        self.closing = threading.Event()
+        """Set it, and what is waited for in forming is given up."""
         self._actors: list[Any] = []
         self._store: Any = None
         self._group: Any = None
@@ -59,7 +63,7 @@ class Crew:
         if self._actors:
             pings = [actor.where.remote() for actor in self._actors]
             ready, _ = ray.wait(pings, num_returns=len(pings), timeout=_GRACE_SECONDS)
-            if len(ready) == len(pings) and all(map(_answered, pings)):
+            if len(ready) == len(pings) and all(map(_result_of, pings)):
                 return
             self.end()
         self._form()
@@ -80,8 +84,12 @@ class Crew:
             raise
 
     def stats(self) -> list[dict[str, Any]]:
-        """Of each rank."""
-        return list(ray.get([actor.stats.remote() for actor in self._actors], timeout=self.timeout))
+        """Of each rank; of one that does not answer, where it was, and `answers` False."""
+        asked = [actor.stats.remote() for actor in self._actors]
+        ray.wait(asked, num_returns=len(asked), timeout=_GRACE_SECONDS)
+        return [
+            _result_of(question) or at | {"answers": False} for question, at in zip(asked, self.where, strict=False)
+        ]
 
     def progress(self) -> float:
         """Of the slowest rank; 0 where one does not say."""
@@ -155,7 +163,7 @@ class Crew:
             labels = [self.labels] * self.num_ranks if self.labels else None
             bundles = [self.bundle] * self.num_ranks
             self._group = placement_group(bundles, strategy=self.placement, bundle_label_selector=labels)
-        if not self._group.wait(self.form_timeout):
+        if not self._soon(lambda seconds: self._group.wait(seconds), deadline):
             on = f" on nodes of {self.labels}" if self.labels else ""
             raise GangError(
                 f"no room for {self.num_ranks} x {self.bundle}{on} ({self.placement}) in {self.form_timeout:g} s: "
@@ -168,7 +176,7 @@ class Crew:
             self._all("join", deadline, self._store, None if self.model is None else str(self.model), one_node)
         except RayError as error:
             self.end()
-            said = str(_cause(error)).strip().splitlines()[0]
+            said = (str(_cause(error)).strip() or repr(error)).splitlines()[0]
             raise GangError(f"the gang of {self.num_ranks} cannot form: {said}") from error
         self.formed += 1
 
@@ -190,7 +198,25 @@ class Crew:
     def _all(self, method: str, deadline: float, *arguments: Any) -> list[Any]:
         """Every rank's answer to the same, by the deadline."""
         asked = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return list(ray.get(asked, timeout=max(0.0, deadline - time.monotonic())))
+
+        def all_ready(seconds: float) -> bool:
+            return len(ray.wait(asked, num_returns=len(asked), timeout=seconds)[0]) == len(asked)
+
+        if not self._soon(all_ready, deadline):
+            _, late = ray.wait(asked, num_returns=len(asked), timeout=0)
+            ranks = ", ".join(str(asked.index(question)) for question in late)
+            self.end()
+            raise GangError(
+                f"the gang of {self.num_ranks} cannot form: rank {ranks} did not {method} in {self.form_timeout:g} s"
+            )
+        return list(ray.get(asked))
+
+    def _soon(self, true: Callable[[float], bool], deadline: float) -> bool:
+        """Whether it becomes true by the deadline; given up when the gang is closed."""
+        while not true(min(1.0, max(0.0, deadline - time.monotonic()))):
+            if time.monotonic() >= deadline or self.closing.is_set():
+                return False
+        return True
 
 
 def connect(dashboard: bool = False) -> None:
@@ -207,9 +233,9 @@ def _cause(error: RayError) -> BaseException:
     return error.cause if isinstance(error, RayTaskError) else error
 
 
-def _answered(ping: Any) -> bool:
+def _result_of(question: Any) -> Any:
+    """What was answered; None where nothing is."""
     try:
-        ray.get(ping)
+        return ray.get(question, timeout=0)
     except RayError:
-        return False
-    return True
+        return None

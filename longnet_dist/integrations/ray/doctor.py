@@ -15,6 +15,7 @@ import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from longnet_dist.comm import Communicator
 from longnet_dist.integrations.ray.crew import connect
 from longnet_dist.integrations.ray.store import StoreActor, join_group
 
@@ -32,8 +33,6 @@ class _Probe:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "ray": ray.__version__,
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-            "nccl": dist.is_nccl_available() and torch.cuda.is_available(),
         }
 
     def clock(self) -> float:
@@ -46,20 +45,21 @@ class _Probe:
         kept = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=one_node)
         try:
             device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-            small = _timed(torch.zeros(1, device=device), _SMALL_ROUNDS)
+            pair = Communicator(dist.group.WORLD, timedelta(seconds=seconds), rank)
+            small = _timed(pair, torch.zeros(1, device=device), _SMALL_ROUNDS)
             large = torch.zeros(mebibytes * _MEBIBYTE // 4, device=device)
-            return {"latency": small, "bandwidth": large.numel() * 4 / _timed(large, _ROUNDS)}
+            return {"latency": small, "bandwidth": large.numel() * 4 / _timed(pair, large, _ROUNDS)}
         finally:
             dist.destroy_process_group()
             del kept
 
 
-def _timed(x: torch.Tensor, rounds: int) -> float:
-    dist.all_reduce(x)
+def _timed(pair: Communicator, x: torch.Tensor, rounds: int) -> float:
+    pair.all_reduce(x, "meeting")
     seconds = []
     for _ in range(rounds):
         began = time.perf_counter()
-        dist.all_reduce(x)
+        pair.all_reduce(x, "meeting")
         if x.is_cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
@@ -78,6 +78,7 @@ def diagnose_cluster(timeout: float = 30.0, mebibytes: int = 16) -> tuple[str, l
     gone = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
     wrong: list[str] = []
     probes = {node["NodeID"]: _probe(node) for node in nodes}
+    by_id = {node["NodeID"]: node for node in nodes}
     names = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
     lines, seen = [f"{len(nodes)} nodes" + (f"; gone since the cluster began: {', '.join(gone)}" if gone else "")], {}
     for node in nodes:
@@ -85,34 +86,34 @@ def diagnose_cluster(timeout: float = 30.0, mebibytes: int = 16) -> tuple[str, l
         if looked is None:
             wrong.append(f"node {names[node['NodeID']]} runs no process of ours within {timeout:g} s")
             continue
+        looked["gpus"] = int(node["Resources"].get("GPU", 0))
         seen[node["NodeID"]] = looked
         offset = _clock_offset(probes[node["NodeID"]], timeout)
         if abs(offset) > _MOST_CLOCK_SECONDS:
             wrong.append(f"the clock of node {names[node['NodeID']]} is {offset:+.1f} s off: run NTP")
         lines.append(_described(node, looked, offset))
     wrong += _other_versions(seen, names)
-    gpus = bool(seen) and all(looked["nccl"] for looked in seen.values())
-    backend = "NCCL" if gpus else "gloo"
-    lines.append(f"every two of them, by {backend} ({mebibytes} MiB):")
+    for probe in probes.values():
+        ray.kill(probe)
+    lines.append(f"every two of them, by NCCL where both have GPUs, else by gloo ({mebibytes} MiB):")
     met: dict[tuple[str, str], dict[str, float]] = {}
     for a, b in itertools.combinations(seen, 2):
-        found = _meet(probes[a], probes[b], timeout, mebibytes, gpus, names[a].startswith("127."))
+        on_gpu = bool(seen[a]["gpus"] and seen[b]["gpus"])
+        backend = "NCCL" if on_gpu else "gloo"
+        found = _meet(by_id[a], by_id[b], timeout, mebibytes, on_gpu)
         if found is None:
             wrong.append(f"{names[a]} and {names[b]} do not reach each other by {backend}: is a firewall between them?")
             continue
         met[a, b] = found
         lines.append(f"  {names[a]} - {names[b]}: {found['latency'] * 1e3:.2f} ms, {found['bandwidth'] / 1e9:.2f} GB/s")
     wrong += _slow(met, names)
-    for probe in probes.values():
-        ray.kill(probe)
     return "\n".join(
         [*lines, "", *(["what is wrong:", *(f"  {w}" for w in wrong)] if wrong else ["nothing is wrong"])]
     ), wrong
 
 
-def _probe(node: dict[str, Any]) -> Any:
+def _probe(node: dict[str, Any], gpus: int = 0) -> Any:
     where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    gpus = min(1, int(node["Resources"].get("GPU", 0)))
     return ray.remote(_Probe).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=where).remote()
 
 
@@ -132,20 +133,27 @@ def _clock_offset(probe: Any, timeout: float) -> float:
 
 def _described(node: dict[str, Any], looked: dict[str, Any], offset: float) -> str:
     resources = ", ".join(f"{name} {value:g}" for name, value in node["Resources"].items() if ":" not in name)
-    gpus = ", ".join(looked["gpus"]) or "no GPU"
+    kind = next((name.removeprefix("accelerator_type:") for name in node["Resources"] if "accelerator" in name), "GPU")
+    gpus = f"{looked['gpus']} x {kind}" if looked["gpus"] else "no GPU"
     return (
         f"  {node['NodeManagerAddress']} ({node['NodeManagerHostname']}): {gpus}; {resources}; "
         f"python {looked['python']}, torch {looked['torch']}, ray {looked['ray']}; clock {offset:+.3f} s"
     )
 
 
-def _meet(a: Any, b: Any, timeout: float, mebibytes: int, on_gpu: bool, one_node: bool) -> dict[str, float] | None:
+def _meet(
+    a: dict[str, Any], b: dict[str, Any], timeout: float, mebibytes: int, on_gpu: bool
+) -> dict[str, float] | None:
+    """By processes of their own: one that did not meet its partner is not asked again."""
     store = ray.remote(StoreActor).options(num_cpus=0, max_concurrency=100).remote()
+    probes = [_probe(node, int(on_gpu)) for node in (a, b)]
+    one_machine = all(node["NodeManagerAddress"].startswith("127.") for node in (a, b))
     asked = [
-        probe.meet.remote(store, rank, timeout / 2, mebibytes, on_gpu, one_node) for rank, probe in enumerate((a, b))
+        probe.meet.remote(store, rank, timeout / 2, mebibytes, on_gpu, one_machine) for rank, probe in enumerate(probes)
     ]
     found = _answer(asked, timeout)
-    ray.kill(store)
+    for actor in (store, *probes):
+        ray.kill(actor)
     return None if found is None else {"latency": found[0]["latency"], "bandwidth": found[0]["bandwidth"]}
 
 

@@ -112,6 +112,8 @@ class SequenceParallelGang:
         self._crew = Crew(num_ranks, bundle, labels, placement, timeout, form_timeout, self.model)
         self._counts = {"calls": 0, "failed": 0}
         self._closed = False
+        self._folders: set[Path] = set()
+        """Where results are, or will be, left."""
         self._in_order = ThreadPoolExecutor(1, "gang")
         connect()
         try:
@@ -198,18 +200,20 @@ class SequenceParallelGang:
         """Calls, failures and formings; and of each rank its node, process, memory, and seconds at work."""
         return self._counts | {"formed": self._crew.formed, "ranks": self._crew.stats()}
 
-    def close(self) -> None:
-        """End the actors, and give back what they reserved; what was asked for before is done first."""
+    def close(self, cancel: bool = False) -> None:
+        """End the actors, and give back what they reserved; what was asked for before is done first, or cancelled."""
         if not self._closed:
             self._closed = True
-            self._in_order.shutdown()
+            if cancel or not self._crew.formed:
+                self._crew.closing.set()
+            self._in_order.shutdown(cancel_futures=cancel)
             self._crew.close()
 
     def __enter__(self) -> SequenceParallelGang:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(cancel=kind is not None)
 
     def _attention(
         self, q: Source, k: Source, v: Source, pattern: Pattern, *, out: Path | str | None = None, **options: Any
@@ -219,13 +223,13 @@ class SequenceParallelGang:
         lengths = {name: _shape(x) for name, x in (("q", q), ("k", k), ("v", v))}
         if any(len(shape) != 4 for shape in lengths.values()) or len({shape[1] for shape in lengths.values()}) > 1:
             raise ValueError(f"q, k and v are {lengths}; they must be (B, N, heads, D), of one N")
-        num_rows, folder = lengths["q"][1], _folder(out)
+        num_rows, folder = lengths["q"][1], self._folder(out)
         parts = zip(*(self._cut(x, pattern, num_rows, dim=1) for x in (q, k, v)), strict=True)
         return "attention", num_rows, 1, [[pattern, *rows, options, out and str(folder)] for rows in parts], folder
 
     def _score(self, document: Source | bytes | Sequence[int], *, out: Path | str | None = None) -> _Prepared:
         rows, num_rows = self._document(document, ahead=1)
-        folder = _folder(out)
+        folder = self._folder(out)
         return "score", num_rows, 0, [[part, out and str(folder)] for part in rows], folder
 
     def _embed(
@@ -240,7 +244,7 @@ class SequenceParallelGang:
                 f"pooling is {pooling!r} and out {out!r}; pooling is 'mean', 'last', or None, and only then out"
             )
         rows, num_rows = self._document(document)
-        folder = _folder(out)
+        folder = self._folder(out)
         return "embed", num_rows, 0, [[part, pooling, out and str(folder)] for part in rows], folder
 
     def _document(self, document: Source | bytes | Sequence[int], ahead: int = 0) -> tuple[list[Any], int]:
@@ -249,10 +253,23 @@ class SequenceParallelGang:
             raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
         if isinstance(document, str):
             document = document.encode()
+        as_text = isinstance(document, bytes) or (isinstance(document, Path) and document.suffix != ".npy")
+        if as_text and self.tokenizer.vocab_size > self.config.vocab_size:
+            raise ValueError(
+                f"the tokenizer ({self.tokenizer.name}) has {self.tokenizer.vocab_size} ids, and the model "
+                f"{self.config.vocab_size}: give the model's own, tokenizer=load_tokenizer(path)"
+            )
+        if as_text and isinstance(self.tokenizer, Bytes) and self.config.vocab_size != self.tokenizer.vocab_size:
+            raise ValueError(
+                f"the model has {self.config.vocab_size} ids, so its tokens are no bytes: give its tokenizer, "
+                "tokenizer=load_tokenizer(path), or token ids"
+            )
+        if as_text and isinstance(document, Path) and not isinstance(self.tokenizer, Bytes):
+            raise ValueError(f"{document}: ranks read bytes from a file; tokenise it, and give a .npy of ids")
         if isinstance(document, bytes):
             document = torch.from_numpy(self.tokenizer.encode([document])[0].astype(np.int64))
         elif not isinstance(document, Tensor | np.ndarray | Path):
-            document = torch.tensor(document, dtype=torch.int64)
+            document = torch.tensor(document) if document else torch.empty(0, dtype=torch.int64)
         shape = _shape(document)
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"the document is {shape}; it must be one sequence of at least one token")
@@ -279,7 +296,7 @@ class SequenceParallelGang:
                 self._counts["failed"] += 1
                 if attempt == self.retries:
                     # In the thread of calls: the next finds it formed, and the caller of this one need not wait.
-                    if not self._closed:
+                    with contextlib.suppress(RuntimeError):  # It is closed meanwhile.
                         self._in_order.submit(self._form_quietly)
                     raise
         if folder is not None:
@@ -287,6 +304,17 @@ class SequenceParallelGang:
             return folder
         # Of what is pooled, the first rank has it all.
         return results[0] if name == "embed" and results[-1] is None else torch.cat(results, dim)
+
+    def _folder(self, out: Path | str | None) -> Path | None:
+        """Where results are left, made where it is not there."""
+        if out is None:
+            return None
+        folder = Path(out).resolve()
+        if folder in self._folders or (folder / "index.json").exists():
+            raise ValueError(f"{folder} holds results already, or will; give another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folders.add(folder)
+        return folder
 
     def _form_quietly(self) -> None:
         with contextlib.suppress(GangError):  # The next call tries again, and says so.
@@ -310,14 +338,3 @@ def _shape(x: Source) -> tuple[int, ...]:
     if path.suffix == ".npy":
         return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
     return (path.stat().st_size,)
-
-
-def _folder(out: Path | str | None) -> Path | None:
-    """Where results are left, made where it is not there."""
-    if out is None:
-        return None
-    folder = Path(out).resolve()
-    if (folder / "index.json").exists():
-        raise ValueError(f"{folder} holds results already; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

@@ -78,6 +78,7 @@ class Rank:
         with torch.no_grad():
             result = method(num_rows, *arguments)
         self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
+        self._layers = 0
         return result
 
     @ray.method(concurrency_group="status")
@@ -140,7 +141,10 @@ class Rank:
 
     def _tokens(self, mesh: SequenceMesh, document: Rows, start: int, stop: int) -> Tensor:
         def read() -> Tensor:
-            ids, size = document.read(start, stop)[: stop - start].long(), self._loaded.config.vocab_size
+            ids, size = document.read(start, stop)[: stop - start], self._loaded.config.vocab_size
+            if ids.is_floating_point():
+                raise ValueError(f"token ids are {ids.dtype}; they must be integers")
+            ids = ids.long()
             if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(
                     f"token ids of rows [{start}, {stop}) are {int(ids.min())} to {int(ids.max())}, and the model's "

@@ -33,8 +33,10 @@ class StoreActor:
 
     async def add(self, key: str, number: int) -> int:
         """Add to a number, 0 at first; the sum."""
-        total = int(self._values.get(key, b"0")) + number
-        await self.set(key, str(total).encode())
+        async with self._changed:
+            total = int(self._values.get(key, b"0")) + number
+            self._values[key] = str(total).encode()
+            self._changed.notify_all()
         return total
 
     async def get(self, keys: list[str], seconds: float) -> list[bytes] | None:

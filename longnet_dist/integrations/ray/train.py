@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from longnet_dist.config import RayConfig, TrainConfig
+from longnet_dist.documents import HUGGING_FACE
 from longnet_dist.integrations.ray.crew import connect
+from longnet_dist.job import held
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.train import TrainResult, train
 
@@ -39,11 +43,21 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         raise ValueError(f"ranks is {ranks}; it must be at least 1, and at least min_ranks, {options.min_ranks}")
     for count in (ranks, options.min_ranks or ranks):
         arrangement(config, count)
-    folder = config.run_folder.resolve()
+    config = _absolute(config)
+    folder = config.run_folder
+    assert folder is not None
+    folder.mkdir(parents=True, exist_ok=True)
+    with held(folder):
+        # What Ray registered of an earlier start: it would refuse one whose checkpoints our retention has removed.
+        (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
+    if not config.checkpoint_every:
+        warnings.warn(
+            "no checkpoint before the end: after a failure the run begins anew; give checkpoint_every", stacklevel=2
+        )
     connect(dashboard=True)
     trainer = TorchTrainer(
         _work,
-        train_loop_config={"config": dataclasses.replace(config, run_folder=folder)},
+        train_loop_config={"config": config},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if options.gpus_per_rank else "gloo", timeout_s=max(1, round(config.timeout))
         ),
@@ -67,6 +81,8 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         result = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(f"the run in {folder} failed: {error}") from error
+    if isinstance(result, str):
+        raise ValueError(result)
     if not isinstance(result, TrainResult):
         raise RuntimeError(f"the run in {folder} ended without a result: it was stopped")
     return result
@@ -90,12 +106,27 @@ def arrangement(config: TrainConfig, ranks: int) -> ParallelConfig:
     return ParallelConfig(dp_replicate=1, dp_shard=fits, sp=ranks // fits)
 
 
-def _work(given: dict[str, Any]) -> TrainResult | None:
-    """What a worker of Ray Train runs."""
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Paths as they are from here: a worker has another current folder."""
+    data = tuple(path if path.startswith(HUGGING_FACE) else _from_here(path) for path in config.data)
+    given = {name: getattr(config, name) for name in ("run_folder", "tokenizer", "cache")}
+    paths: dict[str, Any] = {name: Path(_from_here(path)) for name, path in given.items() if path is not None}
+    return dataclasses.replace(config, data=data, **paths)
+
+
+def _from_here(path: str | Path) -> str:
+    return os.path.abspath(Path(path).expanduser())
+
+
+def _work(given: dict[str, Any]) -> TrainResult | str | None:
+    """What a worker of Ray Train runs; a mistake in options or data is returned, as to start anew would not help."""
     config: TrainConfig = given["config"]
     context = ray.train.get_context()
     config = dataclasses.replace(config, parallel=arrangement(config, context.get_world_size()))
-    result = train(config, _Session())
+    try:
+        result: TrainResult | str = train(config, _Session())
+    except ValueError as error:  # Raised on every rank.
+        result = str(error)
     return result if context.get_world_rank() == 0 else None
 
 
