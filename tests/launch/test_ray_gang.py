@@ -146,25 +146,26 @@ def test_a_dead_actor_is_named_and_the_gang_forms_again(ray_nodes, when):
         assert gang.stats()["formed"] == 2
 
 
-def test_retries_hide_a_loss_and_silence_is_bounded(ray_nodes):
+def test_silence_is_bounded_and_retries_hide_a_loss(ray_nodes):
+    """A rank that stands still is an error within the time limit; one that dies, with a retry, is nothing at all."""
     from longnet_dist.integrations.ray import GangError
 
     q, k, v = draw(100)
     expected = dense_reference(q, k, v, PATTERN, causal=True)
-    with make(ray_nodes, 2, retries=1, timeout=12) as gang:
-        for give_up in (False, True):
-            gang.retries = int(not give_up)
+    with make(ray_nodes, 2, timeout=8) as gang:
+        for retries, number, said in ((0, signal.SIGSTOP, "rank 1 of 2 .* did not answer"), (1, signal.SIGKILL, "")):
+            gang.retries = retries
             pid = gang.stats()["ranks"][1]["pid"]
-            call = gang.submit("dilated_attention", *draw(6000), Pattern((6000,), (1,)), kernel="eager")
-            time.sleep(0.3)
-            os.kill(pid, signal.SIGSTOP)
+            call = gang.submit("dilated_attention", *draw(5000), Pattern((5000,), (1,)), kernel="eager")
+            time.sleep(0.2)
+            os.kill(pid, number)
             began = time.monotonic()
-            if give_up:
-                with pytest.raises(GangError, match=r"rank 1 of 2 .* did not answer"):
+            if said:
+                with pytest.raises(GangError, match=said):
                     call.result()
+                assert time.monotonic() - began < 25
             else:
-                assert call.result().shape == (2, 6000, 4, 8)
-            assert time.monotonic() - began < 40
+                assert call.result().shape == (2, 5000, 4, 8)
             assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
         assert gang.stats()["formed"] == 3
 
@@ -211,19 +212,16 @@ def test_a_gang_over_nodes_survives_the_loss_of_one(ray_nodes):
 
 def test_a_client_without_the_token_is_refused(ray_nodes):
     code = "import ray; ray.init(log_to_driver=False); print('let in')"
-    for token in (os.environ["RAY_AUTH_TOKEN"], "0" * 64):
-        environment = os.environ | ray_nodes.environment | {"RAY_AUTH_TOKEN": token}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
-        )
-        right = token == os.environ["RAY_AUTH_TOKEN"]
-        assert ("let in" in done.stdout) == (done.returncode == 0) == right, done.stderr
+    environment = os.environ | ray_nodes.environment | {"RAY_AUTH_TOKEN": "0" * 64}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode != 0
+    assert "let in" not in done.stdout
     assert "token" in done.stderr.lower()
 
 
 def test_the_doctor_looks_at_a_cluster(ray_nodes):
-    """The command, on three nodes: each is there, every two meet, and nothing is wrong."""
-    nodes = [ray_nodes.add("doctor") for _ in range(2)]
+    """The command, on two nodes: each is there, every two meet, and nothing is wrong."""
+    nodes = [ray_nodes.add("doctor")]
     environment = os.environ | ray_nodes.environment
     command = [sys.executable, "-m", "longnet_dist", "doctor", "--cluster"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
@@ -232,6 +230,6 @@ def test_the_doctor_looks_at_a_cluster(ray_nodes):
         ray_nodes.remove(node)
     for address in addresses:
         assert re.search(rf"{address} .*no GPU; .*torch 2.*clock [+-]0", done.stdout), done.stdout + done.stderr
-    assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 3
+    assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 1
     assert done.returncode == 0, done.stdout
     assert "nothing is wrong" in done.stdout

@@ -45,6 +45,7 @@ class _Probe:
         kept = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=one_node)
         try:
             device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+            assert dist.group.WORLD is not None
             pair = Communicator(dist.group.WORLD, timedelta(seconds=seconds), rank)
             small = _timed(pair, torch.zeros(1, device=device), _SMALL_ROUNDS)
             large = torch.zeros(mebibytes * _MEBIBYTE // 4, device=device)

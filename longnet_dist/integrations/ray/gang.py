@@ -197,7 +197,7 @@ class SequenceParallelGang:
         return Call(self._in_order.submit(self._run, *prepared), self._crew.progress)
 
     def stats(self) -> dict[str, Any]:
-        """Calls, failures and formings; and of each rank its node, process, memory, and seconds at work."""
+        """Calls, failures and formings; of each rank its node, process, memory, seconds (of none while it forms)."""
         return self._counts | {"formed": self._crew.formed, "ranks": self._crew.stats()}
 
     def close(self, cancel: bool = False) -> None:
