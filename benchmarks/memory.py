@@ -3,7 +3,8 @@
     python benchmarks/memory.py
 
 Each setting runs in a process of its own at two lengths; the difference of their peaks (resident memory), over the
-difference of their lengths, is the memory a token: parameters and the interpreter drop out of it.
+difference of their lengths, is the memory a token: parameters and the interpreter drop out of it. What offloading would
+move to the CPU is counted as the model saves it; on a GPU that much is not there between forward and backward.
 """
 
 from __future__ import annotations
@@ -37,6 +38,21 @@ def step(kind: str, loss: str, vocabulary: int, length: int) -> None:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
+def offloaded(kind: str, length: int) -> float:
+    """KiB a token that `offload_activations` moves: all that the blocks save, parameters aside."""
+    model = LongNetConfig(**MODEL, activation_checkpointing=kind).build()
+    moved = 0
+
+    def count(x: torch.Tensor) -> torch.Tensor:
+        nonlocal moved
+        moved += 0 if isinstance(x, torch.nn.Parameter) else x.numel() * x.element_size()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        model.features(torch.randint(257, (1, length)))
+    return moved / length / 1024
+
+
 def main() -> None:
     print(f"torch {torch.__version__}, {platform.machine()}, float32, {MODEL}; KiB a token\n")
     head = " | ".join(f"vocabulary {v}" for v in VOCABULARIES)
@@ -48,6 +64,9 @@ def main() -> None:
             short, long = (int(subprocess.check_output([*command, str(length)], env=ENVIRONMENT)) for length in LENGTHS)
             cells.append(f"{(long - short) / (LENGTHS[1] - LENGTHS[0]) / 1024:.1f}")
         print("| " + " | ".join([*setting, *cells]) + " |", flush=True)
+    print("\n| activation checkpointing | moved to the CPU by offloading |\n|---|---|")
+    for kind in ("none", "selective", "full"):
+        print(f"| {kind} | {offloaded(kind, LENGTHS[0]):.1f} |", flush=True)
 
 
 if __name__ == "__main__":
