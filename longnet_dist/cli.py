@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,8 @@ def _tokenize(
             shard_tokens=shard_tokens,
             progress=lambda done: progress.update(task, completed=done),
         )
+        # What surrounds the text in a file is none of it.
+        progress.update(task, total=progress.tasks[0].completed)
     index = read_index(out)
     print(
         f"{out}: {index.num_tokens:,} tokens of {sum(s.documents for s in index.shards):,} documents in "
@@ -108,6 +111,7 @@ def _tokenize(
 def _eval(
     run: tyro.conf.Positional[Path],
     data: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
     seq_len: int | None = None,
     sequences: int = 8,
     edges: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768),
@@ -117,6 +121,7 @@ def _eval(
     Args:
         run: The run's folder.
         data: Files, folders and globs; what the run held out by default.
+        tokenizer: Of the data; the run's by default.
         seq_len: Tokens a sequence; the run's by default.
         sequences: How many sequences, at most.
         edges: Where one bucket of positions ends and the next begins.
@@ -133,14 +138,19 @@ def _eval(
     model, config = load_model(run).to(device).eval(), read_config(run)
     if data:
         held_out = open_corpus(
-            data, config.cache, 0.0, tokenizer=config.tokenizer, text_field=config.text_field, seed=config.seed
+            data,
+            config.cache,
+            0.0,
+            tokenizer=tokenizer or config.tokenizer,
+            text_field=config.text_field,
+            seed=config.seed,
         ).train
     else:
         held_out = corpus_of(config).validation
-    if held_out.index.vocab_size > model.config.vocab_size:
+    trained_on = json.loads((run / "config.json").read_text()).get("tokens_by", "bytes")
+    if held_out.index.tokenizer != trained_on:
         raise ValueError(
-            f"the data has {held_out.index.vocab_size} token ids ({held_out.index.tokenizer}), and the model "
-            f"{model.config.vocab_size}"
+            f"the run's tokens are by {trained_on}, and the data's by {held_out.index.tokenizer}: give that --tokenizer"
         )
     print(f"{'context':>17}  bits per byte  perplexity of a byte")
     for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):

@@ -33,6 +33,7 @@ from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
 from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
+from longnet_dist.tokenizer import Bytes
 from longnet_dist.tokens import TokenStream
 
 _OF_THE_PLACE = {
@@ -174,7 +175,7 @@ class _Trainer:
                 )
             else:
                 validation = self._validate() if math.isnan(validation) else validation
-                kind = "token" if config.tokenizer else "byte"
+                kind = "byte" if self.corpus.index.tokenizer == Bytes.name else "token"
                 log.say(f"validation {validation:.3f} bits per byte; {kind}-unigram model {unigram:.3f} bits per byte")
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
@@ -308,6 +309,7 @@ class _Trainer:
         found = {
             "corpus": ", ".join(self.config.data) or f"the standard library of Python {platform.python_version()}",
             "tokens": hashlib.sha256("".join(s.sha256 for s in self.corpus.index.shards).encode()).hexdigest()[:16],
+            "tokens_by": self.corpus.index.tokenizer,
             "ranks": self.num_ranks,
             "rows_a_rank": self.mesh.shard.chunk,
             "device": str(self.device),

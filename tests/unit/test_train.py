@@ -278,6 +278,13 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     line = json.loads((config.run_folder / "metrics.jsonl").read_text().splitlines()[0])
     ratio = line["bits_per_byte"] * 0.6931471805599453 / line["loss"]
     assert 0.05 < ratio < 0.7
+    capsys.readouterr()
+    text = str(tmp_path / "text")
+    assert cli.main(["eval", str(config.run_folder), "--data", text]) == 2
+    assert "the run's tokens are by tokenizer.json" in capsys.readouterr().err
+    options = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--edges", "16"]
+    assert cli.main(["eval", str(config.run_folder), "--data", text, *options]) == 0
+    assert "0 to     16" in capsys.readouterr().out
     assert result.validation_bits_per_byte < 8.1 * ratio
 
 
