@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import shutil
 import uuid
@@ -27,15 +25,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from longnet_dist.comm import gather_objects
 from longnet_dist.model import LongNet, LongNetConfig
+from longnet_dist.reader import TensorsOnlyReader
 
 State = dict[str, Tensor]
 _MANIFEST = "manifest.json"
@@ -67,7 +64,7 @@ class Checkpoints:
         self.rank = dist.get_rank() if many else 0
         self.size = dist.get_world_size() if many else 1
         self.latest: Path | None = None
-        """The last one that this process wrote whole, or `newest` found; the same on every rank."""
+        """The last one that this run wrote whole; the same on every rank."""
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[Path | None] | None = None
 
@@ -212,51 +209,6 @@ class Checkpoints:
             (f"rank {r}: {p}" if self.size > 1 else p for r, p in enumerate(gather_objects(mine, self.group)) if p),
             None,
         )
-
-
-class TensorsOnlyReader(FileSystemReader):
-    """Reads a checkpoint without trusting it: its metadata is a pickle, and here it can name nothing but metadata."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checkpoint's metadata.
-
-        Raises:
-            pickle.UnpicklingError: where it names anything but torch's own descriptions of tensors.
-        """
-        metadata: Metadata = _AllowList(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
-        if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
-            raise pickle.UnpicklingError(f"checkpoint {self.path} holds pickled objects, and only tensors are read")
-        if getattr(metadata, "storage_meta", None) is None:
-            metadata.storage_meta = StorageMeta()
-        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
-        return metadata
-
-
-class _AllowList(pickle.Unpickler):
-    """Unpickles names of torch's checkpoint metadata and a few plain types, and refuses every other."""
-
-    METADATA = "torch.distributed.checkpoint.metadata"
-    NAMES = frozenset(
-        {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-            ("torch", "Size"),
-            ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-            ("builtins", "set"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What a name in the pickle stands for."""
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        own = getattr(checkpoint_metadata, name, None) if module == self.METADATA else None
-        if dtype or getattr(own, "__module__", None) == self.METADATA or (module, name) in self.NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"the checkpoint's metadata names {module}.{name}, which no checkpoint needs")
 
 
 def _damage(path: Path, rank: int, size: int) -> str | None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from longnet_dist.config import RayConfig, TrainConfig
+from longnet_dist.extras import extra
 from longnet_dist.pattern import Pattern
 from longnet_dist.train import train
 
@@ -55,7 +54,7 @@ def _train(
     if launcher == "none":
         train(config)
         return
-    with _extra("ray", "--launcher ray"):
+    with extra("ray", "--launcher ray"):
         from longnet_dist.integrations.ray import train_on_ray
     train_on_ray(config, ranks, ray)
 
@@ -270,7 +269,7 @@ def _doctor(cluster: bool = False, timeout: float = 30.0) -> None:
         timeout: Seconds that an answer from a node may take.
     """
     if cluster:
-        with _extra("ray", "--cluster"):
+        with extra("ray", "--cluster"):
             from longnet_dist.integrations.ray.doctor import diagnose_cluster
         report, wrong = diagnose_cluster(timeout)
         print(report)
@@ -280,15 +279,6 @@ def _doctor(cluster: bool = False, timeout: float = 30.0) -> None:
     from longnet_dist.doctor import diagnose
 
     print(diagnose())
-
-
-@contextlib.contextmanager
-def _extra(name: str, option: str) -> Iterator[None]:
-    """Say which extra is missing, where an import fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(f"{option} needs the package {error.name}: pip install 'longnet-dist[{name}]'") from None
 
 
 if __name__ == "__main__":

@@ -111,13 +111,11 @@ def open_corpus(
         )
     if tokenised:
         folder = Path(data[0]).expanduser().resolve()
-        if tokenizer is not None and load_tokenizer(tokenizer).name != read_index(folder).tokenizer:
-            raise ValueError(
-                f"--data {folder} is tokenised by {read_index(folder).tokenizer}, and --tokenizer is {tokenizer}"
-            )
     else:
         folder = tokenize(data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed)
     index = read_index(folder)
+    if tokenised and tokenizer is not None and load_tokenizer(tokenizer).name != index.tokenizer:
+        raise ValueError(f"--data {folder} is tokenised by {index.tokenizer}, and --tokenizer is {tokenizer}")
     _check_once(folder, index, cache)
     return Corpus(folder, index, validation_fraction)
 

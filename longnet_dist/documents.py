@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import parse_qsl, urlsplit
 
+from longnet_dist.extras import extra
+
 ROWS_AT_A_TIME = 1024
-
-
 HUGGING_FACE = "hf:"
 
 
@@ -107,10 +107,8 @@ def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]
 
 
 def _compressed_json_lines(path: Path, text_field: str) -> Iterator[bytes]:
-    try:
+    with extra("data", path):
         import zstandard
-    except ImportError:
-        raise ValueError(f"{path} needs the package zstandard: pip install 'longnet-dist[data]'") from None
     try:
         with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as plain:
             yield from _json_lines(path, io.BufferedReader(plain), text_field)
@@ -119,11 +117,9 @@ def _compressed_json_lines(path: Path, text_field: str) -> Iterator[bytes]:
 
 
 def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
-    try:
+    with extra("data", path):
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise ValueError(f"{path} needs the package pyarrow: pip install 'longnet-dist[data]'") from None
     try:
         with parquet.ParquetFile(path) as file:
             if text_field not in file.schema_arrow.names:
@@ -140,10 +136,8 @@ def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
 
 
 def _streamed(source: str, text_field: str) -> Iterator[bytes]:
-    try:
+    with extra("hf", f"--data {source}"):
         import datasets
-    except ImportError:
-        raise ValueError(f"--data {source} needs the package datasets: pip install 'longnet-dist[hf]'") from None
     parts = urlsplit(source)
     options = {"split": "train"} | dict(parse_qsl(parts.query))
     try:

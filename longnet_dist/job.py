@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -34,11 +34,8 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        if restarts and not config.checkpoint_every:
-            warnings.warn(
-                "no checkpoint before the end: after a failure the run begins anew; give --checkpoint-every",
-                stacklevel=2,
-            )
+        if restarts:
+            warn_of_no_checkpoint(config)
         if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
             warnings.warn(
                 "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
@@ -104,6 +101,14 @@ def _locked(lock: IO[str]) -> bool:
             time.sleep(0.2)
 
 
+def warn_of_no_checkpoint(config: TrainConfig) -> None:
+    """Say, where a launcher restarts the run, that there is nothing to restart from."""
+    if not config.checkpoint_every:
+        warnings.warn(
+            "no checkpoint before the end: after a failure the run begins anew; give --checkpoint-every", stacklevel=2
+        )
+
+
 def _compare(config: TrainConfig) -> None:
     """See that every rank was given the same options, which would otherwise make different models of one."""
     everyones = [
@@ -150,6 +155,34 @@ def corpus_of(config: TrainConfig) -> Corpus:
 
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+_OF_THE_PLACE = {
+    *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout"),
+    *("profile", "wandb", "peak_tflops", "keep_checkpoints", "keep_every", "checkpoint_every", "async_checkpoints"),
+    *("validate_every", "keep_kv"),
+}
+"""What may change between starts of one run, without a word."""
+_OF_THE_PARAMETERS = (
+    *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
+    *("tie_embeddings", "qk_norm"),
+)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> list[str]:
+    """What differs between a run's options and those that the checkpoint at `path` was written with, in words.
+
+    Raises:
+        ValueError: where its parameters are of another model.
+    """
+    if other := [name for name in _OF_THE_PARAMETERS if before["model"][name] != now["model"][name]]:
+        said = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in other)
+        raise ValueError(f"{path} is of another model: {said}; use its options, or another run folder")
+    return [
+        f"not the run that was stopped: {name} was {before[name]} and is {now[name]}"
+        for name in sorted(set(before) & set(now) - _OF_THE_PLACE)
+        if before[name] != now[name]
+    ]
 
 
 def _does_not_fit(corpus: Corpus, config: TrainConfig) -> str | None:

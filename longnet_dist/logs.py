@@ -14,6 +14,7 @@ from typing import IO, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from longnet_dist.extras import extra
 from longnet_dist.tokens import write_whole
 
 
@@ -121,10 +122,8 @@ def _step_of(line: str) -> float:
 
 
 def _wandb_run(project: str, folder: Path, config: dict[str, Any]) -> Any:
-    try:
+    with extra("wandb", f"--wandb {project}"):
         import wandb
-    except ImportError:
-        raise ValueError(f"--wandb {project} needs the package wandb: pip install 'longnet-dist[wandb]'") from None
     # The same id for the same folder: a run that goes on is one run there, too.
     run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return wandb.init(project=project, dir=folder, id=run, name=folder.name, config=config, resume="allow")

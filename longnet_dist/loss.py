@@ -29,7 +29,13 @@ def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
 
 
-def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = IGNORED) -> Tensor:
+def token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    mesh: SequenceMesh | None = None,
+    ignore_index: int = IGNORED,
+    num_items: Tensor | int | None = None,
+) -> Tensor:
     """Mean cross-entropy over the valid labels of all ranks, in nats; each token weighs the same.
 
     Args:
@@ -37,6 +43,8 @@ def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None,
         labels: (B, L), int64, shifted before they were split; `ignore_index` is not counted.
         mesh: the ranks that hold the sequence, uneven or empty chunks included; see
             `SequenceMesh.token_mean` for what the gradients of its ranks are.
+        num_items: what to divide the sum by, in place of the valid labels of this call: those of all calls of a step,
+            where gradients are accumulated over several.
 
     Returns:
         One number, float32 (float64 for float64), the same on every rank; 0 where no label is valid.
@@ -49,6 +57,9 @@ def token_loss(logits: Tensor, labels: Tensor, mesh: SequenceMesh | None = None,
     losses = nn.functional.cross_entropy(
         logits.flatten(0, -2).to(kind), labels.flatten(), ignore_index=ignore_index, reduction="none"
     )
+    if num_items is not None:
+        total = losses.sum() if mesh is None else mesh.sum(losses.sum())
+        return total / torch.as_tensor(num_items, device=total.device)
     mask = labels.flatten() != ignore_index
     if mesh is not None:
         return mesh.token_mean(losses, mask)

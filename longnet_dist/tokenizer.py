@@ -12,10 +12,11 @@ from unittest.mock import patch
 
 import numpy as np
 
+from longnet_dist.extras import extra
+
 NUM_BYTES = 256
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
 """What tokenizers call the token at the end of a document; where one has none of them, an id of its own is added."""
-_EXTRA = "pip install 'longnet-dist[tokenizers]'"
 
 
 class Tokenizer(Protocol):
@@ -143,7 +144,6 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     if not path.is_file():
         raise ValueError(f"--tokenizer {path}: no file there")
     name = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    try:
-        return kinds[path.suffix](path, name)
-    except ImportError as error:
-        raise ValueError(f"--tokenizer {path} needs the package {error.name}: {_EXTRA}") from None
+    with extra("tokenizers", f"--tokenizer {path}"):
+        made: Tokenizer = kinds[path.suffix](path, name)
+    return made

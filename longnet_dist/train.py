@@ -27,21 +27,16 @@ from longnet_dist.checkpoint import Checkpoints, names_without, training_state
 from longnet_dist.comm import sum_over_ranks
 from longnet_dist.config import TrainConfig
 from longnet_dist.data import unigram_bits, window_order
-from longnet_dist.job import corpus_of, held, processes, run_folder
+from longnet_dist.job import changes, corpus_of, held, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
+from longnet_dist.optimizer import decayed_and_not, learning_rate
 from longnet_dist.parallel import make_device_mesh, shard_parameters
 from longnet_dist.stopping import StopFlag, Watch, stop_on_signals
 from longnet_dist.tokenizer import Bytes
 from longnet_dist.tokens import TokenStream
 
-_OF_THE_PLACE = {
-    *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout"),
-    *("profile", "wandb", "peak_tflops", "keep_checkpoints", "keep_every", "checkpoint_every", "async_checkpoints"),
-    *("validate_every", "keep_kv"),
-}
-"""What may change between starts of one run, without a word."""
 ASK_SECONDS = 5.0
 """How often to ask a launcher whether a machine goes."""
 
@@ -122,14 +117,13 @@ class _Trainer:
             for block in self.model.blocks:
                 block.compile(fullgraph=True)
         shard_parameters(self.model, self.model.blocks, device_mesh)
-        self.optimizer = torch.optim.AdamW(_decayed_and_not(self.model, config.weight_decay), betas=config.betas)
+        self.optimizer = torch.optim.AdamW(decayed_and_not(self.model, config.weight_decay), betas=config.betas)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, limit
         )
         self.skipped = 0
         self.cost = StepCost()
         self.ask = False
-        self.profiled = 0
         self.told: Path | None = None
         """The last checkpoint that the launcher knows of."""
 
@@ -143,7 +137,7 @@ class _Trainer:
         ):
             step = self._resume(log)
             log.begin(step)
-            self.profiled = min(step + 3, config.steps)
+            profiled = min(step + 3, config.steps) if config.profile else 0
             flops = step_flops(config, self.model)
             received = step_bytes(config, self.mesh.shard, self.data_ranks)
             watch = Watch(self.folder / "traces", self.rank, self.num_ranks, config.timeout)
@@ -152,7 +146,7 @@ class _Trainer:
                 step += 1
                 self.cost = StepCost()
                 began = time.perf_counter()
-                with watch.over(f"step {step}"), self._profiled(step):
+                with watch.over(f"step {step}"), self._profiled(step == profiled):
                     measured = self._step(step, stop)
                 losses.append(measured["loss"])
                 self.cost.seconds = time.perf_counter() - began
@@ -198,9 +192,9 @@ class _Trainer:
         return self.session.leaving()
 
     @contextlib.contextmanager
-    def _profiled(self, step: int) -> Iterator[None]:
-        """Write a trace of one step, where the options ask for it; Perfetto opens it."""
-        if not self.config.profile or step != self.profiled:
+    def _profiled(self, wanted: bool) -> Iterator[None]:
+        """Write a trace of one step, where it is wanted; Perfetto opens it."""
+        if not wanted:
             yield
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -212,7 +206,7 @@ class _Trainer:
     def _step(self, step: int, stop: StopFlag) -> dict[str, float]:
         """One optimizer step; skipped where it is not finite."""
         config = self.config
-        rate = config.learning_rate * _learning_rate(config, step - 1)
+        rate = learning_rate(config, step - 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss, norm = self._loss_and_gradients(step)
@@ -328,23 +322,8 @@ class _Trainer:
         if found is None:
             return 0
         path, facts = found
-        before, now = facts["config"], self._resolved()
-        shape = (
-            "vocab_size",
-            "d_model",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "ffn_dim",
-            "tie_embeddings",
-            "qk_norm",
-        )
-        if other := [name for name in shape if before["model"][name] != now["model"][name]]:
-            said = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in other)
-            raise ValueError(f"{path} is of another model: {said}; use its options, or another run folder")
-        for name in sorted(set(before) & set(now) - _OF_THE_PLACE):
-            if before[name] != now[name]:
-                log.say(f"not the run that was stopped: {name} was {before[name]} and is {now[name]}")
+        for change in changes(facts["config"], self._resolved(), path):
+            log.say(change)
         state = self._state()
         # Random states are of ranks: on another number of ranks each has its fresh one.
         if facts["ranks"] != self.num_ranks:
@@ -357,19 +336,3 @@ class _Trainer:
         self.skipped = facts["skipped"]
         log.say(f"going on from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])
-
-
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` others, as a fraction of the peak: linear warmup, then a cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / (config.warmup_steps + 1)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
-    return config.final_learning_rate + (1 - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def _decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    parameters = list(model.parameters())
-    return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from longnet_dist.attention import dilated_attention
-from longnet_dist.loss import IGNORED, next_token_labels
+from longnet_dist.loss import IGNORED, next_token_labels, token_loss
 from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.pattern import Pattern
 
@@ -227,14 +227,4 @@ class _Loss:
                 )
             assert labels is not None
             shift_labels = next_token_labels(labels, ignore_index)
-        kind = torch.promote_types(logits.dtype, torch.float32)
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, -2).to(kind), shift_labels.flatten(), ignore_index=ignore_index, reduction="none"
-        )
-        mask = shift_labels.flatten() != ignore_index
-        if num_items_in_batch is None:
-            if self.mesh is not None:
-                return self.mesh.token_mean(losses, mask)
-            return losses.sum() / mask.sum().clamp(min=1)
-        total = losses.sum() if self.mesh is None else self.mesh.sum(losses.sum())
-        return total / torch.as_tensor(num_items_in_batch, device=total.device)
+        return token_loss(logits, shift_labels, self.mesh, ignore_index, num_items_in_batch)

@@ -38,11 +38,9 @@ class _Probe:
     def clock(self) -> float:
         return time.time()
 
-    def meet(
-        self, store: Any, rank: int, seconds: float, mebibytes: int, on_gpu: bool, one_node: bool
-    ) -> dict[str, float]:
+    def meet(self, store: Any, rank: int, seconds: float, mebibytes: int, on_gpu: bool) -> dict[str, float]:
         """Seconds of a round trip, and bytes a second of a large one, with the other that calls this."""
-        kept = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=one_node)
+        kept = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=False)
         try:
             device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
             assert dist.group.WORLD is not None
@@ -148,14 +146,11 @@ def _meet(
     """By processes of their own: one that did not meet its partner is not asked again."""
     store = ray.remote(StoreActor).options(num_cpus=0, max_concurrency=100).remote()
     probes = [_probe(node, int(on_gpu)) for node in (a, b)]
-    one_machine = all(node["NodeManagerAddress"].startswith("127.") for node in (a, b))
-    asked = [
-        probe.meet.remote(store, rank, timeout / 2, mebibytes, on_gpu, one_machine) for rank, probe in enumerate(probes)
-    ]
-    found = _answer(asked, timeout)
+    asked = [probe.meet.remote(store, rank, timeout / 2, mebibytes, on_gpu) for rank, probe in enumerate(probes)]
+    found: list[dict[str, float]] | None = _answer(asked, timeout)
     for actor in (store, *probes):
         ray.kill(actor)
-    return None if found is None else {"latency": found[0]["latency"], "bandwidth": found[0]["bandwidth"]}
+    return None if found is None else found[0]
 
 
 def _other_versions(seen: dict[str, dict[str, Any]], names: dict[str, str]) -> list[str]:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from longnet_dist.integrations.ray.crew import Crew, GangError, connect
-from longnet_dist.integrations.ray.rank import Rows, describe_files
+from longnet_dist.integrations.ray.rank import Rows, describe_files, mapped
 from longnet_dist.model import LongNetConfig
 from longnet_dist.pattern import Pattern
 from longnet_dist.plan import Shard, choose_chunk
 from longnet_dist.tokenizer import Bytes, Tokenizer
 
 Source = Tensor | np.ndarray | Path | str
+Document = Source | bytes | Sequence[int]
 _Prepared = tuple[str, int, int, list[list[Any]], Path | None]
 """What every rank is to run, the rows, their dimension, each rank's arguments, and where the result is left."""
 
@@ -143,7 +144,7 @@ class SequenceParallelGang:
         """
         return self.submit("dilated_attention", q, k, v, pattern, out=out, **options).result()
 
-    def score(self, document: Source | bytes | Sequence[int], *, out: Path | str | None = None) -> Any:
+    def score(self, document: Document, *, out: Path | str | None = None) -> Any:
         """The log-likelihood, in nats, of each token of a document but the first, given those before it.
 
         Args:
@@ -161,7 +162,7 @@ class SequenceParallelGang:
 
     def embed(
         self,
-        document: Source | bytes | Sequence[int],
+        document: Document,
         *,
         pooling: Literal["mean", "last"] | None = "mean",
         out: Path | str | None = None,
@@ -227,14 +228,14 @@ class SequenceParallelGang:
         parts = zip(*(self._cut(x, pattern, num_rows, dim=1) for x in (q, k, v)), strict=True)
         return "attention", num_rows, 1, [[pattern, *rows, options, out and str(folder)] for rows in parts], folder
 
-    def _score(self, document: Source | bytes | Sequence[int], *, out: Path | str | None = None) -> _Prepared:
+    def _score(self, document: Document, *, out: Path | str | None = None) -> _Prepared:
         rows, num_rows = self._document(document, ahead=1)
         folder = self._folder(out)
         return "score", num_rows, 0, [[part, out and str(folder)] for part in rows], folder
 
     def _embed(
         self,
-        document: Source | bytes | Sequence[int],
+        document: Document,
         *,
         pooling: Literal["mean", "last"] | None = "mean",
         out: Path | str | None = None,
@@ -247,25 +248,14 @@ class SequenceParallelGang:
         folder = self._folder(out)
         return "embed", num_rows, 0, [[part, pooling, out and str(folder)] for part in rows], folder
 
-    def _document(self, document: Source | bytes | Sequence[int], ahead: int = 0) -> tuple[list[Any], int]:
+    def _document(self, document: Document, ahead: int = 0) -> tuple[list[Any], int]:
         """Each rank's rows of the tokens, with some that follow them, and how many there are in all."""
         if self.config is None:
             raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
         if isinstance(document, str):
             document = document.encode()
-        as_text = isinstance(document, bytes) or (isinstance(document, Path) and document.suffix != ".npy")
-        if as_text and self.tokenizer.vocab_size > self.config.vocab_size:
-            raise ValueError(
-                f"the tokenizer ({self.tokenizer.name}) has {self.tokenizer.vocab_size} ids, and the model "
-                f"{self.config.vocab_size}: give the model's own, tokenizer=load_tokenizer(path)"
-            )
-        if as_text and isinstance(self.tokenizer, Bytes) and self.config.vocab_size != self.tokenizer.vocab_size:
-            raise ValueError(
-                f"the model has {self.config.vocab_size} ids, so its tokens are no bytes: give its tokenizer, "
-                "tokenizer=load_tokenizer(path), or token ids"
-            )
-        if as_text and isinstance(document, Path) and not isinstance(self.tokenizer, Bytes):
-            raise ValueError(f"{document}: ranks read bytes from a file; tokenise it, and give a .npy of ids")
+        if isinstance(document, bytes) or (isinstance(document, Path) and document.suffix != ".npy"):
+            self._check_text(document, self.config.vocab_size)
         if isinstance(document, bytes):
             document = torch.from_numpy(self.tokenizer.encode([document])[0].astype(np.int64))
         elif not isinstance(document, Tensor | np.ndarray | Path):
@@ -274,6 +264,22 @@ class SequenceParallelGang:
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"the document is {shape}; it must be one sequence of at least one token")
         return self._cut(document, self.config.pattern, shape[0], dim=0, ahead=ahead), shape[0]
+
+    def _check_text(self, document: bytes | Path, vocab_size: int) -> None:
+        """See that text would become tokens of the model."""
+        tokenizer = self.tokenizer
+        if tokenizer.vocab_size > vocab_size:
+            raise ValueError(
+                f"the tokenizer ({tokenizer.name}) has {tokenizer.vocab_size} ids, and the model {vocab_size}: give "
+                "the model's own, tokenizer=load_tokenizer(path)"
+            )
+        if isinstance(tokenizer, Bytes) and vocab_size != tokenizer.vocab_size:
+            raise ValueError(
+                f"the model has {vocab_size} ids, so its tokens are no bytes: give its tokenizer, "
+                "tokenizer=load_tokenizer(path), or token ids"
+            )
+        if isinstance(document, Path) and not isinstance(tokenizer, Bytes):
+            raise ValueError(f"{document}: ranks read bytes from a file; tokenise it, and give a .npy of ids")
 
     def _cut(self, x: Source, pattern: Pattern, num_rows: int, dim: int, ahead: int = 0) -> list[Any]:
         """What each rank is sent: where to read, or its rows, put into the object store."""
@@ -335,6 +341,4 @@ def _shape(x: Source) -> tuple[int, ...]:
     path = Path(x)
     if not path.is_file():
         raise ValueError(f"{path}: no file there")
-    if path.suffix == ".npy":
-        return tuple(np.load(path, mmap_mode="r", allow_pickle=False).shape)
-    return (path.stat().st_size,)
+    return mapped(path).shape

@@ -41,12 +41,16 @@ class Rows:
         """The rows [start, stop) along `dim`: of a .npy file, or the bytes of any other."""
         if isinstance(self.value, Tensor):
             return self.value
-        if self.value.suffix == ".npy":
-            whole = np.load(self.value, mmap_mode="r", allow_pickle=False)
-        else:
-            whole = np.memmap(self.value, np.uint8, "r")
         cut = (slice(None),) * self.dim + (slice(start, stop),)
-        return torch.from_numpy(np.array(whole[cut]))
+        return torch.from_numpy(np.array(mapped(self.value)[cut]))
+
+
+def mapped(path: Path) -> np.ndarray:
+    """A .npy file, or the bytes of any other, of which nothing is read yet."""
+    if path.suffix == ".npy":
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    # What is empty cannot be mapped.
+    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 class Rank:
@@ -190,8 +194,7 @@ class Rank:
 
     @property
     def _loaded(self) -> LongNet:
-        if self.model is None:
-            raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
+        assert self.model is not None  # The driver has seen to it.
         return self.model
 
     def _count_layer(self, *_: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from longnet_dist.config import RayConfig, TrainConfig
 from longnet_dist.documents import HUGGING_FACE
 from longnet_dist.integrations.ray.crew import connect
-from longnet_dist.job import held
+from longnet_dist.job import held, warn_of_no_checkpoint
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.train import TrainResult, train
 
@@ -50,10 +49,7 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
     with held(folder):
         # What Ray registered of an earlier start: it would refuse one whose checkpoints our retention has removed.
         (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    if not config.checkpoint_every:
-        warnings.warn(
-            "no checkpoint before the end: after a failure the run begins anew; give checkpoint_every", stacklevel=2
-        )
+    warn_of_no_checkpoint(config)
     connect(dashboard=True)
     trainer = TorchTrainer(
         _work,
