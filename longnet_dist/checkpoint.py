@@ -1,9 +1,9 @@
-"""Checkpoints that survive anything: written under another name, checked, renamed; verified before they are read.
+"""Checkpoints that survive anything: not there until they are whole, and verified before they are read.
 
 A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint, which reshards,
-and `manifest.json`: every file's size and SHA-256, and the facts (step, config, ...). It is written as
-`step-00000100.tmp-<nonce>`, flushed to the disk, and renamed when all ranks are done, so a folder without
-`.tmp-` is whole unless a disk or a person altered it, which the manifest shows. Nothing is ever overwritten.
+and `manifest.json`: every file's size and SHA-256, and the facts (step, config, ...). On a file system it
+is written under another name and renamed when all ranks are done; in an object store the manifest is
+written last (`storage.py`). What then differs from the manifest, a disk or a person altered.
 """
 
 from __future__ import annotations
@@ -11,9 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
-import re
-import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -33,16 +30,16 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from longnet_dist.comm import gather_objects
 from longnet_dist.model import LongNet, LongNetConfig
 from longnet_dist.reader import TensorsOnlyReader
+from longnet_dist.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
 
 State = dict[str, Tensor]
-_MANIFEST = "manifest.json"
 
 
 class Checkpoints:
     """The checkpoints of a run, in `folder`. Its methods are collective over all ranks.
 
     Args:
-        folder: on storage that every rank sees.
+        folder: on storage that every rank sees: a path, or one of an object store.
         keep_last: how many of the newest to keep; at least 2, so that one that turns out damaged is not the only.
         keep_every: keep those of every so many steps for good; 0 for none.
         asynchronous: write in the background; training goes on with the next step.
@@ -51,13 +48,14 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         keep_last: int = 2,
         keep_every: int = 0,
         asynchronous: bool = False,
         timeout: timedelta = timedelta(minutes=10),
     ) -> None:
-        self.folder, self.keep_last, self.keep_every = folder, keep_last, keep_every
+        self.folder, self.keep_last, self.keep_every = place(folder), keep_last, keep_every
+        self.storage = Store(self.folder) if in_store(self.folder) else Disk(self.folder)
         many = dist.is_initialized() and dist.get_world_size() > 1
         # A group of its own: a background write must not come between the training's collectives.
         self.group = dist.new_group(backend="gloo", timeout=timeout) if many else None
@@ -89,15 +87,17 @@ class Checkpoints:
         Every damaged one that is passed over is reported, with what is wrong with it.
 
         Raises:
-            RuntimeError: where there are checkpoints, and none is whole.
+            RuntimeError: where there are checkpoints, and none is whole; or where it cannot be seen what there are.
         """
-        names = self._from_first([path.name for path in reversed(self._written())])
+        names, problem = self._from_first(self._names() if self.rank == 0 else None)
+        if problem:
+            raise RuntimeError(f"what checkpoints there are cannot be read: {problem}")
         problems = []
         for name in names:
             path = self.folder / name
             problem = self._from_any(_damage(path, self.rank, self.size))
             if problem is None:
-                return path, json.loads((path / _MANIFEST).read_text())["facts"]
+                return path, json.loads((path / MANIFEST).read_text())["facts"]
             problems.append(f"{path}: {problem}")
             if self.rank == 0:
                 report(f"checkpoint {path} is damaged and passed over: {problem}")
@@ -126,72 +126,75 @@ class Checkpoints:
         with self._alone():
             load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
 
+    def _names(self) -> tuple[list[str], str | None]:
+        """Of all checkpoints, the newest first; what went wrong, or None."""
+        try:
+            return self.storage.names()[::-1], None
+        except OSError as error:
+            return [], repr(error)
+
     def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
         """The checkpoint; None where there is none."""
-        final = self.folder / f"step-{step:08d}"
+        name = f"step-{step:08d}"
         nonce = self._from_first(uuid.uuid4().hex[:8])
-        temporary = self.folder / f"{final.name}.tmp-{nonce}"
-        problem = self._from_any(_made(temporary))
+        temporary, problem = self._begun(name, nonce)
+        problem = self._from_any(problem)
         if problem is None:
-            mine, problem = self._write_files(temporary, state)
+            mine, problem = self._write_files(name, temporary, state)
             files: dict[str, Any] = {}
             for of_rank in gather_objects(mine, self.group):
                 files |= of_rank
             problem = self._from_any(problem)
         if problem is None:
-            problem = self._from_first(self._finish(temporary, final, files, facts) if self.rank == 0 else None)
+            problem = self._from_first(self._finish(name, temporary, files, facts) if self.rank == 0 else None)
         if problem is not None and self.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
-        return final if problem is None else None
+        if problem is not None or in_store(self.folder):
+            self.storage.abandon(temporary)
+        return self.folder / name if problem is None else None
 
-    def _write_files(self, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
+    def _begun(self, name: str, nonce: str) -> tuple[Path, str | None]:
+        """Where this rank writes to; what went wrong, or None."""
+        try:
+            return self.storage.begin(name, nonce), None
+        except OSError as error:
+            return self.folder / f"{name}.tmp-{nonce}", repr(error)
+
+    def _write_files(self, name: str, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
         """This rank's files, described; or what went wrong, here or elsewhere."""
         try:
             with self._alone():
                 save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
-            return {p.name: _described(p) for p in temporary.glob(f"__{self.rank}_*")}, None
+            written = [path.name for path in temporary.glob(f"__{self.rank}_*")]
+            written += [".metadata"] if self.rank == 0 else []
+            described = {file: _described(temporary / file) for file in written}
+            self.storage.put(name, temporary, written)
         except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
             return {}, "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())
         except OSError as error:
             return {}, repr(error)
+        return described, None
 
-    def _finish(self, temporary: Path, final: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        """On rank 0: the manifest, the rename, and the removal of old ones; what went wrong, or None."""
+    def _finish(self, name: str, temporary: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
+        """On rank 0: the manifest, and the removal of old ones; what went wrong, or None."""
+        manifest = {"facts": facts, "files": files, "torch": torch.__version__}
+        manifest["sha256"] = _hash(manifest)
         try:
-            files[".metadata"] = _described(temporary / ".metadata")
-            manifest = {"facts": facts, "files": files, "torch": torch.__version__}
-            manifest["sha256"] = _hash(manifest)
-            with (temporary / _MANIFEST).open("w") as out:
-                json.dump(manifest, out, indent=1)
-                out.flush()
-                os.fsync(out.fileno())
-            _sync_folder(temporary)
-            if final.exists():  # Of a run that went on from an older one, because this was damaged.
-                os.rename(final, self.folder / f"{final.name}.tmp-replaced-{uuid.uuid4().hex[:8]}")
-            os.rename(temporary, final)
-            _sync_folder(self.folder)
+            self.storage.finish(name, temporary, json.dumps(manifest, indent=1))
         except OSError as error:
             return repr(error)
-        self._remove_old(final)
+        self._remove_old(name)
         return None
 
-    def _remove_old(self, newest: Path) -> None:
-        found = self._written()
+    def _remove_old(self, newest: str) -> None:
+        found = self.storage.names()
         # Later ones were passed over, as damaged, or the run would not be here: they must not count as the newest.
-        old = [p for p in found if p.name > newest.name]
-        for path in [p for p in found if p.name <= newest.name][: -self.keep_last]:
-            if not (self.keep_every and int(path.name.removeprefix("step-")) % self.keep_every == 0):
-                old.append(path)
-        for path in old:  # Renamed first: half a checkpoint must not look like one.
-            with contextlib.suppress(OSError):
-                os.rename(path, self.folder / f"{path.name}.tmp-old-{uuid.uuid4().hex[:8]}")
-        for path in self.folder.glob("step-*.tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
-
-    def _written(self) -> list[Path]:
-        """Those that were renamed, oldest first; a user's `step-00000100.backup` is none of them."""
-        return sorted(path for path in self.folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name))
+        # A store may only have been out of reach: there they stay until their step comes again.
+        old = [] if in_store(self.folder) else [name for name in found if name > newest]
+        for name in [name for name in found if name <= newest][: -self.keep_last]:
+            if not (self.keep_every and int(name.removeprefix("step-")) % self.keep_every == 0):
+                old.append(name)
+        self.storage.remove(old)
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
@@ -214,14 +217,15 @@ class Checkpoints:
 def _damage(path: Path, rank: int, size: int) -> str | None:
     """What is wrong with a checkpoint, looking at this rank's share of its files; None where nothing is."""
     try:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        with as_os_error():
+            manifest = json.loads((path / MANIFEST).read_text())
         if manifest.pop("sha256") != _hash(manifest):
-            return f"{_MANIFEST} is not as it was written"
+            return f"{MANIFEST} is not as it was written"
         files = manifest["files"]
     except FileNotFoundError:
-        return f"{_MANIFEST} is missing"
+        return f"{MANIFEST} is missing"
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{_MANIFEST} cannot be read ({error!r})"
+        return f"{MANIFEST} cannot be read ({error!r})"
     for name, described in sorted(files.items())[rank::size]:
         try:
             if _described(path / name) != described:
@@ -238,27 +242,10 @@ def _hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _made(folder: Path) -> str | None:
-    """Make a folder; what went wrong, or None."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return repr(error)
-    return None
-
-
 def _described(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with as_os_error(), path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> State:
@@ -290,7 +277,7 @@ def load_model(folder: Path | str) -> LongNet:
         FileNotFoundError: where it has no checkpoint.
         RuntimeError: where every one is damaged.
     """
-    checkpoints = Checkpoints(Path(folder) / "checkpoints")
+    checkpoints = Checkpoints(place(folder) / "checkpoints")
     found = checkpoints.newest()
     if found is None:
         raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")

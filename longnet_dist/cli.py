@@ -12,6 +12,7 @@ import tyro
 from longnet_dist.config import RayConfig, TrainConfig
 from longnet_dist.extras import extra
 from longnet_dist.pattern import Pattern
+from longnet_dist.storage import place
 from longnet_dist.train import train
 
 
@@ -108,7 +109,7 @@ def _tokenize(
 
 
 def _eval(
-    run: tyro.conf.Positional[Path],
+    run: tyro.conf.Positional[str],
     data: tuple[str, ...] = (),
     tokenizer: Path | None = None,
     seq_len: int | None = None,
@@ -118,7 +119,7 @@ def _eval(
     """Say how many bits a byte a run's model needs on held-out data, by how much context a token has.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or its place in a store.
         data: Files, folders and globs; what the run held out by default.
         tokenizer: Of the data; the run's by default.
         seq_len: Tokens a sequence; the run's by default.
@@ -134,7 +135,7 @@ def _eval(
 
     _check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, config = load_model(run).to(device).eval(), read_config(run)
+    config, model = read_config(place(run)), load_model(run).to(device).eval()
     if data:
         held_out = open_corpus(
             data,
@@ -146,7 +147,7 @@ def _eval(
         ).train
     else:
         held_out = corpus_of(config).validation
-    trained_on = json.loads((run / "config.json").read_text()).get("tokens_by", "bytes")
+    trained_on = json.loads((place(run) / "config.json").read_text()).get("tokens_by", "bytes")
     if held_out.index.tokenizer != trained_on:
         raise ValueError(
             f"the run's tokens are by {trained_on}, and the data's by {held_out.index.tokenizer}: give that --tokenizer"
@@ -156,11 +157,11 @@ def _eval(
         print(f"{first:>7} to {last:>6}  {bits:13.3f}  {2**bits:.3f}")
 
 
-def _export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path]) -> None:
+def _export(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path]) -> None:
     """Write a run's model as safetensors and config.json, for LongNet.from_pretrained(folder).
 
     Args:
-        run: The run's folder.
+        run: The run's folder, or its place in a store.
         folder: Where to write.
     """
     from longnet_dist.checkpoint import load_model
@@ -169,16 +170,16 @@ def _export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path])
     print(folder)
 
 
-def _report(runs: tyro.conf.Positional[tuple[Path, ...]], out: Path = Path("report.png")) -> None:
+def _report(runs: tyro.conf.Positional[tuple[str, ...]], out: Path = Path("report.png")) -> None:
     """Draw the curves of one or several runs into one picture or page.
 
     Args:
-        runs: The runs' folders.
+        runs: The runs' folders, or places in a store.
         out: A picture (PNG, SVG or PDF) or a page (HTML), by its ending.
     """
     from longnet_dist.report import report
 
-    print(report(out, runs))
+    print(report(out, [place(run) for run in runs]))
 
 
 def _draw(

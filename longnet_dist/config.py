@@ -8,6 +8,7 @@ from typing import Literal
 
 from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
+from longnet_dist.storage import place
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class TrainConfig:
     """Sequences a validation."""
     validate_every: int = 40
     """Steps between validations; there is one at the end in any case. 0 for that one only."""
-    run_folder: Path | None = None
-    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest."""
+    run_folder: str | Path | None = None
+    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest. Or
+    a place in an object store, s3://BUCKET/PREFIX (extra: s3)."""
     checkpoint_every: int = 0
     """Steps between checkpoints; there is one at the end in any case. 0 for that one only."""
     keep_checkpoints: int = 2
@@ -92,7 +94,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
         object.__setattr__(self, "data", tuple(map(str, data)))
-        for name in ("run_folder", "cache", "tokenizer"):
+        if self.run_folder is not None:
+            object.__setattr__(self, "run_folder", place(self.run_folder))
+        for name in ("cache", "tokenizer"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
         least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)

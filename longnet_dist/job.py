@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import time
@@ -24,6 +25,7 @@ from longnet_dist.data import Corpus, open_corpus
 from longnet_dist.model import LongNetConfig
 from longnet_dist.parallel import ParallelConfig
 from longnet_dist.stopping import end_with_parent
+from longnet_dist.storage import Figures, in_store, place, problem_with
 
 LOCK_SECONDS = 120.0
 
@@ -63,9 +65,17 @@ def run_folder(config: TrainConfig) -> Path:
     # A restarted job must find its folder again: torchrun's own id, where it has one, outlives restarts.
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
-    folder = Path(gather_objects(str(config.run_folder or Path("runs") / name))[0])
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = place(gather_objects(str(config.run_folder or Path("runs") / name))[0])
+    if not in_store(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    elif problem := gather_objects(problem_with(folder) if _rank() == 0 else None)[0]:
+        raise ValueError(problem)
     return folder
+
+
+def figures_of(folder: Path, config: TrainConfig, first: bool) -> Figures:
+    """What the run writes beside its checkpoints; a store's is made in `config.cache`, and copied by the first rank."""
+    return Figures(folder, config.cache / "runs" / hashlib.sha256(str(folder).encode()).hexdigest()[:16], first)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ class Watch:
             frames = [line.strip() for line in block.splitlines() if "File" in line]
             late = late or bool(frames)
             if not frames:
-                lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, or is gone")
+                lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, is gone, or writes elsewhere")
             elif not any("distributed" in frame or "comm.py" in frame for frame in frames):
                 lines.append(f"rank {rank} is in no collective, so the others wait for it: {frames[0]}")
         return "\n".join(["", *lines, f"what every rank was doing is in {self.folder}"]) if late else ""

@@ -27,7 +27,7 @@ from longnet_dist.checkpoint import Checkpoints, names_without, training_state
 from longnet_dist.comm import sum_over_ranks
 from longnet_dist.config import TrainConfig
 from longnet_dist.data import unigram_bits, window_order
-from longnet_dist.job import changes, corpus_of, held, processes, run_folder
+from longnet_dist.job import changes, corpus_of, figures_of, held, processes, run_folder
 from longnet_dist.logs import RunLog
 from longnet_dist.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.mesh import SequenceMesh
@@ -109,6 +109,7 @@ class _Trainer:
         self.data_rank = self.rank // self.mesh.size
         self.corpus = corpus_of(config)
         self.folder = run_folder(config)
+        self.figures = figures_of(self.folder, config, self.rank == 0)
         torch.manual_seed(config.seed)
         self.model = config.model.build(device, getattr(torch, config.dtype))
         # Dropout must differ between ranks, parameters must not.
@@ -129,18 +130,19 @@ class _Trainer:
 
     def run(self, stop: StopFlag) -> TrainResult:
         config = self.config
-        losses, validation, measured = [], math.nan, {}
+        losses, validation, measured, first = [], math.nan, {}, self.rank == 0
         unigram = self._per_byte(unigram_bits(self.corpus.train, self._held_out_tokens()))
         with (
-            held(self.folder),
-            RunLog(self.folder if self.rank == 0 else None, self._resolved(), config.steps, config.wandb) as log,
+            held(self.figures.folder),
+            self.figures,
+            RunLog(self.figures.folder if first else None, self._resolved(), config.steps, config.wandb) as log,
         ):
             step = self._resume(log)
             log.begin(step)
             profiled = min(step + 3, config.steps) if config.profile else 0
             flops = step_flops(config, self.model)
             received = step_bytes(config, self.mesh.shard, self.data_ranks)
-            watch = Watch(self.folder / "traces", self.rank, self.num_ranks, config.timeout)
+            watch = Watch(self.figures.folder / "traces", self.rank, self.num_ranks, config.timeout)
             log.say(f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}")
             while step < config.steps and not stop.agreed:
                 step += 1
@@ -174,6 +176,7 @@ class _Trainer:
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
     def _checkpoint(self, step: int, measured: dict[str, float]) -> None:
+        self.figures.keep()  # Before it: a run that goes on from there has the figures up to there.
         self.checkpoints.save(step, self._state(), self._facts(step))
         self._checkpointed(measured)
 
@@ -201,7 +204,7 @@ class _Trainer:
         activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         with torch.profiler.profile(activities=activities) as profiler:
             yield
-        profiler.export_chrome_trace(str(self.folder / "traces" / f"profile-rank-{self.rank}.json.gz"))
+        profiler.export_chrome_trace(str(self.figures.folder / "traces" / f"profile-rank-{self.rank}.json.gz"))
 
     def _step(self, step: int, stop: StopFlag) -> dict[str, float]:
         """One optimizer step; skipped where it is not finite."""

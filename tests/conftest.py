@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -31,3 +32,28 @@ def pool() -> Iterator[Pool]:
     made = Pool()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """A server of S3's protocol on the loopback, known to this process, and to those that it starts from now on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Of its own.
+        from moto.server import ThreadedMotoServer
+
+        server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+        server.start()
+    os.environ["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    os.environ |= {"AWS_ACCESS_KEY_ID": "none", "AWS_SECRET_ACCESS_KEY": "none", "AWS_DEFAULT_REGION": "us-east-1"}
+    yield
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server: None) -> str:
+    """An empty bucket, s3://NAME."""
+    import s3fs
+
+    name = f"bucket-{secrets.token_hex(8)}"
+    s3fs.S3FileSystem().mkdir(name)
+    return f"s3://{name}"

@@ -10,8 +10,8 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def ray_nodes() -> Iterator[object]:
-    """One Ray cluster for all; see tests/launch/ray_cluster.py."""
+def ray_nodes(s3_server: None) -> Iterator[object]:
+    """One Ray cluster for all, whose nodes have what it takes to reach the store; see tests/launch/ray_cluster.py."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of ray's own.
         from tests.launch.ray_cluster import Nodes

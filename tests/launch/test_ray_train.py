@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from longnet_dist import TrainConfig
+from longnet_dist.job import figures_of
+from longnet_dist.storage import place
 from tests.launch.jobs import ENVIRONMENT, ROOT, command, losses, run, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
@@ -107,13 +110,15 @@ def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain" / "run"), rel=1e-9)
 
 
-def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, tmp_path):
-    """A preemption notice, by Ray's own command: a checkpoint at once; the run goes on elsewhere."""
+def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, tmp_path, bucket):
+    """A preemption notice, by Ray's own command: a checkpoint at once, in a store; the run goes on elsewhere."""
+    store = f"{bucket}/runs/first"
     first = ray_nodes.add("spot")
     options = ("--ranks", 1, "--ray.labels", "pool", "spot", "--ray.max-failures", 0, "--checkpoint-every", 0)
-    job = Job(ray_nodes, tmp_path / "run", "--steps", 3000, *options)
+    job = Job(ray_nodes, tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
+    job.folder = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
     job.until(lambda: job.trained(5), "a step")
-    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints = place(store) / "checkpoints"
     assert not checkpoints.exists()
     second = ray_nodes.add("spot")
     drain = ["drain-node", "--node-id", first.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -121,9 +126,10 @@ def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, tmp_path)
     environment = os.environ | ray_nodes.environment
     program = Path(sys.executable).with_name("ray")
     subprocess.run([program, *drain], env=environment, check=True, capture_output=True, timeout=60)
-    job.until(lambda: list(checkpoints.glob("step-????????")), "a checkpoint", limit=20)
-    job.until(lambda: "going on from" in job.log.read_text(), "another start")
+    job.until(lambda: list(checkpoints.glob("step-*/manifest.json")), "a checkpoint", limit=20)
+    job.until(lambda: "going on from s3://" in job.log.read_text(), "another start")
     assert job.process.poll() is None
+    assert (place(store) / "checkpoint_manager_snapshot.json").exists()
     job.process.kill()
     job.process.wait()
     ray_nodes.remove(first)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from longnet_dist.job import held
+from longnet_dist import TrainConfig
+from longnet_dist.job import figures_of, held
+from longnet_dist.storage import place
 from tests.launch.jobs import losses, run, start, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
@@ -102,6 +104,28 @@ def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed, seed):
     assert job.returncode == 0, error
     assert "going on from" in out
     assert losses(folder) == undisturbed
+
+
+def test_a_run_in_a_store_survives_sigkill_and_goes_on_elsewhere(tmp_path, undisturbed, bucket):
+    """By S3's protocol: two ranks, one of them killed; then from the middle on one, of a machine that knows nothing."""
+    folder, store = tmp_path / "run", f"{bucket}/runs/first"
+    here = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
+    arguments = train(folder, *OPTIONS, "--keep-checkpoints", 9, "--run-folder", store)
+    job = start(2, *arguments, launcher=("--max-restarts=1",))
+    until(here, 5, job)
+    os.kill(workers(job.pid)[1], signal.SIGKILL)
+    out, error = job.communicate(timeout=150)
+    assert job.returncode == 0, error
+    assert "going on from s3://" in out
+    assert losses(here) == losses(place(store)) == undisturbed
+    for step in (12, 10, 8):
+        (place(store) / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
+    shutil.rmtree(here)
+    done = run(1, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "of step 6 on 2 ranks" in done.stdout
+    assert losses(place(store)) == pytest.approx(undisturbed, rel=1e-10)
+    assert not folder.exists()
 
 
 def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):

@@ -58,6 +58,10 @@ def _flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def _cut(path: Path, length: int) -> None:
+    path.write_bytes(path.read_bytes()[:length])
+
+
 def _alter(path: Path, name: str, value: object) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps(manifest | {name: value}))
@@ -65,16 +69,16 @@ def _alter(path: Path, name: str, value: object) -> None:
 
 DAMAGES = {
     "a byte flipped": (lambda p: _flip(p / "__0_0.distcp"), "not as it was written"),
-    "truncated": (lambda p: os.truncate(p / "__0_0.distcp", 100), "100 bytes now"),
+    "truncated": (lambda p: _cut(p / "__0_0.distcp", 100), "100 bytes now"),
     "a file gone": (lambda p: (p / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
     "metadata flipped": (lambda p: _flip(p / ".metadata"), "not as it was written"),
     "no manifest": (lambda p: (p / "manifest.json").unlink(), "manifest.json is missing"),
-    "half a manifest": (lambda p: os.truncate(p / "manifest.json", 40), "manifest.json cannot be read"),
+    "half a manifest": (lambda p: _cut(p / "manifest.json", 40), "manifest.json cannot be read"),
     "altered facts": (lambda p: _alter(p, "facts", {"step": 9}), "manifest.json is not as it was written"),
     "no files listed": (lambda p: _alter(p, "files", {}), "manifest.json is not as it was written"),
     "another manifest": (lambda p: (p / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
     "another step's file": (
-        lambda p: shutil.copy(p.parent / "step-00000002" / "__0_0.distcp", p / "__0_0.distcp"),
+        lambda p: (p / "__0_0.distcp").write_bytes((p.parent / "step-00000002" / "__0_0.distcp").read_bytes()),
         "not as it was written",
     ),
 }

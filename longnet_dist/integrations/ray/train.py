@@ -15,16 +15,17 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from longnet_dist.config import RayConfig, TrainConfig
 from longnet_dist.documents import HUGGING_FACE
 from longnet_dist.integrations.ray.crew import connect
-from longnet_dist.job import held, warn_of_no_checkpoint
+from longnet_dist.job import figures_of, held, warn_of_no_checkpoint
 from longnet_dist.parallel import ParallelConfig
+from longnet_dist.storage import in_store, place
 from longnet_dist.train import TrainResult, train
 
 
 def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = None) -> TrainResult:
     """Train on `ranks` workers of the cluster that RAY_ADDRESS names, or else of one that is started here.
 
-    The run's folder is Ray's storage, too: it must be a path that every node sees. On start, the newest whole
-    checkpoint in it wins, whatever Ray has registered.
+    The run's folder is Ray's storage, too: it must be a path that every node sees, or a place in an object store. On
+    start, the newest whole checkpoint in it wins, whatever Ray has registered.
 
     Args:
         config: as for `train`, with a `run_folder`.
@@ -37,16 +38,17 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
     """
     options = options or RayConfig()
     if config.run_folder is None:
-        raise ValueError("give --run-folder, a path that every node sees: after a failure the run goes on from it")
+        raise ValueError(
+            "give --run-folder, a path that every node sees, or s3://BUCKET/PREFIX: what is lost goes on from there"
+        )
     if ranks < max(1, options.min_ranks):
         raise ValueError(f"ranks is {ranks}; it must be at least 1, and at least min_ranks, {options.min_ranks}")
     for count in (ranks, options.min_ranks or ranks):
         arrangement(config, count)
     config = _absolute(config)
-    folder = config.run_folder
-    assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    assert config.run_folder is not None
+    folder = place(config.run_folder)
+    with held(figures_of(folder, config, first=True).folder):
         # What Ray registered of an earlier start: it would refuse one whose checkpoints our retention has removed.
         (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     warn_of_no_checkpoint(config)
@@ -69,7 +71,8 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=str(folder.parent),
+            storage_path=_in_rays_words(folder.parent),
+            storage_filesystem=_file_system(folder),
             failure_config=FailureConfig(max_failures=options.max_failures),
         ),
     )
@@ -106,12 +109,27 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths as they are from here: a worker has another current folder."""
     data = tuple(path if path.startswith(HUGGING_FACE) else _from_here(path) for path in config.data)
     given = {name: getattr(config, name) for name in ("run_folder", "tokenizer", "cache")}
-    paths: dict[str, Any] = {name: Path(_from_here(path)) for name, path in given.items() if path is not None}
+    here = {name: path for name, path in given.items() if path is not None and not in_store(path)}
+    paths: dict[str, Any] = {name: Path(_from_here(path)) for name, path in here.items()}
     return dataclasses.replace(config, data=data, **paths)
 
 
 def _from_here(path: str | Path) -> str:
     return os.path.abspath(Path(path).expanduser())
+
+
+def _in_rays_words(path: Path) -> str:
+    """Ray names a store by its file system, and a path in it without the scheme."""
+    return path.path if in_store(path) else str(path)  # type: ignore[attr-defined]
+
+
+def _file_system(path: Path) -> Any:
+    """A store as pyarrow, and so Ray, knows one: the very client by which checkpoints go there; None of a disk."""
+    if not in_store(path):
+        return None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(path.fs))  # type: ignore[attr-defined]
 
 
 def _work(given: dict[str, Any]) -> TrainResult | str | None:
@@ -136,7 +154,11 @@ class _Session:
         """Register a checkpoint that our protocol has written: nothing is uploaded."""
         ray.train.report(
             measured,
-            checkpoint=Checkpoint.from_directory(path),
+            # By Ray's own client of the storage: it takes any other, of the same store too, for another place.
+            checkpoint=Checkpoint(
+                _in_rays_words(path),
+                ray.train.get_context().get_storage().storage_filesystem if in_store(path) else None,
+            ),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
