@@ -10,16 +10,21 @@ from longnet_dist.bias import check_relative_bias
 from longnet_dist.kernels import choose_kernel
 from longnet_dist.mesh import mesh_of
 from longnet_dist.pattern import Pattern
+from longnet_dist.plan import Plan, Shard, make_plan
 
 SCHEMA = (
     "int[] segment_lengths, int[] dilation_rates, str head_phases, bool causal, float scale, str kernel, "
-    "int rel_bias_max_distance, int mesh"
+    "int rel_bias_max_distance, int first_kv_head, int total_kv_heads, int mesh"
 )
 """Of `Options`, as torch writes an operator's arguments."""
 
 
 class Options(NamedTuple):
-    """The arguments of the operators that are not tensors, in their order; `mesh` is a handle, 0 for none."""
+    """The arguments of the operators that are not tensors, in their order.
+
+    The heads given are those from `first_kv_head` on of `total_kv_heads`, 0 where they are all; `mesh` is a handle, 0
+    for none.
+    """
 
     segment_lengths: list[int]
     dilation_rates: list[int]
@@ -28,12 +33,18 @@ class Options(NamedTuple):
     scale: float
     kernel: str
     rel_bias_max_distance: int
+    first_kv_head: int
+    total_kv_heads: int
     mesh: int
 
     @property
     def pattern(self) -> Pattern:
         """The branches."""
         return Pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_phases)
+
+    def plan(self, shard: Shard, num_kv_heads: int) -> Plan:
+        """What a rank that holds `shard`, and this many heads, does."""
+        return make_plan(self.pattern, shard, num_kv_heads, self.causal, self.first_kv_head, self.total_kv_heads)
 
 
 def agree(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, options: Options) -> None:
@@ -49,6 +60,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, options: Opt
     shapes = {
         "q (batch, heads, head dim)": [q.shape[0], *q.shape[2:]],
         "k (batch, heads, head dim)": [k.shape[0], *k.shape[2:]],
+        "heads": [options.first_kv_head, options.total_kv_heads],
         "dtype": str(q.dtype),
         "device": q.device.type,
         "relative bias": None if rel_bias is None else [*rel_bias.shape, options.rel_bias_max_distance],

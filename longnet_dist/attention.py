@@ -22,8 +22,9 @@ from longnet_dist.arguments import SCHEMA, Options, agree, problem
 from longnet_dist.call import Call, gathered_keys, of_keys, of_queries, place_gathered, unit_stride
 from longnet_dist.mesh import SequenceMesh, mesh_of, refuse
 from longnet_dist.pattern import Pattern
-from longnet_dist.plan import Heads, OwnBlock, Rows, make_plan
+from longnet_dist.plan import Heads, OwnBlock, Rows
 from longnet_dist.rows import MergedRows, SummedRows, accumulation_dtype, rectangle
+from longnet_dist.sharded import head_shard
 
 
 def dilated_attention(
@@ -44,7 +45,8 @@ def dilated_attention(
 
     Args:
         q: (B, N, H, D); with a mesh (B, L, H, D), this rank's rows [mesh.shard.start, mesh.shard.stop).
-        k, v: (B, N or L, G, D), of q's dtype; H a multiple of G: query heads h G // H share a head.
+        k, v: (B, N or L, G, D), of q's dtype; H a multiple of G: query heads h G // H share a head. All three may be
+            DTensors of one placement, of which heads (tensor parallelism) or the batch are sharded.
         pattern: the branches. With a mesh, the mesh's own.
         causal: a query sees only keys at or before it.
         mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
@@ -56,7 +58,7 @@ def dilated_attention(
         return_lse: also return log(sum(exp(scores))) over all branches, natural log, differentiable.
 
     Returns:
-        out, of q's shape and dtype: 0 for rows that no branch covers. With `return_lse` (out, lse),
+        out, of q's shape, dtype and placement: 0 for rows that no branch covers. With `return_lse` (out, lse),
         lse (B, N or L, H) in float32 (float64 for float64), -inf for such rows.
 
     Raises:
@@ -71,6 +73,11 @@ def dilated_attention(
     """
     if mesh is not None and not isinstance(mesh, SequenceMesh):
         raise ValueError(f"mesh is {mesh!r}; it must be a longnet_dist.SequenceMesh, or None")
+    sharded = head_shard(q, k, v)
+    if isinstance(sharded, str):
+        refuse(sharded, mesh)
+    if sharded is not None:
+        q, k, v = (x.to_local() for x in (q, k, v))  # type: ignore[attr-defined]
     if not isinstance(pattern, Pattern):
         refuse(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern", mesh)
     if q.dim() != 4:
@@ -83,12 +90,16 @@ def dilated_attention(
         1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale),
         kernel,
         rel_bias_max_distance,
+        0 if sharded is None else sharded.first,
+        0 if sharded is None else sharded.total,
         0 if mesh is None else mesh.handle,
     )
     # Over a mesh the operator itself checks, where the ranks compare what they were given.
     if mesh is None and (found := problem(q, k, v, rel_bias, options)):
         raise ValueError(found)
     out, lse, _ = _forward_op(q, k, v, rel_bias, *options)
+    if sharded is not None:
+        out, lse = sharded.whole(out), sharded.whole(lse)
     return (out, lse) if return_lse else out
 
 
@@ -205,7 +216,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest: Any) -> t
     options = Options(*rest)
     mesh, kept = mesh_of(options.mesh), 0
     if mesh is not None and mesh.keep_kv:
-        shared = make_plan(options.pattern, mesh.shard, k.shape[2], options.causal).shared
+        shared = options.plan(mesh.shard, k.shape[2]).shared
         kept = 2 * sum(segment.num_ranks * segment.sent_rows for segment in shared) * math.prod(k.shape[2:]) * len(k)
     lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty(kept)

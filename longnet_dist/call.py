@@ -14,7 +14,7 @@ from longnet_dist.comm import Pending
 from longnet_dist.kernels import choose_kernel
 from longnet_dist.kernels.bias import RectangleBias
 from longnet_dist.mesh import SequenceMesh, mesh_of
-from longnet_dist.plan import Heads, Plan, RemoteBlock, Rows, Shard, SharedSegment, make_plan
+from longnet_dist.plan import Heads, Plan, RemoteBlock, Rows, Shard, SharedSegment
 from longnet_dist.rows import rectangle
 
 
@@ -36,7 +36,7 @@ class Call:
         """The plan and kernel of a call; no rectangles where there is nothing to attend."""
         mesh = mesh_of(options.mesh)
         shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
-        plan = make_plan(options.pattern, shard, k.shape[2], options.causal) if q.numel() else Plan((), ())
+        plan = options.plan(shard, k.shape[2]) if q.numel() else Plan((), ())
         kernel = choose_kernel(options.kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
         bias = (rel_bias, options.rel_bias_max_distance)
         return cls(plan, kernel, mesh, options.causal, options.scale, *bias, k.shape[2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from longnet_dist.attention import dilated_attention
-from longnet_dist.mesh import SequenceMesh
+from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.pattern import Pattern
 
 
@@ -47,17 +47,18 @@ def scaled_dot_product_dilated_attention(
         torch.Size([1, 4, 100, 8])
     """
     if attn_mask is not None:
-        raise ValueError(
+        refuse(
             "attn_mask must be None: the pattern says who sees whom. Padding at the end of causal sequences needs "
-            "none, as no token sees what comes after it; leave it out of the loss"
+            "none, as no token sees what comes after it; leave it out of the loss",
+            mesh,
         )
     if dropout_p:
-        raise ValueError(f"dropout_p is {dropout_p}; probabilities cannot be dropped: use dropout on the output")
+        refuse(f"dropout_p is {dropout_p}; probabilities cannot be dropped: use dropout on the output", mesh)
     if any(x.dim() != 4 for x in (query, key, value)):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
-        raise ValueError(f"query, key and value are {shapes}; each must be (B, heads, N, D)")
+        refuse(f"query, key and value are {shapes}; each must be (B, heads, N, D)", mesh)
     if not enable_gqa and key.shape[1] != query.shape[1]:
-        raise ValueError(f"{query.shape[1]} heads of queries and {key.shape[1]} of keys: pass enable_gqa=True")
+        refuse(f"{query.shape[1]} heads of queries and {key.shape[1]} of keys: pass enable_gqa=True", mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out: Tensor = dilated_attention(q, k, v, pattern, causal=is_causal, scale=scale, mesh=mesh, kernel=kernel)
     return out.transpose(1, 2)

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from longnet_dist.attention import dilated_attention
 from longnet_dist.bias import check_relative_bias
 from longnet_dist.mesh import SequenceMesh, refuse
 from longnet_dist.pattern import Pattern
+from longnet_dist.sharded import heads_of
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,8 @@ class DilatedAttention(nn.Module):
         self.inner_norm = nn.LayerNorm(d_model, **kind) if inner_norm else nn.Identity()
         self.rel_pos_bias = nn.Parameter(torch.zeros(rel_pos_buckets, num_heads, **kind)) if use_rel_pos_bias else None
         self.dropout = nn.Dropout(dropout)
+        self.head_mesh: DeviceMesh | None = None
+        """Over which heads are spread, where the projections are (tensor parallelism): see `integrations.pytorch`."""
 
     def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
         """(B, N, E) -> (B, N, E), any N; with a mesh this rank's rows, (B, L, E) -> (B, L, E).
@@ -191,10 +196,19 @@ class DilatedAttention(nn.Module):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        parts = 1 if self.head_mesh is None else self.head_mesh.size()
+        if k.shape[2] * parts != self.num_kv_heads:
+            refuse(
+                f"k_proj gives {k.shape[2]} heads here, of {self.num_kv_heads}: where tensor parallelism spreads them, "
+                "give longnet_dist.integrations.pytorch.SequenceParallelAttention the head_mesh",
+                mesh,
+            )
         q, k = self.q_norm(q), self.k_norm(k)
         rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
+        if self.head_mesh is not None:
+            q, k, v = (heads_of(x, self.head_mesh) for x in (q, k, v))
         out = dilated_attention(
             q,
             k,
@@ -206,6 +220,8 @@ class DilatedAttention(nn.Module):
             rel_bias=self.rel_pos_bias,
             rel_bias_max_distance=self.rel_pos_max_distance,
         )
+        if isinstance(out, DTensor):
+            out = out.to_local()
         return self.dropout(self.out_proj(self.inner_norm(out.flatten(2))))
 
     def rotation(

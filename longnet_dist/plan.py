@@ -144,12 +144,18 @@ class Plan:
 
 
 @lru_cache(maxsize=1024)
-def make_plan(pattern: Pattern, shard: Shard, num_kv_heads: int, causal: bool) -> Plan:
-    """The plan of one rank; every rank can compute that of every other."""
+def make_plan(
+    pattern: Pattern, shard: Shard, num_kv_heads: int, causal: bool, first_kv_head: int = 0, total_kv_heads: int = 0
+) -> Plan:
+    """The plan of one rank; every rank can compute that of every other.
+
+    Where heads are spread over ranks too (tensor parallelism), it is of the `num_kv_heads` from `first_kv_head` on,
+    of `total_kv_heads`: a head has the phase that it has among all.
+    """
     local: list[OwnBlock] = []
     shared: list[SharedSegment] = []
     for branch in pattern.branches:
-        head_runs = _HeadRuns(pattern, branch, num_kv_heads)
+        head_runs = _HeadRuns(pattern, branch, num_kv_heads, first_kv_head, total_kv_heads or num_kv_heads)
         for lo, hi, segments in whole_segments(branch, shard):
             local += _own_blocks(head_runs, shard, lo, lo, hi, segments)
         for lo, hi in shared_segments(branch, shard):
@@ -268,29 +274,42 @@ def attention_flops(
 
 
 class _HeadRuns:
-    """The heads of each phase of a branch, and the runs of phases that are alike."""
+    """The heads of each phase of a branch among those that are here, and the runs of phases that are alike."""
 
-    def __init__(self, pattern: Pattern, branch: Branch, num_kv_heads: int) -> None:
+    def __init__(self, pattern: Pattern, branch: Branch, num_kv_heads: int, first: int, total: int) -> None:
         self.branch = branch
-        self.num_kv_heads = num_kv_heads
+        self.first, self.stop = first, first + num_kv_heads
         r = branch.dilation_rate
         self.blocked = pattern.head_phases == "blocked"
+        # Phases at which the number of heads changes, or the next phase's heads are not one step further.
         if self.blocked:
-            size = -(-num_kv_heads // r)
-            self.phase_step, self.step, self.used = size, 1, -(-num_kv_heads // size)
-            self.ends = {num_kv_heads // size, self.used}
+            self.phase_step, self.step = -(-total // r), 1
+            self.ends = {r} | {end for edge in (first, self.stop) for end in _around(edge, self.phase_step)}
         else:
-            self.phase_step, self.step, self.used = 1, r, min(num_kv_heads, r)
-            self.ends = {num_kv_heads % r, self.used}
+            self.phase_step, self.step = 1, r
+            self.ends = {r, first % r, self.stop % r}
 
     def split(self, offsets: Iterable[int]) -> Iterable[tuple[int, Heads]]:
         """(first phase, heads) of each run of phases that `offsets` do not tell apart."""
-        ends = sorted({e for e in self.ends | {o % self.branch.dilation_rate for o in offsets} if 0 < e <= self.used})
+        r = self.branch.dilation_rate
+        ends = sorted({end for end in self.ends | {offset % r for offset in offsets} if 0 < end <= r})
         for first, end in zip([0, *ends], ends, strict=False):
-            head = first * self.phase_step
-            left = self.num_kv_heads - head
-            per_phase = min(self.phase_step, left) if self.blocked else -(-left // self.step)
-            yield first, Heads(head, end - first, self.phase_step, per_phase, self.step)
+            head, per_phase = self._of_phase(first)
+            if per_phase > 0:
+                yield first, Heads(head, end - first, self.phase_step, per_phase, self.step)
+
+    def _of_phase(self, phase: int) -> tuple[int, int]:
+        """(the first of those here that have this phase, how many have it)."""
+        if self.blocked:
+            lo = max(self.first, phase * self.phase_step)
+            return lo - self.first, min(self.stop, (phase + 1) * self.phase_step) - lo
+        head = (phase - self.first) % self.step
+        return head, -(-(self.stop - self.first - head) // self.step)
+
+
+def _around(number: int, step: int) -> tuple[int, int]:
+    """`number` / `step`, rounded down and up."""
+    return number // step, -(-number // step)
 
 
 def _kept(branch: Branch, phase: int, lo: int, hi: int) -> tuple[int, int]:

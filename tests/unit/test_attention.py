@@ -165,7 +165,7 @@ def test_compiles_without_a_graph_break():
 
 def test_operators_keep_torchs_rules():
     case = Case(PAPER, N=20, H=2, G=2, B=1, D=4, causal=True)
-    rest = ([16, 32, 64], [1, 3, 6], "interleaved", True, 0.5, "auto", 128, 0)
+    rest = ([16, 32, 64], [1, 3, 6], "interleaved", True, 0.5, "auto", 128, 0, 0, 0)
     torch.library.opcheck(torch.ops.longnet_dist.dilated_attention.default, (*case.tensors().values(), None, *rest))
 
 

@@ -59,6 +59,24 @@ def test_every_pair_is_computed_as_often_as_the_oracle_counts_it(pattern, seq_le
     assert (counts == 0).all()
 
 
+@settings(max_examples=200, deadline=None)
+@given(patterns(), st.integers(0, 40), st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.booleans())
+def test_heads_on_other_ranks_keep_their_phases(pattern, seq_len, total, per_rank, ranks, causal):
+    """The plans of heads that are spread over ranks, any number a rank, are together the plan of all heads."""
+
+    def pairs(plan, first_head):
+        own = [*plan.local, *(b for s in plan.shared for b in s.own)]
+        found = [pair for block in own for pair in positions_of(block.heads, block.rows)]
+        return sorted((first_head + head, rows) for head, rows in found)
+
+    shard = Shard(seq_len, max(1, -(-seq_len // ranks)), 0, ranks)
+    spread = []
+    for first in range(0, total, per_rank):
+        here = min(per_rank, total - first)
+        spread += pairs(make_plan(pattern, shard, here, causal, first, total), first)
+    assert sorted(spread) == pairs(make_plan(pattern, shard, total, causal), 0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(patterns(), st.integers(1, 60), st.integers(1, 8), st.integers(0, 4))
 def test_groups_are_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):

@@ -1,0 +1,89 @@
+"""A plain PyTorch model whose sequences are spread over ranks by `parallelize_module`, with FSDP2 and torch.compile.
+
+python examples/parallelize.py                                       # one process
+torchrun --standalone --nproc-per-node 2 examples/parallelize.py     # the same losses, on two
+torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # and on four, each sequence's heads over two
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from longnet_dist import Pattern, SequenceMesh, next_token_labels, token_loss
+from longnet_dist.integrations.pytorch import SequenceParallelAttention
+
+SEQ_LEN, STEPS, WIDTH, HEADS = 500, 5, 32, 4
+PATTERN = Pattern((64, 256), (1, 4))
+
+
+class Attend(nn.Module):
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.attend = Attend()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (p(h).unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        return x + self.out(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.position = nn.Embedding(256, WIDTH), nn.Embedding(SEQ_LEN, WIDTH)
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.head = nn.Linear(WIDTH, 256)
+
+    def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.token(tokens) + self.position(positions)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def main() -> None:
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    tp = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+    grid = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]) // tp, tp), mesh_dim_names=("sp", "tp"))
+    mesh = SequenceMesh(grid["sp"], PATTERN, SEQ_LEN)
+    torch.manual_seed(0)  # Every rank makes the same model, and sees the same batches.
+    model = Model().double()
+    attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"])
+    for layer in model.layers:
+        spread = {name: ColwiseParallel() for name in ("q", "k", "v")} | {"out": RowwiseParallel()}
+        parallelize_module(layer, grid["tp"], spread if tp > 1 else {})
+        parallelize_module(layer, grid["sp"], {"attend": attention})
+        layer.compile(fullgraph=True)
+        fully_shard(layer, mesh=grid["sp"])
+    fully_shard(model, mesh=grid["sp"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(1, STEPS + 1):
+        tokens = (torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256
+        labels = next_token_labels(tokens)  # Shift first, split after.
+        loss = token_loss(model(mesh.split(tokens), mesh.positions()), mesh.split(labels), mesh)
+        (loss * mesh.size).backward()  # FSDP takes the mean over ranks, of which each holds a part.
+        optimizer.step()
+        optimizer.zero_grad()
+        if dist.get_rank() == 0:
+            print(f"step {step}  loss {loss.item():.9f}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
