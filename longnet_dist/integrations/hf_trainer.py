@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
@@ -76,6 +77,12 @@ class DilatedTrainer(Trainer):
             raise ValueError(problem)
         return model
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer`'s; also after evaluate(), which marks a model as prepared, to be trained without DDP."""
+        if self.model_wrapped is self.model:
+            self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
         """Sequences of a step, over all meshes."""
         return super().get_total_train_batch_size(args) // len(self._sequences[0])
@@ -91,6 +98,12 @@ class DilatedTrainer(Trainer):
         """As `Trainer`'s. It takes the mean over ranks, so it multiplies by their number, and every rank of a sequence
         has the sum over them: right for gradients, of which each has its part, and too large by them to be logged.
         """
+        if self._world is not None and not any(
+            isinstance(module, DistributedDataParallel) for module in model.modules()
+        ):
+            self._agree(
+                {}, "the model is not in DDP, so its gradients would be this rank's alone: train() before evaluate()"
+            )
         return super().training_step(model, inputs, *args, **kwargs) / len(self._sequences[0])
 
     def prediction_step(
@@ -191,6 +204,7 @@ class DilatedTrainer(Trainer):
             (args.use_liger_kernel, f"use_liger_kernel must be False: {_OWN_LOSS}"),
             (self.compute_metrics, f"compute_metrics must be None: {_NO_LOGITS}"),
             (args.neftune_noise_alpha, "neftune_noise_alpha must be None: its noise is by this rank's number of rows"),
+            (args.torch_compile, "torch_compile must be False: traced, transformers asks for a mask of its own"),
             (args.auto_find_batch_size, "auto_find_batch_size must be False: ranks would find different ones"),
             (
                 sampling not in ("random", "sequential"),

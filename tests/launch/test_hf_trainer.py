@@ -1,0 +1,61 @@
+"""A failure here means: what Hugging Face's Trainer learns or logs over ranks is not what it does on one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.launch.jobs import ENVIRONMENT, ROOT, run
+from tests.launch.test_integrations import curve
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
+
+
+def test_the_example(tmp_path):
+    """By python, and by accelerate on two processes (which the job below is not started by)."""
+    program = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
+    program += ["--dynamo_backend=no", "--main_process_port=0", "--cpu", "--num_processes=2"]
+    curves = []
+    for command in ([sys.executable], program):
+        environment = os.environ | ENVIRONMENT | {"HF_HOME": str(tmp_path)}
+        done = subprocess.run(
+            [*command, "examples/hf_trainer_train.py"],
+            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        evaluated = float(done.stdout.split("evaluated  loss ")[1])
+        curves.append([*curve(done.stdout), evaluated])
+    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+
+
+@pytest.fixture(scope="module")
+def of_four_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    done = run(4, "-m", "tests.launch.hf_trainer_job", folder)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
+
+
+@pytest.mark.parametrize(("meshes", "number"), [("one mesh", 13), ("two meshes", 12)])
+def test_ranks_train_as_one_process_of_the_stock_trainer(of_four_ranks, tmp_path, meshes, number):
+    """Accumulation, uneven labels, a ragged last batch, evaluation before and after, a run resumed."""
+    from transformers import Trainer
+
+    from tests.launch.hf_trainer_job import train
+
+    expected = train(tmp_path, kind=Trainer, number=number)
+    for found in of_four_ranks:
+        for name, right in expected.items():
+            limit = 5e-7 if name == "losses" else 1e-10  # Trainer sums what it logs in float32.
+            assert found[meshes][name] == pytest.approx(right, abs=limit), name
+
+
+def test_what_would_be_wrong_is_said_on_every_rank(of_four_ranks):
+    for rank, found in enumerate(of_four_ranks):
+        for expected, said in found["refusals"].items():
+            assert expected in said, f"rank {rank}"
