@@ -80,7 +80,7 @@ class DilatedTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; also after evaluate(), which marks a model as prepared, to be trained without DDP."""
         if self.model_wrapped is self.model:
-            self.model._is_accelerate_prepared = False
+            vars(self.model).pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
 
     def get_total_train_batch_size(self, args: TrainingArguments) -> int:
@@ -98,12 +98,9 @@ class DilatedTrainer(Trainer):
         """As `Trainer`'s. It takes the mean over ranks, so it multiplies by their number, and every rank of a sequence
         has the sum over them: right for gradients, of which each has its part, and too large by them to be logged.
         """
-        if self._world is not None and not any(
-            isinstance(module, DistributedDataParallel) for module in model.modules()
-        ):
-            self._agree(
-                {}, "the model is not in DDP, so its gradients would be this rank's alone: train() before evaluate()"
-            )
+        in_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+        if self._world is not None and not in_ddp:
+            self._agree({}, "the model is not in DDP, so its gradients would be this rank's alone")
         return super().training_step(model, inputs, *args, **kwargs) / len(self._sequences[0])
 
     def prediction_step(
@@ -176,9 +173,9 @@ class DilatedTrainer(Trainer):
                     "the ranks of a sequence were given different batches: dataset, shuffling and collator must not "
                     "depend on the rank, nor be random by worker"
                 )
-                self._agree({"batch": int(mine[0])}, problem)
+                problems[0] = 1
             if problems.any():
-                self._agree({"rank": _rank()}, problem)
+                self._agree({}, problem)
         elif problem:
             raise ValueError(problem)
         return split_batch({name: x for name, x in whole.items() if name != "position_ids"}, self.mesh)
@@ -218,10 +215,7 @@ class DilatedTrainer(Trainer):
                 accelerator.parallelism_config,
                 "parallelism_config must be None: the mesh says which ranks hold a sequence",
             ),
-            (
-                self.is_deepspeed_enabled,
-                "DeepSpeed is not supported: use DDP or FSDP, which take the mean of gradients",
-            ),
+            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed and FSDP are not supported: use DDP"),
         )
         return next((said for found, said in refused if found), None) or _problem_of_model(self.model, self.mesh)
 
@@ -265,9 +259,9 @@ def _problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str |
             "give attention_mask: for example DataCollatorForLanguageModeling(tokenizer, mlm=False). Packed documents "
             "(padding_free) are not supported"
         )
-    shapes = {name: tuple(x.shape) for name, x in batch.items()}
+    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in batch.items()}
     if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
-        return f"the collator gave {shapes}; each must be (B, N)"
+        return f"the collator gave {shapes}; each must be a tensor, (B, N)"
     length = shapes["input_ids"][1]
     if mesh is not None and length != mesh.seq_len:
         return (
@@ -286,5 +280,5 @@ def _digest(batch: dict[str, Any]) -> int:
     for name, x in sorted(batch.items()):
         made.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() if isinstance(x, Tensor) else repr(x).encode())
         if isinstance(x, Tensor):
-            made.update(x.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+            made.update(x.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     return int.from_bytes(made.digest(), "big")

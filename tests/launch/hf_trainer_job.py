@@ -91,7 +91,7 @@ def refusals(folder, mesh):
     one_short = make(folder, half, dp=2, number=12)
     one_short.train_dataset = sequences(12, rows=SEQ_LEN - (rank > 1))
     bare = make(folder, mesh)
-    bare._wrap_model = lambda model, *_, **__: setattr(bare, "is_distributed_loading_by_transformers", True) or model
+    bare.evaluate()
     return {
         "the ranks of one sequence disagree, and every rank must pass the same: seed": said(
             lambda: make(folder, mesh, seed=rank)
@@ -103,7 +103,7 @@ def refusals(folder, mesh):
         "the meshes are over the ranks (0, 1), (2,), (3,): every rank of the job": said(
             lambda: make(folder, half if rank < 2 else None)
         ),
-        "the model is not in DDP": said(bare.train),
+        "the model is not in DDP": said(lambda: Trainer.train(bare)),
         "predict() is not supported": said(lambda: make(folder, mesh).predict(sequences(2))),
     }
 

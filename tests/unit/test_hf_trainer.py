@@ -1,0 +1,158 @@
+"""A failure here means: Trainer takes an option or a batch with which it would not train as on one process."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longnet_dist import Pattern, SequenceMesh
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module")
+def job():
+    """Its functions; transformers' import is slow, and warns."""
+    from tests.launch import hf_trainer_job
+
+    return hf_trainer_job
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha must be None"),
+        ({"use_liger_kernel": True}, "use_liger_kernel must be False"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size must be False"),
+        ({"torch_compile": True}, "torch_compile must be False"),
+        ({"train_sampling_strategy": "group_by_length"}, "is 'group_by_length'; it must be 'random' or 'sequential'"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "is 'batch_rebalance'; it must be"),
+        ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches and split_batches must be off"),
+        ({"accelerator_config": {"split_batches": True}}, "dispatch_batches and split_batches must be off"),
+        ({"compute_loss_func": print}, "compute_loss_func must be None: the loss is the model's own"),
+        ({"compute_metrics": print}, "compute_metrics must be None: logits would be"),
+    ],
+)
+def test_options(job, tmp_path, options, said):
+    with pytest.raises(ValueError, match=said):
+        job.make(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("is_deepspeed_enabled", True, "DeepSpeed and FSDP"),
+        ("is_fsdp_enabled", True, "DeepSpeed and FSDP"),
+        ("model_accepts_loss_kwargs", False, "LlamaForCausalLM takes no num_items_in_batch"),
+    ],
+)
+def test_what_a_launcher_or_a_model_sets(job, tmp_path, name, value, said):
+    trainer = job.make(tmp_path)
+    assert trainer._problem() is None
+    setattr(trainer, name, value)
+    assert said in trainer._problem()
+
+
+def test_several_gpus_in_one_process(job, tmp_path):
+    trainer = job.make(tmp_path)
+    trainer.args._n_gpu = 2
+    assert "start one process for each" in trainer._problem()
+
+
+def test_models(job, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    other = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
+    plain = LlamaForCausalLM(job.make_model().config)
+    with pytest.raises(ValueError, match=r"does not attend by a pattern: apply\(model, pattern, mesh\) first"):
+        job.make(tmp_path, model=plain)
+    changed = job.make_model()
+    changed.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="does not attend by a pattern"):
+        job.make(tmp_path, model=changed)
+    with pytest.raises(ValueError, match="was applied with the mesh None, and the trainer has SequenceMesh"):
+        job.make(tmp_path, other, model=job.make_model())
+
+
+def test_a_model_that_is_made_by_the_trainer_is_looked_at(job, tmp_path):
+    from transformers import LlamaForCausalLM, TrainingArguments
+
+    made = [job.make_model(), LlamaForCausalLM(job.make_model().config)]
+    trainer = job.DilatedTrainer(
+        None, TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1), train_dataset=job.sequences(2), mesh=None,
+        model_init=lambda: made.pop(0),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not attend by a pattern"):
+        trainer.train()
+
+
+def batch(job, **changes):
+    whole = {name: torch.stack([x[name] for x in job.sequences(2)]) for name in ("input_ids", "labels")} | changes
+    return {name: x for name, x in whole.items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"labels": None}, "the collator gave input_ids; it must give input_ids and labels"),
+        ({"input_ids": None}, "it must give input_ids and labels"),
+        ({"cu_seq_lens_q": torch.zeros(3)}, "cu_seq_lens_q; it must give .*padding_free"),
+        (
+            {"shift_labels": torch.zeros(2, 45)},
+            "shift_labels; it must give input_ids and labels, whole and not shifted",
+        ),
+        ({"attention_mask": torch.ones(2, 1, 45, 45)}, r"each must be a tensor, \(B, N\)"),
+        ({"labels": torch.zeros(2, 44).long()}, r"'labels': \(2, 44\)\}; each must be a tensor"),
+        ({"input_ids": [[1] * 45] * 2}, r"'input_ids': 'list'"),
+        ({"position_ids": torch.arange(45).remainder(20).expand(2, -1)}, "position_ids restart"),
+        ({"input_ids": torch.ones(2, 46).long(), "labels": torch.ones(2, 46).long()}, "of 46 tokens.* pad .* or pack"),
+    ],
+)
+def test_batches(job, tmp_path, changes, said):
+    mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
+    trainer = job.make(tmp_path, mesh, eval_strategy="no")
+    trainer.data_collator = lambda samples: batch(job, **changes)
+    trainer.args.remove_unused_columns = False
+    for work in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=said):
+            work()
+
+
+def test_padding_before_tokens_is_refused(job, tmp_path):
+    trainer = job.make(tmp_path)
+    trainer.data_collator = lambda _: batch(job, attention_mask=(torch.arange(45) > 3).long().expand(2, -1))
+    with pytest.raises(ValueError, match="padding before tokens"):
+        trainer.train()
+
+
+def test_own_positions_and_any_length_without_a_mesh(job, tmp_path):
+    """Positions that say nothing new are taken; with no mesh, sequences are as long as they are."""
+    losses = []
+    for rows in (45, 30):
+        for given in (None, torch.arange(rows).expand(2, -1)):
+            trainer = job.make(tmp_path, rows=rows, max_steps=1, save_strategy="no")
+            samples = {name: torch.stack([x[name] for x in job.sequences(2, rows)]) for name in ("input_ids", "labels")}
+            trainer.data_collator = lambda _, made=samples | ({} if given is None else {"position_ids": given}): made
+            losses.append(trainer.train().training_loss)
+    assert losses[0] == losses[1]
+    assert losses[2] == losses[3]
+
+
+def test_predictions_are_refused(job, tmp_path):
+    trainer = job.make(tmp_path)
+    with pytest.raises(ValueError, match=r"predict\(\) is not supported: logits would be this rank's rows"):
+        trainer.predict(job.sequences(2))
+    trainer.compute_metrics = print
+    with pytest.raises(ValueError, match="predictions are not supported"):
+        trainer.evaluate()
+
+
+def test_a_pattern_of_one_process_is_no_mesh(job, tmp_path):
+    """A mesh of one process trains as none does, and as the stock Trainer does."""
+    mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
+    assert mesh.pattern == Pattern((8, 32), (1, 4))
+    ours = [job.train(tmp_path / str(n), given) for n, given in enumerate((None, mesh))]
+    stock = job.train(tmp_path / "stock", kind=job.Trainer)
+    assert ours[0] == ours[1] == stock
