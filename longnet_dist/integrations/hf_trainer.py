@@ -262,7 +262,7 @@ def _problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str |
     shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in batch.items()}
     if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
         return f"the collator gave {shapes}; each must be a tensor, (B, N)"
-    length = shapes["input_ids"][1]
+    length = batch["input_ids"].shape[1]
     if mesh is not None and length != mesh.seq_len:
         return (
             f"the batch is of {length} tokens, and the mesh of seq_len = {mesh.seq_len}: pad (padding='max_length', "

@@ -66,7 +66,7 @@ def train(folder, *args, **options):
         "losses": [log["loss"] for log in logs],
         "gradient norms": [log["grad_norm"] for log in logs],
         "eval losses": [before, first.evaluate()["eval_loss"]],
-        "epochs and operations": [first.state.epoch, first.state.total_flos],
+        "amounts": [first.state.epoch, first.state.total_flos, first.get_total_train_batch_size(first.args)],
         "parameters": torch.cat([p.detach().flatten() for p in first.model.parameters()]).tolist(),
     }
 
