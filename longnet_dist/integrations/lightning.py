@@ -31,6 +31,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -41,6 +42,10 @@ from longnet_dist.pattern import Pattern
 
 AXIS = "tensor_parallel"
 """Lightning's name of the axis of `self.device_mesh` whose ranks hold one sequence; the other is "data_parallel"."""
+_SAMPLER = (
+    "samples must be sharded over self.device_mesh['data_parallel'] alone. Lightning does so (use_distributed_sampler="
+    "True, and no DistributedSampler of your own), but not for an IterableDataset; and ranks must draw alike"
+)
 
 
 def sequence_mesh(module: LightningModule, pattern: Pattern, seq_len: int, **options: Any) -> SequenceMesh:
@@ -66,9 +71,12 @@ class SequenceParallelStrategy(ModelParallelStrategy):
     """Ranks in groups that hold one sequence each; groups have other samples.
 
     The loss that `training_step` returns is `token_loss` over the mesh, or another of which each rank's gradient is its
-    own tokens' part. By default every batch weighs the same, as ever in Lightning. Where `training_step` returns
-    `{"loss": loss, "tokens": n}`, n the valid labels of the *whole* sequences of the batch, every token weighs the same:
-    over the batches that are accumulated, and over the groups.
+    own tokens' part. Every batch weighs the same, as ever in Lightning; where `training_step` returns
+    `{"loss": loss, "tokens": n}`, n the valid labels of the *whole* sequences of the batch, every token does, over the
+    batches that are accumulated and over the groups.
+
+    Each batch is compared by a checksum. Ranks of a sequence draw the same random numbers, for dropout too. Log with
+    `sync_dist=True` and the mean over ranks: their sum counts a sequence as often as it has ranks.
 
     Args:
         sequence_parallel_size: ranks that hold one sequence; "auto" for all that `data_parallel_size` leaves.
@@ -76,8 +84,8 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         options: as for `ModelParallelStrategy`.
 
     Raises:
-        ValueError: on every rank, where ranks of one sequence have other batches, numbers of batches, seeds or counts
-            of tokens; where groups have the same batch; where a parameter is not sharded over all ranks.
+        ValueError: on every rank, where ranks of one sequence have other batches or counts of tokens, or groups have
+            the same batch; where ranks have other seeds or numbers of batches, or a parameter is not sharded over all.
     """
 
     def __init__(
@@ -88,86 +96,81 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         self._window: list[float | None] = []
 
     def setup_environment(self) -> None:
-        """As there."""
+        """Make the device mesh."""
         if self._tensor_parallel_size == "auto":
             self._tensor_parallel_size = self.world_size // int(self._data_parallel_size)
         super().setup_environment()
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """Around `configure_model`: all ranks must go into it alike, as `fully_shard` keeps a part of each one's own."""
-        assert self.lightning_module is not None
-        parameters = list(self.lightning_module.parameters())
-        if not any(isinstance(parameter, DTensor) for parameter in parameters):
+        """Around `configure_model`: ranks must go into it alike, as `fully_shard` keeps a part of what each made."""
+        if not self._parts:
             states = [torch.get_rng_state()]
             states += [torch.cuda.get_rng_state(self.root_device)] if self.root_device.type == "cuda" else []
-            made = [parameter.detach() for parameter in parameters if not parameter.is_meta]
             self._same(
-                "the state of random numbers or the parameters before configure_model",
-                _digest([states, made]),
-                "call seed_everything(seed) with one seed on all ranks, and draw alike on them",
+                "the state of random numbers, or a parameter, before configure_model",
+                _digest([*states, *(p.detach() for p in self._module.parameters() if not p.is_meta)]),
+                "call seed_everything with one seed on all ranks, and draw alike on them",
             )
         with super().model_sharded_context():
             yield
 
     def setup(self, trainer: Trainer) -> None:
-        """As there; first, whether gradients of all parameters will be the mean over all ranks."""
-        assert self.lightning_module is not None
-        sharded = {
-            parameter
-            for part in self.lightning_module.modules()
-            if isinstance(part, FSDPModule)
-            for parameter in part.parameters()
-            if isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world_size
-        }
+        """Prepare the model that `configure_model` made; every gradient must be the mean over all ranks."""
+        for part in self._parts:  # FSDP leaves some whole after a validation, which an optimizer must not get.
+            part.reshard()
+        sharded = {p for part in self._parts for p in part.parameters() if isinstance(p, DTensor)}
         loose = [
-            name for name, p in self.lightning_module.named_parameters() if p.requires_grad and p not in sharded
+            name
+            for name, p in self._module.named_parameters()
+            if p.requires_grad and (p not in sharded or p.device_mesh.size() != self.world_size)
         ]
         if loose:
             raise ValueError(
-                f"{len(loose)} parameters, {', '.join(loose[:3])}..., are not sharded over all {self.world_size} ranks, "
-                "so nobody would sum their gradients: in configure_model, fully_shard(part, mesh=self.device_mesh), "
-                "also for one process"
+                f"{len(loose)} parameters ({', '.join(loose[:3])}, ...) are not sharded over all {self.world_size} "
+                "ranks, so their gradients would not be summed: in configure_model, call "
+                "fully_shard(part, mesh=self.device_mesh), also for one process"
             )
         super().setup(trainer)
 
     def on_train_start(self) -> None:
-        """All ranks must have as many batches."""
-        assert self.lightning_module is not None
-        self._same("the number of batches", self.lightning_module.trainer.num_training_batches, "see the sampler")
+        """All ranks must have as many batches, or the last ones would wait."""
+        self._same("the number of training batches", self._module.trainer.num_training_batches, _SAMPLER)
+
+    def on_validation_start(self) -> None:
+        """All ranks must have as many batches, or the last ones would wait."""
+        self._same("the number of validation batches", self._module.trainer.num_val_batches, _SAMPLER)
+
+    def on_test_start(self) -> None:
+        """All ranks must have as many batches, or the last ones would wait."""
+        self._same("the number of test batches", self._module.trainer.num_test_batches, _SAMPLER)
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """As there; first, whether each sequence's ranks have one batch, and other sequences' another."""
-        assert self.lightning_module is not None
-        training, digest = self.lightning_module.trainer.training, _digest(batch)
-        hint = (
-            f"the sampler must be of {self.device_mesh.size(0)} replicas, by self.device_mesh['data_parallel']: leave it "
-            "to Lightning (use_distributed_sampler=True, no DistributedSampler of your own), and draw alike on all ranks"
-        )
-        groups = self._same("the batch", digest, hint, everywhere=training)
-        if training and len(groups) > 1 and len(set(groups)) == 1:
-            raise ValueError(f"all {len(groups)} data-parallel groups have the same batch: {hint}; or shard it yourself")
+        """Move the batch, which must be one on the ranks of a sequence, and in training another for each sequence."""
+        axis, trainer = self.device_mesh[AXIS], self._module.trainer
+        # Groups may have other numbers of batches to predict: there they do not wait for each other.
+        over = axis.get_group() if trainer.predicting else None
+        groups = self._same("the batch", _digest(batch), _SAMPLER, axis.size(), over)
+        if trainer.training and len(groups) > 1 and len(set(groups)) == 1:
+            raise ValueError(f"all {len(groups)} data-parallel groups have the same batch: {_SAMPLER}")
         return super().batch_to_device(batch, device, dataloader_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As there; takes note of "tokens"."""
-        assert self.lightning_module is not None
+        """The module's; takes note of "tokens"."""
         output = super().training_step(*args, **kwargs)
         self._tokens = float(output["tokens"]) if isinstance(output, Mapping) and "tokens" in output else None
-        if self._tokens is not None and not self.lightning_module.automatic_optimization:
-            raise ValueError('"tokens" weighs batches in automatic optimization: leave it out, and scale the gradients')
+        if self._tokens is not None and not self._module.automatic_optimization:
+            raise ValueError('"tokens" weighs batches in automatic optimization: leave it out, and scale the loss')
         return output
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """As there: the ranks of a sequence hold parts of its gradient, and FSDP takes their mean."""
+        """Each rank of a sequence makes its part of the gradient, and FSDP takes the mean: scale it to their sum."""
         self._window.append(self._tokens)
-        scale = self.device_mesh[AXIS].size() * (1 if self._tokens is None else self._tokens)
+        scale = self.device_mesh[AXIS].size() * (1.0 if self._tokens is None else self._tokens)
         return super().backward(closure_loss * scale, optimizer, *args, **kwargs)
 
-    def optimizer_step(
-        self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any
-    ) -> Any:
-        """As there; before clipping, the sum over tokens becomes their mean."""
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """After the last backward, and before clipping, the sum over tokens becomes their mean."""
 
         def weighed() -> Any:
             result = closure()
@@ -177,27 +180,40 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         return super().optimizer_step(optimizer, weighed, model, **kwargs)
 
     def _weigh(self, optimizer: Optimizer) -> None:
-        assert self.lightning_module is not None
-        window, self._window = tuple(self._window), []
-        counts = [n for group in self._same('"tokens"', window, "give those of whole sequences") for n in group]
-        if not any(n is not None for n in counts):
+        window, self._window = self._window, []
+        groups = self._same('"tokens"', window, "count the labels of whole sequences", self.device_mesh[AXIS].size())
+        counts = [count for group in groups for count in group]
+        if all(count is None for count in counts):
             return
         if None in counts:
             raise ValueError('training_step returned "tokens" for some batches of a step only: return it for all')
-        # Lightning divided each by accumulate_grad_batches, and FSDP took the mean over the groups.
-        divided = self.lightning_module.trainer.accumulate_grad_batches * self.device_mesh.size(0)
+        # Lightning divided each loss by accumulate_grad_batches, and FSDP took the mean over groups.
+        factor = self._module.trainer.accumulate_grad_batches * len(groups) / max(1.0, sum(counts))
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    parameter.grad.mul_(divided / max(1.0, sum(counts)))
+                    parameter.grad.mul_(factor)
 
-    def _same(self, what: str, mine: Any, hint: str, everywhere: bool = True) -> list[Any]:
-        """What each sequence's ranks have, one a group (or of this group alone). ValueError where they differ."""
-        size = self.device_mesh[AXIS].size()
-        everyones = gather_objects(mine, None if everywhere else self.device_mesh[AXIS].get_group())
+    @property
+    def _parts(self) -> list[Any]:
+        return [part for part in self._module.modules() if isinstance(part, FSDPModule)]
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    def _same(
+        self, what: str, mine: Any, hint: str, size: int | None = None, group: ProcessGroup | None = None
+    ) -> list[Any]:
+        """What each `size` ranks (by default all) have in common, of all or those of `group`; else a ValueError."""
+        everyones = gather_objects(mine, group)
+        size = size or len(everyones)
         for first in range(0, len(everyones), size):
             if any(other != everyones[first] for other in everyones[first : first + size]):
-                raise ValueError(f"{what} differs between the {size} ranks that hold one sequence: {hint}")
+                raise ValueError(
+                    f"{what} differs between ranks {first} to {first + size - 1}, which must agree: {hint}"
+                )
         return everyones[::size]
 
 
