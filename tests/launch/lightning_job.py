@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
-from tests.launch.test_lightning import CONFIG, N, data
+from tests.launch.test_lightning import CLIP, CONFIG, N, data
 
 
 class Language(LightningModule):
@@ -59,7 +59,7 @@ class Language(LightningModule):
         self.log("validation", self.loss(batch), sync_dist=True, batch_size=1)
 
     def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
 def fit(case="", weigh="by token", groups=1, loader=None, strategy=None, path=None, seed=0, **options):
@@ -67,7 +67,7 @@ def fit(case="", weigh="by token", groups=1, loader=None, strategy=None, path=No
     seed_everything(seed)
     model = Language(weigh, case)
     if weigh != "manual":
-        options |= {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+        options |= {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP if weigh == "by token" else None}
     trainer = Trainer(
         accelerator="cpu", devices=dist.get_world_size(), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
@@ -127,7 +127,7 @@ def refusals(groups):
         return {
             "same": refused(groups=2, use_distributed_sampler=False),
             "half": refused("half", groups=2),
-            "sizes": refused(groups=3),
+            "sizes": refused(strategy=SequenceParallelStrategy(data_parallel_size=3)),
             "sampler": refused(groups=2, loader=sampled()),
             "seeds": refused(groups=2, seed=rank // 2),
             "number": refused(groups=2, loader=uneven(2)),
