@@ -119,12 +119,10 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         """Prepare the model that `configure_model` made; every gradient must be the mean over all ranks."""
         for part in self._parts:  # FSDP leaves some whole after a validation, which an optimizer must not get.
             part.reshard()
-        sharded = {p for part in self._parts for p in part.parameters() if isinstance(p, DTensor)}
-        loose = [
-            name
-            for name, p in self._module.named_parameters()
-            if p.requires_grad and (p not in sharded or p.device_mesh.size() != self.world_size)
-        ]
+        tensors = [p for part in self._parts for p in part.parameters() if isinstance(p, DTensor)]
+        sharded = {id(p) for p in tensors if p.device_mesh.size() == self.world_size}
+        trained = [(name, p) for name, p in self._module.named_parameters() if p.requires_grad]
+        loose = [name for name, p in trained if id(p) not in sharded]
         if loose:
             raise ValueError(
                 f"{len(loose)} parameters ({', '.join(loose[:3])}, ...) are not sharded over all {self.world_size} "

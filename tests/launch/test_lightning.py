@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DistributedSampler, default_collate
 
 from longnet_dist import LongNetConfig, next_token_labels
-from tests.launch.jobs import run
+from tests.launch.jobs import run, start
 from tests.launch.test_integrations import curve
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
@@ -59,12 +59,10 @@ def alone(weigh):
 
 def test_example():
     """Lightning starts the second process itself; torchrun starts the jobs of the other tests."""
-    curves = []
-    for devices in (1, 2):
-        done = run(1, "examples/lightning_train.py", "--devices", devices)
-        assert done.returncode == 0, done.stderr
-        curves.append(curve(done.stdout))
-    assert curves[1] == pytest.approx(curves[0], **CLOSE)
+    jobs = [start(1, "examples/lightning_train.py", "--devices", devices) for devices in (1, 2)]
+    said = [job.communicate(timeout=200) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert curve(said[1][0]) == pytest.approx(curve(said[0][0]), **CLOSE)
 
 
 @pytest.fixture(scope="module")
