@@ -58,11 +58,14 @@ class Language(LightningModule):
     def validation_step(self, batch, index):
         self.log("validation", self.loss(batch), sync_dist=True, batch_size=1)
 
+    def test_step(self, batch, index):
+        self.loss(batch)
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def fit(case="", weigh="by token", groups=1, loader=None, strategy=None, path=None, seed=0, **options):
+def fit(case="", weigh="by token", groups=1, loader=None, held_out=None, strategy=None, path=None, seed=0, **options):
     """(module, trainer) after a fit of two epochs of five batches."""
     seed_everything(seed)
     model = Language(weigh, case)
@@ -74,7 +77,11 @@ def fit(case="", weigh="by token", groups=1, loader=None, strategy=None, path=No
         strategy=strategy or SequenceParallelStrategy(data_parallel_size=groups), **({"max_epochs": 2} | options),
     )  # fmt: skip
     loader = loader or DataLoader(data(), batch_size=2 // groups)
-    trainer.fit(model, loader, DataLoader(data(4), batch_size=2 // groups), ckpt_path=path)
+    held_out = held_out or DataLoader(data(4), batch_size=2 // groups)
+    if case == "test":
+        trainer.test(model, held_out)
+    else:
+        trainer.fit(model, loader, held_out, ckpt_path=path)
     return model, trainer
 
 
@@ -139,6 +146,8 @@ def refusals(groups):
         "parameters": refused("parameters"),
         "sampler": refused(loader=sampled()),
         "number": refused(loader=uneven(1)),
+        "number to validate": refused(held_out=uneven(1)),
+        "number to test": refused("test", held_out=uneven(1)),
         "loose": refused("loose"),
         "unsplit": refused("unsplit"),
         "length": refused(loader=DataLoader(data(rows=60), batch_size=2)),

@@ -119,6 +119,8 @@ REFUSED = {
     (1, "parameters"): "before configure_model differs between ranks 0 to 1",
     (1, "sampler"): "the batch differs between ranks 0 to 1",
     (1, "number"): "the number of training batches differs between ranks 0 to 1",
+    (1, "number to validate"): "the number of validation batches differs between ranks 0 to 1",
+    (1, "number to test"): "the number of test batches differs between ranks 0 to 1",
     (1, "loose"): r"3 parameters \(model.embedding.weight, .* are not sharded over all 2 ranks",
     (1, "unsplit"): r"pass mesh.split\(x\), not the whole sequence",
     (1, "length"): "mesh.split takes the whole sequence",
