@@ -1,0 +1,285 @@
+"""torchtitan 0.3: its decoders with dilated attention, each sequence over the ranks of the mesh axis "cp".
+
+    def llama3_longnet() -> Trainer.Config:          # a function of your config registry, as torchtitan's own are
+        return apply(llama3_8b(), Pattern((2048, 8192, 32768), (1, 4, 16)))
+
+    torchrun ... -m torchtitan.train --module yours --config llama3_longnet --parallelism.context_parallel_degree 8
+
+torchtitan shards the inputs, labels and positions of a sequence evenly; FSDP (`dp_shard`) sums the gradients of the
+ranks of "cp" with those of the others. What cannot be exact is refused, with the reason: load balancers, masks,
+windows and sinks, positions that restart or are missing, pipelines, and CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import spmd_types as spmd
+import torch
+from spmd_types.runtime import get_partition_spec
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torchtitan.models.common.attention import (
+    FlexAttention,
+    GQAttention,
+    ScaledDotProductAttention,
+    VarlenAttention,
+)
+from torchtitan.models.common.decoder import Decoder
+from torchtitan.models.common.decoder_sharding import dense_activation_placement
+from torchtitan.protocols.module import Module
+from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
+
+from longnet_dist.attention import dilated_attention
+from longnet_dist.mesh import SequenceMesh, refuse
+from longnet_dist.pattern import Pattern
+
+if TYPE_CHECKING:
+    from torchtitan.config import ParallelismConfig, TrainingConfig
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.trainer import Trainer
+
+_REFUSED = {
+    "attention_masks": "the pattern says who sees whom",
+    "score_mod": "scores are not modified here",
+    "out_transform": "it is of sinks or gates on the log-sum-exp, which are not computed here",
+}
+
+
+class DilatedInnerAttention(Module):  # type: ignore[misc]
+    """What a `GQAttention` of torchtitan calls, with dilated attention inside; causal.
+
+    It attends over the mesh that the `parallelize_fn` of `apply` gives it, and without one not at all.
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(Module.Config):  # type: ignore[misc]
+        """The branches, and the kernel as for `dilated_attention`."""
+
+        pattern: Pattern
+        kernel: str = "auto"
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.pattern, self.kernel = config.pattern, config.kernel
+        self.mesh: SequenceMesh | None = None
+        self.has_mesh = False
+
+    def parallelize(self, parallel_dims: ParallelDims) -> None:
+        """As torchtitan calls it: heads over "tp", rows over "cp"; q, k and v stay where they are."""
+        rows = dense_activation_placement(tp=spmd.S(2))
+        # torchtitan's own would gather all k and v over "cp".
+        self._sharding_config = ShardingConfig(
+            in_src_shardings={"q": rows, "k": rows, "v": rows},
+            in_dst_shardings={"q": rows, "k": rows, "v": rows},
+            out_src_shardings=rows,
+            local_map=LocalMapConfig(in_grad_placements=(rows, rows, rows)),
+        )
+        super().parallelize(parallel_dims)
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options: Any
+    ) -> Tensor:
+        """(B, L, H, D), (B, L, G, D) -> (B, L, H, D), of this rank's rows and heads.
+
+        Raises:
+            ValueError: for what a mask or an option asks beyond causal attention.
+        """
+        if not self.has_mesh:
+            raise ValueError(
+                "the model has no mesh: parallelize it, also on one process, by config.model_spec.parallelize_fn of "
+                "the config that longnet_dist.integrations.torchtitan.apply returned"
+            )
+        for name, reason in _REFUSED.items():
+            if options.get(name) is not None:
+                refuse(f"the attention is called with {name}, and {reason}", self.mesh)
+        if not is_causal:
+            refuse("the attention is called with is_causal=False; only causal decoders are supported", self.mesh)
+        with spmd.no_typecheck():
+            out: Tensor = dilated_attention(
+                q, k, v, self.pattern, causal=True, scale=scale, mesh=self.mesh, kernel=self.kernel
+            )
+        if spmd.is_type_checking():
+            spmd.assert_type(out, spmd.get_local_type(q), get_partition_spec(q))
+        return out
+
+
+def apply(
+    config: Trainer.Config, pattern: Pattern, *, join_documents: bool = False, kernel: str = "auto"
+) -> Trainer.Config:
+    """Have the model of `config` attend by `pattern`, over the ranks of its context parallelism.
+
+    Also sets `parallelism.context_parallel_load_balancer` to None, as each rank holds contiguous rows, and
+    `training.disable_cuda_graphs` to True.
+
+    Args:
+        config: of torchtitan's trainer, with its `model_spec`; it is changed, and returned.
+        pattern: the branches.
+        join_documents: attend sequences in which documents are packed, as torchtitan's data loaders of text pack
+            them, as one text each, with positions from its start; else such sequences are refused.
+        kernel: as for `dilated_attention`.
+
+    Raises:
+        ValueError: where the model is not one that this can be exact for.
+    """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern")
+    spec = config.model_spec
+    if spec is None:
+        raise ValueError("the config has no model_spec: set it first, for example to model_registry('8B') of llama3")
+    for attention in _attentions(spec.model):
+        attention.inner_attention = DilatedInnerAttention.Config(pattern=pattern, kernel=kernel)
+    parallelize_fn = partial(_parallelize, spec.parallelize_fn, pattern, join_documents)
+    config.model_spec = dataclasses.replace(spec, parallelize_fn=parallelize_fn)
+    config.parallelism.context_parallel_load_balancer = None
+    config.training.disable_cuda_graphs = True
+    return config
+
+
+def _attentions(model: Any) -> list[GQAttention.Config]:
+    """The config of the attention of each layer; all must be plain, causal, and over the whole sequence."""
+    if not isinstance(model, Decoder.Config):
+        raise ValueError(f"the model is {type(model).__qualname__}; it must be a decoder, such as llama3 or qwen3")
+    owner: Any = model._owner
+    if owner.get_attention_masks is not Decoder.get_attention_masks:
+        raise ValueError(f"{owner.__name__} makes attention masks of its own (windows), which are not computed here")
+    attentions = [getattr(layer, "attention", None) for layer in model.layers]
+    for attention in attentions:
+        if type(attention) is not GQAttention.Config:
+            raise ValueError(
+                f"{owner.__name__} has a layer of {type(attention).__qualname__}; each must be GQAttention, as in "
+                "llama3 and qwen3: no latent or linear attention, sinks or gates"
+            )
+        inner: Any = attention.inner_attention
+        if type(inner) not in (FlexAttention.Config, ScaledDotProductAttention.Config, VarlenAttention.Config):
+            raise ValueError(f"the inner attention is {type(inner).__qualname__}; it must be one of torchtitan's own")
+        if getattr(inner, "window_size", (-1, 0)) != (-1, 0):
+            raise ValueError(
+                f"the inner attention has window_size = {inner.window_size}; a sliding window is another pattern: make "
+                "it a branch of the Pattern, and window_size (-1, 0)"
+            )
+    return attentions
+
+
+def _parallelize(
+    parallelize_fn: Callable[..., nn.Module],
+    pattern: Pattern,
+    join_documents: bool,
+    model: nn.Module,
+    *,
+    parallel_dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+    **others: Any,
+) -> nn.Module:
+    """The model's own `parallelize_fn`, after the mesh is made and given to the attention."""
+    mesh = None
+    if parallel_dims.cp > 1:
+        chunk = -(-training.seq_len // parallel_dims.cp)
+        mesh = SequenceMesh(parallel_dims.get_mesh("cp"), pattern, training.seq_len, chunk=chunk)
+    problem = _problem(model, pattern, parallel_dims, training, parallelism)
+    if mesh is not None:
+        mesh.agree({"call": "parallelize", "join_documents": join_documents}, problem)
+    elif problem:
+        raise ValueError(problem)
+    for module in model.modules():
+        if isinstance(module, DilatedInnerAttention):
+            module.mesh, module.has_mesh = mesh, True
+    model.register_forward_pre_hook(_Rows(mesh, join_documents), with_kwargs=True)
+    given = {"parallel_dims": parallel_dims, "training": training, "parallelism": parallelism}
+    return parallelize_fn(model, **given, **others)
+
+
+def _problem(
+    model: Any,
+    pattern: Pattern,
+    dims: ParallelDims,
+    training: TrainingConfig,
+    parallelism: ParallelismConfig,
+) -> str | None:
+    """What of the final settings, those of the command line included, does not work."""
+    if dims.pp > 1:
+        return f"pipeline_parallel_degree is {dims.pp}; pipelines are not supported: use 1"
+    if parallelism.spmd_backend == "partial_dtensor":
+        return "spmd_backend is 'partial_dtensor', which shards only torchtitan's own attention; use 'full_dtensor'"
+    if not training.disable_cuda_graphs:
+        return "CUDA graphs are on, and positions are looked at in each step: set training.disable_cuda_graphs"
+    if dims.cp > 1 and (balancer := parallelism.context_parallel_load_balancer) is not None:
+        return (
+            f"context_parallel_load_balancer is {balancer!r}, which gives a rank rows from several places, and each "
+            "must hold contiguous rows: use None (apply sets it; dilated attention's work is even as it is)"
+        )
+    if training.seq_len % dims.cp:
+        return f"seq_len is {training.seq_len}; context_parallel_degree = {dims.cp} must divide it"
+    return _heads_problem(model, pattern, dims.tp)
+
+
+def _heads_problem(model: Any, pattern: Pattern, tp: int) -> str | None:
+    """Under "tp" a rank numbers its heads from 0; each must have the phase that it has among all."""
+    attention = model.config.first_attention
+    heads = attention.n_kv_heads or attention.n_heads
+    mine = heads // tp
+    for branch in pattern.branches:
+        among_all = [pattern.phase(head, heads, branch) for head in range(heads)]
+        if among_all != [pattern.phase(head, mine, branch) for head in range(mine)] * tp:
+            return (
+                f"tensor_parallel_degree = {tp} leaves {mine} of {heads} key/value heads on a rank, and their phases "
+                f"in the branch {branch} {pattern.head_phases} would not be those of the whole: every dilation rate "
+                'must divide the heads of a rank, and head_phases be "interleaved"'
+            )
+    return None
+
+
+def _local(x: Any) -> Any:
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+class _Rows:
+    """Before the model: a refusal of rows and positions that would be silently wrong."""
+
+    def __init__(self, mesh: SequenceMesh | None, join_documents: bool) -> None:
+        self.mesh, self.join_documents = mesh, join_documents
+
+    @spmd.no_typecheck()
+    def __call__(
+        self, module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        given = dict(zip(("tokens", "positions", "attention_masks"), arguments, strict=False)) | given
+        tokens, positions = _local(given["tokens"]), _local(given.get("positions"))
+        start = 0 if self.mesh is None else self.mesh.shard.start
+        expected = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        problem = self._problem(tokens, positions, expected)
+        if self.mesh is not None:
+            self.mesh.agree({"call": "the model"}, problem)
+        elif problem:
+            raise ValueError(problem)
+        if positions is not None and self.join_documents:
+            # A copy, so that it is a DTensor, or of the type, that torchtitan made of it.
+            given["positions"] = joined = given["positions"].clone()
+            _local(joined).copy_(expected)
+        return (), given
+
+    def _problem(self, tokens: Tensor, positions: Tensor | None, expected: Tensor) -> str | None:
+        mesh = self.mesh
+        if mesh is not None and tokens.shape[1] != mesh.shard.num_rows:
+            return mesh.wrong_rows("tokens", tokens.shape[1]).replace("mesh.split(x)", "what cp_shard returns")
+        if positions is None:
+            return None if mesh is None else "positions are missing, and each rank would take its rows for the first"
+        if positions.shape != tokens.shape:
+            return f"positions are {tuple(positions.shape)}; they must be of the tokens' shape {tuple(tokens.shape)}"
+        if torch.equal(positions, expected):
+            return None
+        steps = positions.diff(dim=1)
+        if not ((steps == 1) | (positions[:, 1:] == 0)).all():
+            return "positions are not contiguous: shard with load_balancer_type=None, each rank holds contiguous rows"
+        if self.join_documents:
+            return None
+        return (
+            f"positions must be global and without restarts, {int(expected[0, 0])} to {int(expected[0, -1])} here: "
+            "packed documents would see each other. Pass whole texts, or apply(..., join_documents=True) to attend "
+            "those of a sequence as one text"
+        )
