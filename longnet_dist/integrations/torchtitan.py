@@ -147,7 +147,7 @@ def _attentions(model: Any) -> list[GQAttention.Config]:
     owner: Any = model._owner
     if owner.get_attention_masks is not Decoder.get_attention_masks:
         raise ValueError(f"{owner.__name__} makes attention masks of its own (windows), which are not computed here")
-    attentions = [getattr(layer, "attention", None) for layer in model.layers]
+    attentions: list[Any] = [getattr(layer, "attention", None) for layer in model.layers]
     for attention in attentions:
         if type(attention) is not GQAttention.Config:
             raise ValueError(
