@@ -10,7 +10,6 @@ import dataclasses
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -127,8 +126,8 @@ def shard(config, dims, inputs, labels, positions, balancer=None):
         inputs, labels, positions = (x.chunk(mesh.size())[mesh.get_local_rank()] for x in (inputs, labels, positions))
     given = {"positions": positions}
     if dims.cp_enabled:
-        given_mesh = dims.get_mesh("cp"), inputs.device, balancer
-        inputs, labels, given = prepare_context_parallel_input(inputs, labels, given, *given_mesh)
+        where = dims.get_mesh("cp"), inputs.device, balancer
+        inputs, labels, given = prepare_context_parallel_input(inputs, labels, given, *where)
     if config.parallelism.spmd_backend == "full_dtensor":
         return full_dtensor.parallelize_inputs(dims, inputs, labels, given)
     return inputs, labels, given
@@ -297,5 +296,4 @@ def main():
 
 
 if __name__ == "__main__":
-    assert Path.cwd() == Path(__file__).parents[2]
     main()
