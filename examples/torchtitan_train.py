@@ -39,6 +39,7 @@ def main() -> None:
     config = apply(llama3_debugmodel(), PATTERN)
     spec, training, parallelism = config.model_spec, config.training, config.parallelism
     del spec.model.layers[2:]
+    config.comm.trace_buf_size = 0  # No folder of traces.
     training.seq_len, training.mixed_precision_param, training.mixed_precision_reduce = SEQ_LEN, "float64", "float64"
     parallelism.context_parallel_degree = world = init_distributed(config.comm)
     parallelism.spmd_backend = "full_dtensor"  # The FSDP of torch 2.13 does not know "spmd_types", the default.
