@@ -45,3 +45,14 @@ def test_accelerate(tmp_path):
         assert done.returncode == 0, done.stderr
         curves.append(curve(done.stdout))
     assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+
+
+def test_plain_pytorch(tmp_path):
+    """parallelize_module beside FSDP2 and torch.compile; on four ranks each sequence's heads are over two."""
+    curves = []
+    for ranks, heads in ((1, 1), (2, 1), (4, 2)):
+        done = run(ranks, "examples/parallelize.py", heads)
+        assert done.returncode == 0, done.stderr
+        curves.append(curve(done.stdout))
+    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+    assert curves[2] == pytest.approx(curves[0], abs=2e-9)
