@@ -20,6 +20,9 @@ from torch.testing import assert_close
 from longnet_dist import Pattern
 from tests.launch.jobs import run
 
+# It pins other packages, and needs triton, so it is no part of the development install: pip install '.[torchtitan]'.
+pytest.importorskip("torchtitan")
+pytest.importorskip("triton")
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
 CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "refusals")
