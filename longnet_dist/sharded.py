@@ -15,7 +15,7 @@ _HEADS = 2
 
 @dataclass(frozen=True)
 class HeadShard:
-    """Which key/value heads this rank has: `count` from `first` on, of `total`."""
+    """Which key/value heads this rank has: those from `first` on, of `total`."""
 
     first: int
     total: int

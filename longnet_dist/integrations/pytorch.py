@@ -6,7 +6,7 @@
     logits = model(mesh.split(tokens), mesh.positions())
 
 The rest of the model works on its rows alone, so it needs no style; what it knows of positions must be global. It goes
-with FSDP2, DDP, activation checkpointing, torch.compile, and tensor parallelism, which spreads heads over other ranks.
+with FSDP2, torch.compile, and tensor parallelism, which spreads heads over other ranks.
 """
 
 from __future__ import annotations
