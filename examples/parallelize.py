@@ -5,23 +5,19 @@ torchrun --standalone --nproc-per-node 2 examples/parallelize.py     # the same 
 torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # and on four, each sequence's heads over two
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from longnet_dist import Pattern, SequenceMesh, next_token_labels, token_loss
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
 
-SEQ_LEN, STEPS, WIDTH, HEADS = 500, 5, 32, 4
-PATTERN = Pattern((64, 256), (1, 4))
+SEQ_LEN, STEPS, WIDTH, HEADS, PATTERN = 500, 5, 32, 4, Pattern((64, 256), (1, 4))
 
 
 class Attend(nn.Module):
@@ -32,9 +28,8 @@ class Attend(nn.Module):
 class Layer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
+        self.norm, self.attend = nn.LayerNorm(WIDTH), Attend()
         self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
-        self.attend = Attend()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
@@ -46,27 +41,22 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.token, self.position = nn.Embedding(256, WIDTH), nn.Embedding(SEQ_LEN, WIDTH)
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.head = nn.Linear(WIDTH, 256)
+        self.layers, self.head = nn.Sequential(Layer(), Layer()), nn.Linear(WIDTH, 256)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        x = self.token(tokens) + self.position(positions)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
+        return self.head(self.layers(self.token(tokens) + self.position(positions)))
 
 
 def main() -> None:
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"} | os.environ
     tp = int(sys.argv[1]) if len(sys.argv) > 1 else 1
-    grid = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]) // tp, tp), mesh_dim_names=("sp", "tp"))
+    grid = dist.init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]) // tp, tp), mesh_dim_names=("sp", "tp"))
     mesh = SequenceMesh(grid["sp"], PATTERN, SEQ_LEN)
+    attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"])
     torch.manual_seed(0)  # Every rank makes the same model, and sees the same batches.
     model = Model().double()
-    attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"])
     for layer in model.layers:
-        spread = {name: ColwiseParallel() for name in ("q", "k", "v")} | {"out": RowwiseParallel()}
+        spread = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
         parallelize_module(layer, grid["tp"], spread if tp > 1 else {})
         parallelize_module(layer, grid["sp"], {"attend": attention})
         layer.compile(fullgraph=True)
@@ -75,8 +65,8 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, STEPS + 1):
         tokens = (torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256
-        labels = next_token_labels(tokens)  # Shift first, split after.
-        loss = token_loss(model(mesh.split(tokens), mesh.positions()), mesh.split(labels), mesh)
+        labels = mesh.split(next_token_labels(tokens))  # Shift first, split after.
+        loss = token_loss(model(mesh.split(tokens), mesh.positions()), labels, mesh)
         (loss * mesh.size).backward()  # FSDP takes the mean over ranks, of which each holds a part.
         optimizer.step()
         optimizer.zero_grad()

@@ -157,8 +157,9 @@ class SequenceMesh:
         """
         # Selected, not multiplied: a NaN at a masked token must not pass.
         kept = values if mask is None else torch.where(mask, values, 0)
-        count = torch.tensor(float(values.numel()), dtype=torch.float64) if mask is None else mask.sum().double()
-        count = self.sum(count.to(values.device))
+        # Made where the values are: a CUDA graph holds no copy from the host.
+        number = values.new_full((), values.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
+        count = self.sum(number)
         total = self.sum(kept.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
         return total / count.clamp(min=1).to(total.dtype)
 

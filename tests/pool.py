@@ -8,6 +8,7 @@ they hold is unknown then. The next call starts new ones.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.context
 import os
 import tempfile
 import time
@@ -22,12 +23,18 @@ WORLDS = (1, 2, 4, 8)
 GROUP_TIMEOUT = timedelta(seconds=60)
 
 
+def forkserver() -> multiprocessing.context.ForkServerContext:
+    """What starts processes that have imported what all tests need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["longnet_dist.cli", "transformers.models.llama.modeling_llama"])
+    return context
+
+
 class Pool:
     """Processes that wait for calls; see the module."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["torch.distributed", "longnet_dist"])
+        self.context = forkserver()
         self.workers: list[tuple[ForkServerProcess, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, limit: float = 100) -> list[Any]:

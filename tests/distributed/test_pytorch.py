@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from longnet_dist import DilatedAttention, Pattern, SequenceMesh, dilated_attention
+from examples.parallelize import PATTERN as OF_EXAMPLE
+from examples.parallelize import SEQ_LEN, Model
+from longnet_dist import (
+    DilatedAttention,
+    Pattern,
+    SequenceMesh,
+    dense_reference,
+    dilated_attention,
+    next_token_labels,
+    token_loss,
+)
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
 from tests.drawn import Case
 
@@ -97,3 +113,66 @@ def compiled(group):
 
 def test_our_layer_compiled_is_not_compiled_again(pool):
     pool.run(2, compiled, limit=200)
+
+
+def alone(model, tokens):
+    """(loss, gradients by name) of the example's model by the oracle, on one process."""
+
+    def attend(q, k, v):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return dense_reference(q, k, v, OF_EXAMPLE, causal=True).transpose(1, 2)
+
+    for layer in model.layers:
+        layer.attend.forward = attend
+    loss = token_loss(model(tokens, torch.arange(SEQ_LEN)), next_token_labels(tokens))
+    loss.backward()
+    return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def trained(group, shape, checkpointed, compiled):
+    """The gradients of a global batch over (dp, sp, tp) ranks: by DDP, or where heads are spread by FSDP2."""
+    grid = DeviceMesh("cpu", torch.arange(8).view(shape), mesh_dim_names=("dp", "sp", "tp"))
+    dp, _, tp = shape
+    mesh = SequenceMesh(grid["sp"], OF_EXAMPLE, SEQ_LEN)
+    torch.manual_seed(0)
+    tokens = torch.randint(256, (2 * dp, SEQ_LEN))
+    model = Model().double()
+    right_loss, right = alone(copy.deepcopy(model), tokens)
+    attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"] if tp > 1 else None)
+    for number, layer in enumerate(model.layers):
+        if tp > 1:
+            spread = {name: ColwiseParallel() for name in "qkv"} | {"out": RowwiseParallel()}
+            parallelize_module(layer, grid["tp"], spread)
+        parallelize_module(layer, grid["sp"], {"attend": attention})
+        if checkpointed:
+            model.layers[number] = layer = checkpoint_wrapper(layer)
+        if compiled:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        if tp > 1:
+            fully_shard(layer, mesh=grid["dp", "sp"])
+    if tp > 1:
+        fully_shard(model, mesh=grid["dp", "sp"])
+        wrapped = model
+    else:
+        wrapped = DistributedDataParallel(model, process_group=group)
+    mine = tokens.chunk(dp)[grid["dp"].get_local_rank()]
+    labels = mesh.split(next_token_labels(mine))
+    for _ in range(2):  # Again, with what the first step has cached.
+        model.zero_grad()
+        loss = token_loss(wrapped(mesh.split(mine), mesh.positions()), labels, mesh)
+        (loss * mesh.size).backward()
+    total = loss.detach().clone()
+    dist.all_reduce(total)
+    assert_close(total / 8, right_loss, rtol=0, atol=1e-12)
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        assert_close(grad, right[name.replace("_checkpoint_wrapped_module.", "")], rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("shape", "checkpointed", "compiled"),
+    [((2, 4, 1), False, False), ((4, 2, 1), True, True), ((2, 2, 2), True, False), ((1, 4, 2), False, True)],
+    ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing", "FSDP x TP, compile"],
+)
+def test_it_goes_with_what_trains_a_model(pool, shape, checkpointed, compiled):
+    pool.run(8, trained, shape, checkpointed, compiled, limit=200)

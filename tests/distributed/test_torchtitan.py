@@ -10,9 +10,6 @@ from torch.testing import assert_close
 
 from longnet_dist import Pattern
 
-# It pins other packages, and needs triton, so it is no part of the development install: pip install '.[torchtitan]'.
-pytest.importorskip("torchtitan")
-pytest.importorskip("triton")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"  # When torchtitan imports torch's pipelines.
 )

@@ -1,15 +1,29 @@
-"""Real jobs for tests: torchrun, or python alone, of a tiny float64 model."""
+"""Real jobs for tests: torchrun, or python alone, of a tiny float64 model.
+
+Where a test is about what ranks compute, and not about how they are started, `forked` spares each of them, and
+torchrun's agent, the seconds that it takes to import torch.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
+from multiprocessing.connection import wait
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tests.pool import forkserver
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}  # Of ranks that torchrun has told to end, and that do not.
 TINY = (
     "--dtype", "float64", "--warmup-steps", 2, "--validation-sequences", 2, "--validate-every", 0,
     "--model.d-model", 16, "--model.num-layers", 2, "--model.num-heads", 2,
@@ -21,6 +35,17 @@ def command(ranks: int, *arguments: object, launcher: tuple[object, ...] = ()) -
     """python, or torchrun where there are several ranks."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
     return [sys.executable, *map(str, torchrun if ranks > 1 or launcher else []), *map(str, arguments)]
+
+
+def by_accelerate(ranks: int, folder: Path, example: str) -> str:
+    """What an example says, started by python alone, or by `accelerate launch` where there are several ranks."""
+    launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
+    launch += ["--dynamo_backend=no", "--main_process_port=0", "--cpu", f"--num_processes={ranks}"]
+    environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder)}
+    command = [*(launch if ranks > 1 else [sys.executable]), example]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def start(ranks: int, *arguments: object, **options: object) -> subprocess.Popen[str]:
@@ -45,6 +70,52 @@ def run(ranks: int, *arguments: object, limit: float = 150, **options: object) -
         os.killpg(job.pid, 9)
         raise AssertionError(f"no end in {limit} s: {job.communicate()}") from None
     return subprocess.CompletedProcess(job.args, job.returncode, out, error)
+
+
+def forked(ranks: int, *arguments: object, limit: float = 150) -> subprocess.CompletedProcess[str]:
+    """As `run`, with ranks that are forked from the pool's server, which has imported torch: one fails, all end."""
+    context = forkserver()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    of_job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
+    of_job |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    words = list(map(str, arguments))
+    with tempfile.TemporaryDirectory() as said:
+        processes = []
+        for rank in range(ranks):
+            of_rank = {} if ranks == 1 else of_job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = dict(os.environ) | ENVIRONMENT | of_rank
+            processes.append(context.Process(target=_rank, args=(environment, words, f"{said}/{rank}")))
+            processes[-1].start()
+        deadline = time.monotonic() + limit
+        while running := [p.sentinel for p in processes if p.exitcode is None]:
+            ended = wait(running, timeout=max(0, deadline - time.monotonic()))
+            if not ended or any(p.exitcode for p in processes):
+                break
+        late = time.monotonic() >= deadline
+        for process in processes:
+            process.join(0 if late else 10)  # Of those that fail together each says why.
+            process.kill()
+            process.join()
+        out, error = ("".join(path.read_text() for path in sorted(Path(said).glob(f"*.{kind}"))) for kind in "oe")
+    assert not late, f"no end in {limit} s: {out}{error}"
+    code = next((p.exitcode for p in processes if p.exitcode), 0)
+    return subprocess.CompletedProcess(words, code, out, error)
+
+
+def _rank(environment: dict[str, str], words: list[str], said: str) -> None:
+    os.environ.clear()
+    os.environ |= environment
+    os.chdir(ROOT)
+    for descriptor, kind in ((1, "o"), (2, "e")):
+        os.dup2(os.open(f"{said}.{kind}", os.O_CREAT | os.O_WRONLY), descriptor)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
 
 
 def train(folder: Path, *options: object) -> list[object]:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.launch.jobs import ENVIRONMENT, ROOT, run
+from tests.launch.jobs import by_accelerate, forked
 from tests.launch.test_integrations import curve
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
@@ -18,25 +13,17 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwa
 
 def test_the_example(tmp_path):
     """By python, and by accelerate on two processes (which the job below is not started by)."""
-    program = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
-    program += ["--dynamo_backend=no", "--main_process_port=0", "--cpu", "--num_processes=2"]
     curves = []
-    for command in ([sys.executable], program):
-        environment = os.environ | ENVIRONMENT | {"HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [*command, "examples/hf_trainer_train.py"],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        evaluated = float(done.stdout.split("evaluated  loss ")[1])
-        curves.append([*curve(done.stdout), evaluated])
+    for ranks in (1, 2):
+        said = by_accelerate(ranks, tmp_path, "examples/hf_trainer_train.py")
+        curves.append([*curve(said), float(said.split("evaluated  loss ")[1])])
     assert curves[1] == pytest.approx(curves[0], abs=2e-9)
 
 
 @pytest.fixture(scope="module")
 def of_four_ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("job")
-    done = run(4, "-m", "tests.launch.hf_trainer_job", folder)
+    done = forked(4, "-m", "tests.launch.hf_trainer_job", folder)
     assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 

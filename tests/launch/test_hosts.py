@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ENVIRONMENT, ROOT, losses, run, train
+from tests.launch.jobs import ENVIRONMENT, ROOT, forked, losses, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 OPTIONS = ("--steps", 60, "--seq-len", 250, "--checkpoint-every", 4, "--batch-size", 2, "--timeout", 8)
@@ -71,7 +71,7 @@ def address(name: str) -> str:
 
 def test_a_link_that_is_cut_is_said_and_the_run_goes_on_when_it_is_back(hosts, tmp_path):
     (tmp_path / "plain").mkdir()
-    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS)).returncode == 0
+    assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS)).returncode == 0
     folder = tmp_path / "run"
     logs = [tmp_path / f"host-{n}.log" for n in (1, 2)]
     jobs = [start(host, folder, log) for host, log in zip(hosts, logs, strict=True)]

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ENVIRONMENT, ROOT, run
+from tests.launch.jobs import by_accelerate, run
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
@@ -33,18 +29,8 @@ def test_transformers(tmp_path):
 
 
 def test_accelerate(tmp_path):
-    curves = []
-    program = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
-    program += ["--dynamo_backend=no", "--main_process_port=0", "--cpu"]
-    for command in ([sys.executable], [*program, "--num_processes=2"]):
-        environment = os.environ | ENVIRONMENT | {"HF_HOME": str(tmp_path)}
-        done = subprocess.run(
-            [*command, "examples/accelerate_train.py"],
-            cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        curves.append(curve(done.stdout))
-    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+    alone, two = (curve(by_accelerate(ranks, tmp_path, "examples/accelerate_train.py")) for ranks in (1, 2))
+    assert two == pytest.approx(alone, abs=2e-9)
 
 
 def test_plain_pytorch(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DistributedSampler, default_collate
 
 from longnet_dist import LongNetConfig, next_token_labels
-from tests.launch.jobs import run, start
+from tests.launch.jobs import forked, start
 from tests.launch.test_integrations import curve
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
@@ -70,7 +70,7 @@ def found(tmp_path_factory):
     """By groups, what each rank wrote: one sequence over two ranks, and two such groups, which go on from the first."""
     folder = tmp_path_factory.mktemp("lightning")
     for groups in (1, 2):
-        done = run(2 * groups, "-m", "tests.launch.lightning_job", folder)
+        done = forked(2 * groups, "-m", "tests.launch.lightning_job", folder)
         assert done.returncode == 0, done.stderr
     return {
         groups: [json.loads((folder / f"{groups}-{rank}.json").read_text()) for rank in range(2 * groups)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launch.jobs import losses, run, train
+from tests.launch.jobs import forked, losses, run, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
@@ -16,7 +16,7 @@ def test_every_arrangement_of_ranks_gives_one_curve(tmp_path):
         folder = tmp_path / "-".join(map(str, degrees))
         axes = [f"--parallel.{axis}={n}" for axis, n in zip(("dp-replicate", "dp-shard", "sp"), degrees, strict=True)]
         options = ("--steps", 4, "--seq-len", 250, "--batch-size", 4, "--grad-accumulation", 2)
-        done = run(degrees[0] * degrees[1] * degrees[2], *train(folder, *options, *axes))
+        done = forked(degrees[0] * degrees[1] * degrees[2], *train(folder, *options, *axes))
         assert done.returncode == 0, done.stderr
         curves[degrees] = losses(folder)
     for curve in curves.values():

@@ -15,7 +15,7 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of
 from longnet_dist.storage import place
-from tests.launch.jobs import ENVIRONMENT, ROOT, command, losses, run, train
+from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 OPTIONS = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
@@ -71,7 +71,7 @@ class Job:
 def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, tmp_path):
     """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
     (tmp_path / "plain").mkdir()
-    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
+    assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
     node = ray_nodes.add("train", cpus=2)
     job = Job(ray_nodes, tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
     job.until(lambda: job.registered(4), "a checkpoint")
@@ -92,7 +92,7 @@ def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, 
 def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_path):
     """Two ranks, one, two: the same data in the same order, so the same losses to rounding."""
     (tmp_path / "plain").mkdir()
-    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 40)).returncode == 0
+    assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 40)).returncode == 0
     first, second = ray_nodes.add("elastic"), ray_nodes.add("elastic")
     options = ("--ranks", 2, "--ray.min-ranks", 1, "--ray.resize-seconds", 3, "--ray.resources", "elastic", 1)
     job = Job(ray_nodes, tmp_path / "run", "--steps", 40, *options)

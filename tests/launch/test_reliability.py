@@ -17,7 +17,7 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of, held
 from longnet_dist.storage import place
-from tests.launch.jobs import losses, run, start, train
+from tests.launch.jobs import forked, losses, run, start, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 STEPS = 12
@@ -28,7 +28,7 @@ OPTIONS = ("--steps", STEPS, "--seq-len", 250, "--checkpoint-every", 2, "--batch
 def undisturbed(tmp_path_factory) -> list[float]:
     """The losses of the run on two ranks that nobody stops."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run(2, *train(folder, *OPTIONS))
+    done = forked(2, *train(folder, *OPTIONS))
     assert done.returncode == 0, done.stderr
     return losses(folder)
 
@@ -70,7 +70,7 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
     assert "the same command goes on from it" in out
     stopped_at = len(losses(folder))
     assert 3 <= stopped_at < STEPS
-    done = run(ranks, *train(folder, *OPTIONS))
+    done = forked(ranks, *train(folder, *OPTIONS))
     assert done.returncode == 0, done.stderr
     assert f"of step {stopped_at} on {ranks} ranks" in done.stdout
     if ranks == 2:
@@ -82,12 +82,12 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
 def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
     """Written on four ranks, gone on with from the middle on one, two and eight, in other arrangements: one curve."""
     folder = tmp_path / "run"
-    assert run(4, *train(folder, *OPTIONS, "--keep-checkpoints", 9, "--parallel.dp-shard", 2)).returncode == 0
+    assert forked(4, *train(folder, *OPTIONS, "--keep-checkpoints", 9, "--parallel.dp-shard", 2)).returncode == 0
     for ranks, axes in ((1, ()), (2, ("--parallel.dp-shard", 2)), (8, ("--parallel.dp-replicate", 2))):
         again = tmp_path / f"again-{ranks}"
         shutil.copytree(folder / "checkpoints" / "step-00000004", again / "checkpoints" / "step-00000004")
         shutil.copy(folder / "metrics.jsonl", again)
-        done = run(ranks, *train(again, *OPTIONS, *axes))
+        done = forked(ranks, *train(again, *OPTIONS, *axes))
         assert done.returncode == 0, done.stderr
         assert "of step 4 on 4 ranks" in done.stdout
         assert losses(again) == pytest.approx(undisturbed, rel=1e-10)
@@ -121,7 +121,7 @@ def test_a_run_in_a_store_survives_sigkill_and_goes_on_elsewhere(tmp_path, undis
     for step in (12, 10, 8):
         (place(store) / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
     shutil.rmtree(here)
-    done = run(1, *arguments)
+    done = forked(1, *arguments)
     assert done.returncode == 0, done.stderr
     assert "of step 6 on 2 ranks" in done.stdout
     assert losses(place(store)) == pytest.approx(undisturbed, rel=1e-10)
@@ -144,7 +144,7 @@ def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):
 def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
     """One with a flipped byte, one truncated, one without a file, and half of one under its temporary name."""
     folder = tmp_path / "run"
-    assert run(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9)).returncode == 0
+    assert forked(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9)).returncode == 0
     flipped, truncated, without = (folder / "checkpoints" / f"step-{step:08d}" for step in (12, 10, 8))
     data = bytearray((flipped / "__1_0.distcp").read_bytes())
     data[-1] ^= 1
@@ -152,7 +152,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
     os.truncate(truncated / "__0_0.distcp", 1000)
     (without / "__0_0.distcp").unlink()
     shutil.copytree(truncated, folder / "checkpoints" / "step-00000014.tmp-0123abcd")
-    done = run(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9))
+    done = forked(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9))
     assert done.returncode == 0, done.stderr
     for said in (
         r"step-00000012 is damaged and passed over: rank \d: __1_0.distcp is not as it was written",
@@ -168,7 +168,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
 def test_a_step_that_is_not_finite_is_skipped_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULT", "loss nan")
     monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
-    done = run(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
+    done = forked(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
     assert done.returncode == 0, done.stderr
     assert "step 5 is skipped: loss nan" in done.stderr
     found = losses(tmp_path / "run")
@@ -190,7 +190,7 @@ def test_a_fault_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch, fault)
     assert (tmp_path / "mark").exists()
     if fault == "backward SIGTERM":  # No fault: all ranks end well, and the next start goes on.
         assert len(losses(folder)) == 5
-        done = run(2, *train(folder, *OPTIONS))
+        done = forked(2, *train(folder, *OPTIONS))
     assert "going on from" in done.stdout
     assert losses(folder) == undisturbed
 
@@ -254,7 +254,7 @@ def test_a_full_disk_is_said_and_training_goes_on(tmp_path, undisturbed):
     if mounted.returncode:
         pytest.skip("cannot mount a small file system here")
     try:
-        done = run(2, *train(tmp_path / "run", *OPTIONS))
+        done = forked(2, *train(tmp_path / "run", *OPTIONS))
         assert done.returncode == 0, done.stderr
         assert "no checkpoint of step" in done.stderr
         assert "No space left" in done.stderr

@@ -18,11 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from longnet_dist import Pattern
-from tests.launch.jobs import run
+from tests.launch.jobs import forked, run
 
-# It pins other packages, and needs triton, so it is no part of the development install: pip install '.[torchtitan]'.
-pytest.importorskip("torchtitan")
-pytest.importorskip("triton")
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
 CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "refusals")
@@ -43,7 +40,7 @@ def test_the_example_has_the_losses_of_one_process_on_two():
 
 def test_ranks_are_one_process():
     """See the functions of the names in `CASES`."""
-    done = run(RANKS, "-m", "tests.launch.test_torchtitan")
+    done = forked(RANKS, "-m", "tests.launch.test_torchtitan")
     assert done.returncode == 0, done.stderr
     assert sorted(re.findall(r"(\w+): as it must be", done.stdout)) == sorted(CASES * RANKS), done.stdout
 
