@@ -15,7 +15,7 @@ from longnet_dist import Pattern, SequenceMesh
 from longnet_dist.integrations.transformers import apply, split_batch
 
 SEQ_LEN, STEPS, ACCUMULATED = 500, 5, 2
-PATTERN = Pattern((64, 256), (1, 4))
+PATTERN = Pattern((64, 512), (1, 4))
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from longnet_dist.integrations.hf_trainer import DilatedTrainer
 from longnet_dist.integrations.transformers import apply
 
 SEQ_LEN, STEPS, ACCUMULATED = 500, 5, 2
-PATTERN = Pattern((64, 256), (1, 4))
+PATTERN = Pattern((64, 512), (1, 4))
 
 
 def sequences(number: int, seed: int) -> list[dict[str, torch.Tensor]]:

@@ -18,7 +18,7 @@ from longnet_dist import LongNet, LongNetConfig, next_token_labels
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
 
 SEQ_LEN, STEPS = 500, 5
-CONFIG = LongNetConfig(vocab_size=256, d_model=32, num_layers=2, segment_lengths=(64, 256), dilation_rates=(1, 4))
+CONFIG = LongNetConfig(vocab_size=256, d_model=32, num_layers=2, segment_lengths=(64, 512), dilation_rates=(1, 4))
 
 
 class Language(LightningModule):

@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from longnet_dist import Pattern, SequenceMesh, next_token_labels, token_loss
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
 
-SEQ_LEN, STEPS, WIDTH, HEADS, PATTERN = 500, 5, 32, 4, Pattern((64, 256), (1, 4))
+SEQ_LEN, STEPS, WIDTH, HEADS, PATTERN = 500, 5, 32, 4, Pattern((64, 512), (1, 4))
 
 
 class Attend(nn.Module):

@@ -29,7 +29,7 @@ from longnet_dist import Pattern
 from longnet_dist.integrations.torchtitan import apply
 
 SEQ_LEN, STEPS = 500, 5
-PATTERN = Pattern((64, 256), (1, 4))
+PATTERN = Pattern((64, 512), (1, 4))
 TORCH_DTYPE_MAP["float64"] = torch.float64  # So that curves can be compared to many digits.
 
 

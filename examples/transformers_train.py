@@ -16,7 +16,7 @@ from longnet_dist import Pattern, SequenceMesh
 from longnet_dist.integrations.transformers import apply, split_batch
 
 SEQ_LEN, STEPS = 500, 5
-PATTERN = Pattern((64, 256), (1, 4))
+PATTERN = Pattern((64, 512), (1, 4))
 
 
 def main() -> None:

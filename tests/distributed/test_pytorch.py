@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -147,9 +148,11 @@ def trained(group, shape, checkpointed, compiled):
         if checkpointed:
             model.layers[number] = layer = checkpoint_wrapper(layer)
         if compiled:
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Of dynamo's own looks.
             layer.compile(fullgraph=True, backend="aot_eager")
         if tp > 1:
             fully_shard(layer, mesh=grid["dp", "sp"])
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # Of the view that a linear layer returns.
     if tp > 1:
         fully_shard(model, mesh=grid["dp", "sp"])
         wrapped = model
@@ -171,8 +174,9 @@ def trained(group, shape, checkpointed, compiled):
 
 @pytest.mark.parametrize(
     ("shape", "checkpointed", "compiled"),
-    [((2, 4, 1), False, False), ((4, 2, 1), True, True), ((2, 2, 2), True, False), ((1, 4, 2), False, True)],
-    ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing", "FSDP x TP, compile"],
+    [((2, 4, 1), False, False), ((4, 2, 1), True, True), ((2, 2, 2), True, False)],
+    ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing"],
 )
 def test_it_goes_with_what_trains_a_model(pool, shape, checkpointed, compiled):
+    """FSDP2 and tensor parallelism, compiled, are examples/parallelize.py, in tests/launch."""
     pool.run(8, trained, shape, checkpointed, compiled, limit=200)

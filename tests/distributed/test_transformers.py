@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, SequenceMesh
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-PATTERN = Pattern((8, 32), (1, 4))
+PATTERN = Pattern((8, 64), (1, 4))
 FAMILIES = ("llama", "qwen3", "gpt_neox")
 
 

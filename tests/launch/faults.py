@@ -30,7 +30,7 @@ def fault():
 
 
 def oversleep():
-    time.sleep(30)
+    time.sleep(12)
 
 
 def windows_with_fault(self, step, micro, every=False):

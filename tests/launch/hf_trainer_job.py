@@ -17,7 +17,7 @@ from longnet_dist import Pattern, SequenceMesh
 from longnet_dist.integrations.hf_trainer import DilatedTrainer
 from longnet_dist.integrations.transformers import apply
 
-SEQ_LEN, PATTERN, STEPS = 45, Pattern((8, 32), (1, 4)), 4
+SEQ_LEN, PATTERN, STEPS = 45, Pattern((8, 48), (1, 4)), 4
 
 
 def make_model(mesh=None):

@@ -23,7 +23,6 @@ from tests.pool import forkserver
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-ENVIRONMENT |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "4"}  # Of ranks that torchrun has told to end, and that do not.
 TINY = (
     "--dtype", "float64", "--warmup-steps", 2, "--validation-sequences", 2, "--validate-every", 0,
     "--model.d-model", 16, "--model.num-layers", 2, "--model.num-heads", 2,

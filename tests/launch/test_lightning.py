@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 CLOSE = {"rel": 0, "abs": 2e-9}
 N, CLIP = 61, 1.5
 CONFIG = LongNetConfig(
-    vocab_size=30, d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 4)
+    vocab_size=30, d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4)
 )
 
 

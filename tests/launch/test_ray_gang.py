@@ -20,14 +20,14 @@ from longnet_dist.loss import linear_token_losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
-PATTERN = Pattern((16, 64), (1, 4))
+PATTERN = Pattern((16, 128), (1, 4))
 DOCUMENT = bytes(np.random.default_rng(0).integers(0, 256, 301, np.uint8))
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model's folder, and what one process says of the document: log-likelihoods and features."""
-    config = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
+    config = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(32, 512), dilation_rates=(1, 4))
     torch.manual_seed(0)
     model = config.build(dtype=torch.float64).eval()
     folder = tmp_path_factory.mktemp("exported")

@@ -184,7 +184,7 @@ def test_a_fault_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch, fault)
     script, folder = Path(__file__).with_name("faults.py"), tmp_path / "run"
     monkeypatch.setenv("FAULT", fault)
     monkeypatch.setenv("FAULT_MARK", str(tmp_path / "mark"))
-    job = ("--timeout", 10) if "SIGSTOP" in fault else ()
+    job = ("--timeout", 5) if "SIGSTOP" in fault else ()
     done = run(2, script, *train(folder, *OPTIONS, *job)[2:], launcher=("--max-restarts=1",))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "mark").exists()
