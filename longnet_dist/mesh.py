@@ -176,10 +176,11 @@ class SequenceMesh:
                 raise ValueError(problem)
             return
         key = tuple((name, str(value)) for name, value in given.items())
-        if problem is None and key in self._agreed and self._everyone.device.type != "cpu":
+        if problem is None and key in self._agreed:
             return
         self._everyone.agree(given, problem)
-        self._agreed.add(key)
+        if self._everyone.device.type != "cpu":
+            self._agreed.add(key)
 
     def wrong_rows(self, name: str, given: int) -> str:
         """What to say of a tensor that has not this rank's number of rows."""

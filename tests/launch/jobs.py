@@ -37,12 +37,11 @@ def command(ranks: int, *arguments: object, launcher: tuple[object, ...] = ()) -
 
 
 def by_accelerate(ranks: int, folder: Path, example: str) -> str:
-    """What an example says, started by python alone, or by `accelerate launch` where there are several ranks."""
+    """What an example says, started by `accelerate launch`."""
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
     launch += ["--dynamo_backend=no", "--main_process_port=0", "--cpu", f"--num_processes={ranks}"]
     environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder)}
-    command = [*(launch if ranks > 1 else [sys.executable]), example]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*launch, example], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
