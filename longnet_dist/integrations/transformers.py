@@ -150,7 +150,8 @@ def _mask(
     if mask_function is not causal_mask_function:
         raise ValueError(
             "the model asks for more than a causal mask (packed documents, a sliding window, blocks): pack none "
-            "(position_ids must not restart), and use a config without windows"
+            "(position_ids must not restart), and use a config without windows. Compiled as a whole it asks for one "
+            "whatever the positions are: compile its layers instead"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -51,7 +53,7 @@ def test_with_one_dense_branch_it_is_transformers_own(family):
     assert_close(a.loss.double(), b.loss.double(), rtol=0, atol=1e-6)
 
 
-def over_ranks(group, family, rows, padded):
+def over_ranks(group, family, rows, padded, compiled=False):
     """Logits, loss and the sum of gradients, against one process."""
     from longnet_dist.integrations.transformers import split_batch
 
@@ -61,6 +63,10 @@ def over_ranks(group, family, rows, padded):
     expected.loss.backward()
     mesh = SequenceMesh(group, PATTERN, rows)
     model = make(family, PATTERN, mesh)
+    if compiled:
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Of dynamo's own looks.
+        for layer in model.model.layers:
+            layer.compile(fullgraph=True, backend="aot_eager")
     local = split_batch(batch, mesh)
     for given in (local, {name: x for name, x in local.items() if name != "position_ids"}):
         model.zero_grad()
@@ -79,6 +85,10 @@ def over_ranks(group, family, rows, padded):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_are_one_process(pool, family, world, rows, padded):
     pool.run(world, over_ranks, family, rows, padded)
+
+
+def test_compiled_layers_are_the_same(pool):
+    pool.run(2, over_ranks, "llama", 61, 0, True, limit=200)
 
 
 def refusals(group):
