@@ -15,7 +15,7 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of
 from longnet_dist.storage import place
-from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, train
+from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, run, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 OPTIONS = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
@@ -82,7 +82,7 @@ class Job:
 def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, tmp_path):
     """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
     (tmp_path / "plain").mkdir()
-    assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
+    assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
     node = ray_nodes.add("train", cpus=2)
     job = Job(ray_nodes, tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
     job.until(lambda: job.registered(4), "a checkpoint")

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
+RUN = README + (ROOT / "docs" / "integrations.md").read_text()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_runs(block):
-    exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", RUN, re.DOTALL))
+def test_what_is_shown_runs(block):
+    exec(compile(block, "a document", "exec"), {})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
