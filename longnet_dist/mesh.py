@@ -163,10 +163,11 @@ class SequenceMesh:
         total = self.sum(kept.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
         return total / count.clamp(min=1).to(total.dtype)
 
-    def agree(self, given: dict[str, Any], problem: str | None = None) -> None:
+    def agree(self, given: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
         """Check that every rank gives the same `given`. Collective: on CPU groups each time, else the first time.
 
-        (With NCCL a check would hold up the host in every layer, so later disagreement is a timeout there.)
+        (With NCCL a check would hold up the host in every layer, so later disagreement is a timeout there, unless
+        `always`.)
 
         Raises:
             ValueError: on every rank, where ranks differ or one has a `problem`.
@@ -179,7 +180,7 @@ class SequenceMesh:
         if problem is None and key in self._agreed:
             return
         self._everyone.agree(given, problem)
-        if self._everyone.device.type != "cpu":
+        if not always and self._everyone.device.type != "cpu":
             self._agreed.add(key)
 
     def wrong_rows(self, name: str, given: int) -> str:

@@ -11,7 +11,6 @@ one process is refused, on every rank.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from datetime import timedelta
 from itertools import islice
@@ -26,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from longnet_dist.comm import Communicator, gather_objects
-from longnet_dist.integrations.transformers import NAME, split_batch
+from longnet_dist.integrations.transformers import NAME, digest, problem_of_batch, rows_of
 from longnet_dist.loss import IGNORED
 from longnet_dist.mesh import SequenceMesh
 
@@ -166,7 +165,7 @@ class DilatedTrainer(Trainer):
         whole = dict(batch)
         problem = _problem_of_batch(whole, self.mesh)
         if self._world is not None:
-            mine = torch.tensor([_digest(whole), problem is not None], device=self._world.device)
+            mine = torch.tensor([digest(whole), problem is not None], device=self._world.device)
             digests, problems = self._world.all_gather(mine, "comparing batches").wait().cpu().unbind(1)
             if any(len(digests[ranks].unique()) > 1 for ranks in self._sequences):
                 problem = problem or (
@@ -178,7 +177,7 @@ class DilatedTrainer(Trainer):
                 self._agree({}, problem)
         elif problem:
             raise ValueError(problem)
-        return split_batch({name: x for name, x in whole.items() if name != "position_ids"}, self.mesh)
+        return rows_of(whole, self.mesh)
 
     def _problem(self) -> str | None:
         """What of the arguments is not the training of one process, over ranks."""
@@ -262,23 +261,4 @@ def _problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str |
     shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in batch.items()}
     if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
         return f"the collator gave {shapes}; each must be a tensor, (B, N)"
-    length = batch["input_ids"].shape[1]
-    if mesh is not None and length != mesh.seq_len:
-        return (
-            f"the batch is of {length} tokens, and the mesh of seq_len = {mesh.seq_len}: pad (padding='max_length', "
-            f"max_length={mesh.seq_len}, padding_side='right') or pack to it"
-        )
-    positions = batch.get("position_ids")
-    if positions is not None and not torch.equal(positions, torch.arange(length).to(positions).expand_as(positions)):
-        return "position_ids restart, or are not 0 to N - 1: packed documents are not supported; leave them out"
-    return None
-
-
-def _digest(batch: dict[str, Any]) -> int:
-    """56 bits of all that a batch holds."""
-    made = hashlib.blake2b(digest_size=7)
-    for name, x in sorted(batch.items()):
-        made.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() if isinstance(x, Tensor) else repr(x).encode())
-        if isinstance(x, Tensor):
-            made.update(x.reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return int.from_bytes(made.digest(), "big")
+    return problem_of_batch(batch, mesh)

@@ -21,6 +21,7 @@ of one sequence, and parameters whose gradients nobody sums.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -47,6 +48,11 @@ _SAMPLER = (
     "True, and no DistributedSampler of your own), but not for an IterableDataset; and ranks must draw alike"
 )
 
+_LOSS = (
+    "return token_loss(logits, labels, mesh), or what a model of ours returns: the mean over the tokens of all ranks, "
+    "not of this rank's"
+)
+
 
 def sequence_mesh(module: LightningModule, pattern: Pattern, seq_len: int, **options: Any) -> SequenceMesh:
     """The mesh of the ranks that hold one sequence, for `configure_model`. Collective.
@@ -70,10 +76,10 @@ def sequence_mesh(module: LightningModule, pattern: Pattern, seq_len: int, **opt
 class SequenceParallelStrategy(ModelParallelStrategy):
     """Ranks in groups that hold one sequence each; groups have other samples.
 
-    The loss that `training_step` returns is `token_loss` over the mesh, or another of which each rank's gradient is its
-    own tokens' part. Every batch weighs the same, as ever in Lightning; where `training_step` returns
-    `{"loss": loss, "tokens": n}`, n the valid labels of the *whole* sequences of the batch, every token does, over the
-    batches that are accumulated and over the groups.
+    The loss that `training_step` returns is `token_loss` over the mesh, or another that is the same on all ranks of a
+    sequence, and of which each rank's gradient is its own tokens' part. Every batch weighs the same, as ever in
+    Lightning; where `training_step` returns `{"loss": loss, "tokens": n}`, n the valid labels of the *whole* sequences
+    of the batch, every token does, over the batches that are accumulated and over the groups.
 
     Each batch is compared by a checksum. Ranks of a sequence draw the same random numbers, for dropout too. Log with
     `sync_dist=True` and the mean over ranks: their sum counts a sequence as often as it has ranks.
@@ -84,8 +90,9 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         options: as for `ModelParallelStrategy`.
 
     Raises:
-        ValueError: on every rank, where ranks of one sequence have other batches or counts of tokens, or groups have
-            the same batch; where ranks have other seeds or numbers of batches, or a parameter is not sharded over all.
+        ValueError: on every rank, where ranks of one sequence have other batches, losses or counts of tokens, or groups
+            have the same batch; where ranks have other seeds or numbers of batches, or a parameter is not sharded over
+            all.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         super().__init__(data_parallel_size, sequence_parallel_size, **options)
         self._tokens: float | None = None
         self._window: list[float | None] = []
+        self._losses: list[Tensor] = []
 
     def setup_environment(self) -> None:
         """Make the device mesh."""
@@ -164,6 +172,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         """Each rank of a sequence makes its part of the gradient, and FSDP takes the mean: scale it to their sum."""
         self._window.append(self._tokens)
+        self._losses.append(closure_loss.detach())
         scale = self.device_mesh[AXIS].size() * (1.0 if self._tokens is None else self._tokens)
         return super().backward(closure_loss * scale, optimizer, *args, **kwargs)
 
@@ -178,7 +187,9 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         return super().optimizer_step(optimizer, weighed, model, **kwargs)
 
     def _weigh(self, optimizer: Optimizer) -> None:
-        window, self._window = self._window, []
+        window, losses = self._window, [float(loss) for loss in self._losses]
+        self._window, self._losses = [], []
+        self._same("the loss", losses, _LOSS, self.device_mesh[AXIS].size())
         groups = self._same('"tokens"', window, "count the labels of whole sequences", self.device_mesh[AXIS].size())
         counts = [count for group in groups for count in group]
         if all(count is None for count in counts):
@@ -208,11 +219,20 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         everyones = gather_objects(mine, group)
         size = size or len(everyones)
         for first in range(0, len(everyones), size):
-            if any(other != everyones[first] for other in everyones[first : first + size]):
+            if not all(_alike(other, everyones[first]) for other in everyones[first : first + size]):
                 raise ValueError(
                     f"{what} differs between ranks {first} to {first + size - 1}, which must agree: {hint}"
                 )
         return everyones[::size]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether they are equal; numbers of which one may be rounded otherwise, nearly; NaN is NaN."""
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))
+    return bool(a == b)
 
 
 def _digest(values: Any) -> int:

@@ -72,10 +72,15 @@ def refusals(group):
     grid = DeviceMesh("cpu", torch.arange(8).view(4, 2), mesh_dim_names=("sp", "tp"))
     mesh = SequenceMesh(grid["sp"], PATTERN, 64)
     style = SequenceParallelAttention(mesh, causal=True)
+    spread = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"])
     attend = parallelize_module(Attend(), grid["sp"], style)
     q = torch.randn(1, 4, mesh.shard.num_rows, 8)
     whole = torch.randn(1, 4, 64, 8)
+    normed = DilatedAttention(8, 2, PATTERN.dilation_rates, PATTERN.segment_lengths, qk_norm=True)
+    alone_wrong = {"attn_mask": torch.ones(1, 1, 16, 64)} if mesh.rank == 0 else {}
     cases = [
+        (lambda: attend(q, q, q, **alone_wrong), "attn_mask must be None"),
+        (lambda: parallelize_module(normed, grid["sp"], spread), "heads cannot be spread .* with qk_norm"),
         (lambda: attend(whole, whole, whole), "pass mesh.split"),
         (lambda: attend(q, q, q, torch.ones(1, 1, 16, 64)), "attn_mask must be None"),
         (lambda: attend(q, q, q, dropout_p=0.1), "probabilities cannot be dropped"),
@@ -160,10 +165,11 @@ def trained(group, shape, checkpointed, compiled):
         wrapped = DistributedDataParallel(model, process_group=group)
     mine = tokens.chunk(dp)[grid["dp"].get_local_rank()]
     labels = mesh.split(next_token_labels(mine))
-    for _ in range(2):  # Again, with what the first step has cached.
+    for step in range(2):  # Again, with what the first step has cached.
         model.zero_grad()
-        loss = token_loss(wrapped(mesh.split(mine), mesh.positions()), labels, mesh)
-        (loss * mesh.size).backward()
+        with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
+            loss = token_loss(wrapped(mesh.split(mine), mesh.positions()), labels, mesh)
+            (loss * mesh.size).backward()
     total = loss.detach().clone()
     dist.all_reduce(total)
     assert_close(total / 8, right_loss, rtol=0, atol=1e-12)

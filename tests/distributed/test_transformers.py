@@ -100,10 +100,12 @@ def refusals(group):
     local = split_batch(batch, mesh)
     left = draw(40)
     left["attention_mask"][0, :5] = 0
+    alone_wrong = mesh.positions()[None] + int(mesh.rank == 0)
     cases = [
         (batch, "split_batch"),  # Not split.
+        (local | {"position_ids": alone_wrong}, "must be global and without restarts"),
         (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "must be global and without restarts"),
-        (split_batch(left, mesh), "padding before tokens"),
+        (local | {"attention_mask": mesh.split(left["attention_mask"])}, "padding before tokens"),
         ({name: x for name, x in local.items() if name != "shift_labels"}, "shifted before they are split"),
         (local | {"attention_mask": torch.ones(2, 1, 40, 40)}, r"must be \(B, N\)"),
     ]
@@ -112,10 +114,79 @@ def refusals(group):
             model(**given)
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         make("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
+    restarts = {"position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
+    of_rank = {"input_ids": batch["input_ids"] + int(mesh.rank == 1)}
+    for spoilt, said in (
+        (batch | restarts, "position_ids restart"),
+        (batch | (restarts if mesh.rank == 0 else {}), "position_ids restart"),
+        (batch | of_rank, "the ranks of one sequence disagree.*the batch"),
+        (left, "padding before tokens"),
+        (draw(41), "the batch is of 41 tokens, and the mesh of seq_len = 40"),
+        (batch | {"cu_seq_lens_q": torch.tensor([0, 40])}, "cu_seq_lens_q: packed documents"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            split_batch(spoilt, mesh)
 
 
 def test_what_cannot_be_exact_is_refused_on_every_rank(pool):
     pool.run(2, refusals)
+
+
+def models(group):
+    """What over ranks would see a rank's rows alone."""
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    mesh = SequenceMesh(group, PATTERN, 40)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    ropes = {"rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
+    long = ropes | {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [2.0, 2.0]}
+    cases = [
+        ("Llama", {"rope_parameters": ropes | {"rope_type": "dynamic"}}, "rotary positions of the kind dynamic"),
+        ("Llama", {"rope_parameters": long}, "rotary positions of the kind longrope"),
+        ("Mixtral", {"output_router_logits": True, "num_local_experts": 2}, "adds a loss of its routers"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, r"has layers \(conv\) that would see"),
+    ]
+    for kind, options, said in cases:
+        config = getattr(transformers, f"{kind}Config")(**(sizes | options))
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+        apply(model, PATTERN)  # On one process it is exact.
+        with pytest.raises(ValueError, match=said):
+            apply(model, PATTERN, mesh)
+    with pytest.raises(ValueError, match=r"a rank that holds no rows, .*chunk=20"):
+        make("llama", PATTERN, SequenceMesh(group, PATTERN, 40, chunk=40))
+    model = make("llama", PATTERN, SequenceMesh(group, PATTERN, 30))
+    apply(model, PATTERN, mesh)(**{"input_ids": mesh.split(draw(40)["input_ids"])})  # Nothing is left of the first.
+
+
+def test_models_that_ranks_would_not_compute_as_one_are_refused(pool):
+    pool.run(2, models)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "said"),
+    [
+        ("Gemma2", {"head_dim": 4}, "softcap = 50.0, and scores are not capped"),
+        ("GptOss", {"head_dim": 4, "num_local_experts": 2}, "s_aux, and attention sinks are not computed"),
+        ("Mistral", {}, "sliding_window = 8, and a sliding window is another pattern"),
+    ],
+)
+def test_what_a_model_asks_of_its_attention_is_refused(kind, options, said, monkeypatch):
+    """Each by its own reason: the mask, which refuses windows before, is left out."""
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "sliding_window": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+    if kind != "Mistral":
+        sizes |= {"layer_types": ["full_attention"] * 2}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**(sizes | options)))
+    monkeypatch.setattr("longnet_dist.integrations.transformers._mask", lambda *_, **__: None)
+    with pytest.raises(ValueError, match=said):
+        apply(model, PATTERN)(draw(40)["input_ids"])
 
 
 def test_refusals_on_one_process():
@@ -131,6 +202,16 @@ def test_refusals_on_one_process():
     mistral = transformers.MistralConfig(**sizes, vocab_size=50, num_hidden_layers=1, sliding_window=8)
     with pytest.raises(ValueError, match="sliding window"):
         apply(transformers.MistralForCausalLM(mistral), PATTERN)(batch["input_ids"])
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q, .*not known here"):
+        make("llama")(batch["input_ids"], cu_seq_lens_q=torch.tensor([0, 20, 40]), max_length_q=20)
+    falcon = transformers.FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
+    with pytest.raises(ValueError, match="does not call transformers' attention interface"):
+        apply(transformers.FalconForCausalLM(falcon), PATTERN)
+    tagger = transformers.LlamaForTokenClassification(make("llama", None).config)
+    with pytest.raises(ValueError, match="is not the causal language model of its kind"):
+        apply(tagger, PATTERN)
+    with pytest.raises(ValueError, match="is no PreTrainedModel"):
+        apply(torch.nn.Sequential(make("llama", None)), PATTERN)
     register()
     plain = make("llama", None)
     plain.set_attn_implementation("longnet_dist")

@@ -90,6 +90,12 @@ def refusals(folder, mesh):
     longer.train_dataset = sequences(13 + 8 * rank)
     one_short = make(folder, half, dp=2, number=12)
     one_short.train_dataset = sequences(12, rows=SEQ_LEN - (rank > 1))
+    padded = make(folder, half, dp=2, number=12)
+    padded.train_dataset = sequences(12)
+    if rank > 1:  # One mesh alone.
+        for sequence in padded.train_dataset:
+            sequence["attention_mask"] = sequence["attention_mask"].flip(0).clone()
+            sequence["attention_mask"][0] = 0
     bare = make(folder, mesh)
     bare.evaluate()
     return {
@@ -99,6 +105,7 @@ def refusals(folder, mesh):
         "the ranks of a sequence were given different batches": said(by_rank.train),
         "number of batches": said(longer.train),
         "the batch is of 44 tokens, and the mesh of seq_len = 45": said(one_short.train),
+        "padding before tokens": said(padded.train),
         "the model was applied with the mesh": said(lambda: make(folder, mesh, model=make_model(half))),
         "the meshes are over the ranks (0, 1), (2,), (3,): every rank of the job": said(
             lambda: make(folder, half if rank < 2 else None)

@@ -38,6 +38,8 @@ class Language(LightningModule):
 
     def loss(self, batch):
         tokens, labels = (batch[name] if self.case == "unsplit" else self.mesh.split(batch[name]) for name in batch)
+        if self.case == "local loss":
+            return torch.nn.functional.cross_entropy(self.model(tokens, self.mesh).flatten(0, 1), labels.flatten())
         return self.model(tokens, self.mesh, labels)
 
     def training_step(self, batch, index):
@@ -153,6 +155,7 @@ def refusals(groups):
         "length": refused(loader=DataLoader(data(rows=60), batch_size=2)),
         "local tokens": refused("local tokens"),
         "some tokens": refused("some tokens"),
+        "local loss": refused("local loss", weigh="by batch"),
         "manual tokens": refused("manual tokens", weigh="manual"),
     }
 

@@ -125,6 +125,7 @@ REFUSED = {
     (1, "length"): "mesh.split takes the whole sequence",
     (1, "local tokens"): '"tokens" differs between ranks 0 to 1',
     (1, "some tokens"): "for some batches of a step only",
+    (1, "local loss"): r"the loss differs between ranks 0 to 1, .* return token_loss\(logits, labels, mesh\)",
     (1, "manual tokens"): "in automatic optimization",
     (2, "same"): "all 2 data-parallel groups have the same batch",
     (2, "half"): "are not sharded over all 4 ranks",
