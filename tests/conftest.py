@@ -19,6 +19,11 @@ os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs the Ray cluster comes last, so that its daemons run beside nothing else."""
+    items.sort(key=lambda item: "ray_nodes" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def _seeded(doctest_namespace: dict[str, object]) -> None:
     import longnet_dist

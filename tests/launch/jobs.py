@@ -129,3 +129,15 @@ def losses(folder: Path) -> list[float]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
+
+
+def until(folder: Path, step: int, job: subprocess.Popen[str], limit: float = 90) -> None:
+    """Wait until the run's metrics hold this step."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)  # The job's progress shows in its files alone.
+    raise AssertionError(f"step {step} was not reached in {limit} s")

@@ -15,7 +15,7 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of
 from longnet_dist.storage import place
-from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, run, train
+from tests.launch.jobs import ENVIRONMENT, ROOT, command, losses, run, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 OPTIONS = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
@@ -79,12 +79,27 @@ class Job:
         return said
 
 
-def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, tmp_path):
+@pytest.fixture
+def begin(ray_nodes):
+    """Starts jobs, none of which outlives its test."""
+    jobs = []
+
+    def start(*arguments):
+        jobs.append(Job(ray_nodes, *arguments))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.process.kill()
+        job.process.wait()
+
+
+def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, begin, tmp_path):
     """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
     (tmp_path / "plain").mkdir()
     assert run(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 12)).returncode == 0
     node = ray_nodes.add("train", cpus=2)
-    job = Job(ray_nodes, tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
+    job = begin(tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
     job.until(lambda: job.registered(4), "a checkpoint")
     os.kill(job.groups()[-1][1], signal.SIGKILL)
     job.until(lambda: len(job.groups()) == 2 and job.trained(7), "a restart")
@@ -96,13 +111,11 @@ def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, 
     ray_nodes.remove(node)
 
 
-def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_path):
+def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, begin, tmp_path):
     """Two ranks, one, two: the same data in the same order, so the same losses to rounding."""
-    (tmp_path / "plain").mkdir()
-    assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS, "--steps", 80)).returncode == 0
     first, second = ray_nodes.add("elastic"), ray_nodes.add("elastic")
     options = ("--ranks", 2, "--ray.min-ranks", 1, "--ray.resize-seconds", 3, "--ray.resources", "elastic", 1)
-    job = Job(ray_nodes, tmp_path / "run", "--steps", 80, *options)
+    job = begin(tmp_path / "run", "--steps", 3000, *options)
 
     def train_on(size: int) -> None:
         """Until a group of this size has started, and gone on for some steps."""
@@ -123,16 +136,21 @@ def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, tmp_
     ray_nodes.remove(first)
     ray_nodes.remove(third)
     assert job.resumed()[-2:] == ["2", "1"]  # From a checkpoint of two ranks on one, and of one on two.
-    found = losses(tmp_path / "run")[:last]
-    assert found == pytest.approx(losses(tmp_path / "plain" / "run")[:last], rel=1e-9)
+    (tmp_path / "plain").mkdir()
+    plain = tmp_path / "plain" / "run"
+    undisturbed = start(2, *train(plain, *OPTIONS, "--steps", 3000, "--checkpoint-every", 0))
+    until(plain, last + 1, undisturbed)
+    os.killpg(undisturbed.pid, signal.SIGKILL)
+    undisturbed.communicate()
+    assert losses(tmp_path / "run")[:last] == pytest.approx(losses(plain)[:last], rel=1e-9)
 
 
-def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, tmp_path, bucket):
+def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, begin, tmp_path, bucket):
     """A preemption notice, by Ray's own command: a checkpoint at once, in a store; the run goes on elsewhere."""
     store = f"{bucket}/runs/first"
     first = ray_nodes.add("spot")
     options = ("--ranks", 1, "--ray.labels", "pool", "spot", "--ray.max-failures", 0, "--checkpoint-every", 0)
-    job = Job(ray_nodes, tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
+    job = begin(tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
     job.folder = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
     job.until(lambda: job.trained(5), "a step")
     checkpoints = place(store) / "checkpoints"
@@ -147,7 +165,5 @@ def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, tmp_path,
     job.until(lambda: "going on from s3://" in job.log.read_text(), "another start")
     assert job.process.poll() is None
     assert (place(store) / "checkpoint_manager_snapshot.json").exists()
-    job.process.kill()
-    job.process.wait()
     ray_nodes.remove(first)
     ray_nodes.remove(second)

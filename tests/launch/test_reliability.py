@@ -17,7 +17,7 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of, held
 from longnet_dist.storage import place
-from tests.launch.jobs import forked, losses, run, start, train
+from tests.launch.jobs import forked, losses, run, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 STEPS = 12
@@ -31,18 +31,6 @@ def undisturbed(tmp_path_factory) -> list[float]:
     done = forked(2, *train(folder, *OPTIONS))
     assert done.returncode == 0, done.stderr
     return losses(folder)
-
-
-def until(folder: Path, step: int, job: subprocess.Popen[str], limit: float = 90) -> None:
-    """Wait until the run's metrics hold this step."""
-    deadline = time.monotonic() + limit
-    while time.monotonic() < deadline:
-        path = folder / "metrics.jsonl"
-        if path.exists() and f'"step": {step},' in path.read_text():
-            return
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.02)  # The job's progress shows in its files alone.
-    raise AssertionError(f"step {step} was not reached in {limit} s")
 
 
 def workers(agent: int) -> list[int]:

@@ -65,7 +65,7 @@ def on_a_cpu():
     TORCH_DTYPE_MAP["float64"] = torch.float64
 
 
-def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_fn=None, **degrees):
+def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_fn=None, join=False, **degrees):
     """The debug config of a family, of two layers, in float64."""
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
     from torchtitan.models.qwen3.config_registry import qwen3_debugmodel
@@ -83,7 +83,7 @@ def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_
     config.parallelism.spmd_backend = backend
     for name, degree in degrees.items():
         setattr(config.parallelism, f"{name}_degree", degree)
-    return apply(config, pattern)
+    return apply(config, pattern, join_documents=join)
 
 
 def build(config, world):
@@ -143,12 +143,13 @@ def reference(batch, family="llama3"):
     return whole, logits, loss
 
 
-def compare(family="llama3", **degrees):
+def compare(family="llama3", join=False, **degrees):
     """Logits, loss and gradients over the mesh of all ranks, against one process."""
-    config = small(family, **degrees)
+    config = small(family, join=join, **degrees)
     whole, expected, _ = reference(4, family)
     model, dims = build(config, RANKS)
     inputs, labels, positions = draw(4)
+    positions = positions % 20 if join else positions
     local, _, given = shard(config, dims, inputs, labels, positions)
     logits = model(local, **given).full_tensor()  # A DTensor: what ranks hold of it is as torchtitan says.
     assert_close(logits, expected, rtol=0, atol=1e-10)
@@ -172,8 +173,8 @@ def data():
 
 
 def grouped():
-    """Qwen3: grouped queries, and norms of heads."""
-    compare("qwen3", context_parallel=4)
+    """Qwen3: grouped queries, and norms of heads; documents that are packed, and attended as one text."""
+    compare("qwen3", join=True, context_parallel=4)
 
 
 def typed():
