@@ -214,8 +214,8 @@ def _attention(
         )
     for name, reason in _REFUSED.items():
         if options.get(name) is not None:
-            value = "" if isinstance(options[name], Tensor) else f" = {options[name]!r}"
-            refuse(f"{type(module).__name__} has {name}{value}, and {reason}", stamp.mesh)
+            given = "" if isinstance(options[name], Tensor) else f" = {options[name]!r}"
+            refuse(f"{type(module).__name__} has {name}{given}, and {reason}", stamp.mesh)
     unknown = [name for name, x in options.items() if name not in _KNOWN and x is not None and x is not False]
     if unknown or options.get("is_causal") is False:
         said = ", ".join(unknown) or "is_causal=False"
