@@ -22,6 +22,7 @@ of one sequence, and parameters whose gradients nobody sums.
 from __future__ import annotations
 
 import math
+import operator
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -189,7 +190,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
     def _weigh(self, optimizer: Optimizer) -> None:
         window, losses = self._window, [float(loss) for loss in self._losses]
         self._window, self._losses = [], []
-        self._same("the loss", losses, _LOSS, self.device_mesh[AXIS].size())
+        self._same("the loss", losses, _LOSS, self.device_mesh[AXIS].size(), alike=_nearly)
         groups = self._same('"tokens"', window, "count the labels of whole sequences", self.device_mesh[AXIS].size())
         counts = [count for group in groups for count in group]
         if all(count is None for count in counts):
@@ -213,26 +214,29 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         return self.lightning_module
 
     def _same(
-        self, what: str, mine: Any, hint: str, size: int | None = None, group: ProcessGroup | None = None
+        self,
+        what: str,
+        mine: Any,
+        hint: str,
+        size: int | None = None,
+        group: ProcessGroup | None = None,
+        alike: Callable[[Any, Any], bool] = operator.eq,
     ) -> list[Any]:
         """What each `size` ranks (by default all) have in common, of all or those of `group`; else a ValueError."""
         everyones = gather_objects(mine, group)
         size = size or len(everyones)
         for first in range(0, len(everyones), size):
-            if not all(_alike(other, everyones[first]) for other in everyones[first : first + size]):
+            if not all(alike(other, everyones[first]) for other in everyones[first : first + size]):
                 raise ValueError(
                     f"{what} differs between ranks {first} to {first + size - 1}, which must agree: {hint}"
                 )
         return everyones[::size]
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Whether they are equal; numbers of which one may be rounded otherwise, nearly; NaN is NaN."""
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_alike, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-4) or (math.isnan(a) and math.isnan(b))
-    return bool(a == b)
+def _nearly(a: list[float], b: list[float]) -> bool:
+    """Whether losses are the same, of which one may be rounded otherwise; NaN is NaN."""
+    pairs = list(zip(a, b, strict=False))
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-4) or (x != x and y != y) for x, y in pairs)
 
 
 def _digest(values: Any) -> int:

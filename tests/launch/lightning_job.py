@@ -55,6 +55,8 @@ class Language(LightningModule):
             return loss
         if self.case == "local tokens":
             count = int((self.mesh.split(batch["labels"]) != -100).sum())
+        if self.case == "one token more":
+            count = 1_000_000 + dist.get_rank()
         return {"loss": loss, "tokens": count}
 
     def validation_step(self, batch, index):
@@ -155,6 +157,7 @@ def refusals(groups):
         "length": refused(loader=DataLoader(data(rows=60), batch_size=2)),
         "local tokens": refused("local tokens"),
         "some tokens": refused("some tokens"),
+        "one token more": refused("one token more"),
         "local loss": refused("local loss", weigh="by batch"),
         "manual tokens": refused("manual tokens", weigh="manual"),
     }

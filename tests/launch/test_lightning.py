@@ -124,6 +124,7 @@ REFUSED = {
     (1, "unsplit"): r"pass mesh.split\(x\), not the whole sequence",
     (1, "length"): "mesh.split takes the whole sequence",
     (1, "local tokens"): '"tokens" differs between ranks 0 to 1',
+    (1, "one token more"): '"tokens" differs between ranks 0 to 1',
     (1, "some tokens"): "for some batches of a step only",
     (1, "local loss"): r"the loss differs between ranks 0 to 1, .* return token_loss\(logits, labels, mesh\)",
     (1, "manual tokens"): "in automatic optimization",

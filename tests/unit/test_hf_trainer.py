@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from longnet_dist import SequenceMesh
+from longnet_dist import Pattern, SequenceMesh
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -152,6 +152,7 @@ def test_predictions_are_refused(job, tmp_path):
 def test_a_pattern_of_one_process_is_no_mesh(job, tmp_path):
     """A mesh of one process trains as none does, and as the stock Trainer does."""
     mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
+    assert mesh.pattern == Pattern((8, 48), (1, 4))
     ours = [job.train(tmp_path / str(n), given) for n, given in enumerate((None, mesh))]
     stock = job.train(tmp_path / "stock", kind=job.Trainer)
     assert ours[0] == ours[1] == stock
