@@ -26,7 +26,8 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 def forkserver() -> multiprocessing.context.ForkServerContext:
     """What starts processes that have imported what all tests need."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["longnet_dist.cli", "transformers.models.llama.modeling_llama"])
+    trainers = ["transformers.models.llama.modeling_llama", "transformers.trainer", "lightning.pytorch"]
+    context.set_forkserver_preload(["longnet_dist.cli", *trainers])
     return context
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 
 import pytest
@@ -135,9 +136,17 @@ def alone(model, tokens):
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+GRIDS = {}
+
+
+def make_grid(group, shape):
+    """On all ranks that there are, as their groups are."""
+    GRIDS[shape] = DeviceMesh("cpu", torch.arange(math.prod(shape)).view(shape), mesh_dim_names=("dp", "sp", "tp"))
+
+
 def trained(group, shape, checkpointed, compiled):
     """The gradients of a global batch over (dp, sp, tp) ranks: by DDP, or where heads are spread by FSDP2."""
-    grid = DeviceMesh("cpu", torch.arange(8).view(shape), mesh_dim_names=("dp", "sp", "tp"))
+    grid = GRIDS[shape]
     dp, _, tp = shape
     mesh = SequenceMesh(grid["sp"], OF_EXAMPLE, SEQ_LEN)
     torch.manual_seed(0)
@@ -171,8 +180,8 @@ def trained(group, shape, checkpointed, compiled):
             loss = token_loss(wrapped(mesh.split(mine), mesh.positions()), labels, mesh)
             (loss * mesh.size).backward()
     total = loss.detach().clone()
-    dist.all_reduce(total)
-    assert_close(total / 8, right_loss, rtol=0, atol=1e-12)
+    dist.all_reduce(total, group=group)
+    assert_close(total / group.size(), right_loss, rtol=0, atol=1e-12)
     for name, parameter in model.named_parameters():
         grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
         assert_close(grad, right[name.replace("_checkpoint_wrapped_module.", "")], rtol=0, atol=1e-12, msg=name)
@@ -180,9 +189,10 @@ def trained(group, shape, checkpointed, compiled):
 
 @pytest.mark.parametrize(
     ("shape", "checkpointed", "compiled"),
-    [((2, 4, 1), False, False), ((4, 2, 1), True, True), ((2, 2, 2), True, False)],
-    ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing"],
+    [((2, 4, 1), False, False), ((2, 2, 1), True, True), ((2, 2, 2), True, False), ((1, 2, 2), False, True)],
+    ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing", "FSDP x TP, compile"],
 )
 def test_it_goes_with_what_trains_a_model(pool, shape, checkpointed, compiled):
-    """FSDP2 and tensor parallelism, compiled, are examples/parallelize.py, in tests/launch."""
-    pool.run(8, trained, shape, checkpointed, compiled, limit=200)
+    """Also compiled for real, as users do: examples/parallelize.py, in tests/launch."""
+    pool.run(8, make_grid, shape)
+    pool.run(math.prod(shape), trained, shape, checkpointed, compiled, limit=200)

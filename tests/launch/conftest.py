@@ -8,6 +8,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.launch.jobs import TWELVE_STEPS, losses, run, train
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of `TWELVE_STEPS` on two ranks, started by torchrun, that nobody stops."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(2, *train(folder, *TWELVE_STEPS))
+    assert done.returncode == 0, done.stderr
+    return losses(folder)
+
 
 @pytest.fixture(scope="session")
 def ray_nodes(s3_server: None) -> Iterator[object]:

@@ -1,7 +1,8 @@
-"""`longnet-dist train`, in which rank 1 meets a fault in step 5, the first time it comes there: FAULT says which."""
+"""`longnet-dist train`, in which rank 1 meets faults in step 5: FAULTS, separated by commas, one in each start."""
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,14 +12,15 @@ from longnet_dist import cli
 from longnet_dist.train import _Trainer
 
 STEP = 5
-WHERE, WHAT = os.environ.get("FAULT", "nowhere nothing").split()
+FAULTS = os.environ.get("FAULTS", "").split(",")
+MARKS = [Path(os.environ["FAULT_MARKS"]) / fault for fault in FAULTS]  # Files, of those that a start has met.
+WHERE, WHAT = next((f for f, mark in zip(FAULTS, MARKS, strict=True) if not mark.exists()), "nowhere nothing").split()
 windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
 now = 0
 
 
 def fault():
-    """Once: a restarted job finds the mark."""
-    mark = Path(os.environ["FAULT_MARK"])
+    mark = MARKS[FAULTS.index(f"{WHERE} {WHAT}")]
     if now != STEP + (WHERE == "save") or os.environ["RANK"] != "1" or mark.exists():
         return
     mark.touch()
@@ -26,6 +28,8 @@ def fault():
         raise RuntimeError("a fault that was asked for")
     if WHAT == "sleep":
         oversleep()
+    if WHAT == "SIGSTOP":  # Until the others have given up.
+        subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), getattr(signal, WHAT))
 
 

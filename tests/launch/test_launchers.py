@@ -52,7 +52,7 @@ def test_ray_job_and_ray_train_run(ray_nodes, tmp_path):
     """
     every = ("--checkpoint-every", 1, "--seq-len", 128)
     arguments = [str(a) for a in train(tmp_path / "run", "--steps", 3, *every)[3:]]
-    job = {"RANKS": "2", "FOLDER": str(tmp_path / "run")} | ray_nodes.environment
+    job = {"RANKS": "1", "FOLDER": str(tmp_path / "run")} | ray_nodes.environment
     done = start("ray_job.sh", [a for a in arguments if a not in ("--run-folder", str(tmp_path / "run"))], job)
     assert "succeeded" in done.stdout
     assert len(losses(tmp_path / "run")) == 3
@@ -76,7 +76,7 @@ def test_ray_job_and_ray_train_run(ray_nodes, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "TrainResult(" in done.stdout
-    assert "of step 3 on 2 ranks" in done.stdout + done.stderr
+    assert "of step 3 on 1 ranks" in done.stdout + done.stderr
     assert len(losses(tmp_path / "run")) == 5
 
 
