@@ -13,7 +13,7 @@ from longnet_dist.train import _Trainer
 
 STEP = 5
 FAULTS = os.environ.get("FAULTS", "").split(",")
-MARKS = [Path(os.environ["FAULT_MARKS"]) / fault for fault in FAULTS]  # Files, of those that a start has met.
+MARKS = [Path(os.environ.get("FAULT_MARKS", ".")) / fault for fault in FAULTS]  # Files, of those that a start has met.
 WHERE, WHAT = next((f for f, mark in zip(FAULTS, MARKS, strict=True) if not mark.exists()), "nowhere nothing").split()
 windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
 now = 0
