@@ -32,8 +32,9 @@ def _seeded(doctest_namespace: dict[str, object]) -> None:
     doctest_namespace.update(vars(longnet_dist), torch=torch)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
+    """Ended with each module: a thread of gloo's, of which every group has one, wakes up 100 times a second."""
     made = Pool()
     yield made
     made.close()

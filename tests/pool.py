@@ -1,4 +1,4 @@
-"""A pool of real processes with gloo groups between them, started once a session.
+"""A pool of real processes with gloo groups between them, started once a module.
 
 `pool.run(world, function, *args)` calls `function(group, *args)` on ranks 0..world-1 and returns
 their results in order. A call that fails, or outruns its time limit, ends all its processes: what
