@@ -235,8 +235,9 @@ class SequenceParallelStrategy(ModelParallelStrategy):
 
 def _nearly(a: list[float], b: list[float]) -> bool:
     """Whether losses are the same, of which one may be rounded otherwise; NaN is NaN."""
-    pairs = list(zip(a, b, strict=False))
-    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-4) or (x != x and y != y) for x, y in pairs)
+    return len(a) == len(b) and all(
+        math.isclose(x, y, rel_tol=1e-4) or (math.isnan(x) and math.isnan(y)) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _digest(values: Any) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,15 +11,16 @@ from longnet_dist import cli
 from longnet_dist.train import _Trainer
 
 STEP = 5
-FAULTS = os.environ.get("FAULTS", "").split(",")
-MARKS = [Path(os.environ.get("FAULT_MARKS", ".")) / fault for fault in FAULTS]  # Files, of those that a start has met.
-WHERE, WHAT = next((f for f, mark in zip(FAULTS, MARKS, strict=True) if not mark.exists()), "nowhere nothing").split()
+MARKS = Path(os.environ.get("FAULT_MARKS", "."))  # A folder, of a file for each fault that a start has met.
+LEFT = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and not (MARKS / fault).exists()]
+FAULT = (LEFT or ["nowhere nothing"])[0]
+WHERE, WHAT = FAULT.split()
 windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
 now = 0
 
 
 def fault():
-    mark = MARKS[FAULTS.index(f"{WHERE} {WHAT}")]
+    mark = MARKS / FAULT
     if now != STEP + (WHERE == "save") or os.environ["RANK"] != "1" or mark.exists():
         return
     mark.touch()
@@ -28,8 +28,6 @@ def fault():
         raise RuntimeError("a fault that was asked for")
     if WHAT == "sleep":
         oversleep()
-    if WHAT == "SIGSTOP":  # Until the others have given up.
-        subprocess.Popen(["sh", "-c", f"sleep 10; kill -CONT {os.getpid()}"], start_new_session=True)
     os.kill(os.getpid(), getattr(signal, WHAT))
 
 

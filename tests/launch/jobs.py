@@ -28,7 +28,8 @@ TINY = (
     "--model.d-model", 16, "--model.num-layers", 2, "--model.num-heads", 2,
     "--model.segment-lengths", 64, 256, "--model.dilation-rates", 1, 4,
 )  # fmt: skip
-TWELVE_STEPS = ("--steps", 12, "--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
+SHORT = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
+TWELVE_STEPS = ("--steps", 12, *SHORT)
 
 
 def command(ranks: int, *arguments: object, launcher: tuple[object, ...] = ()) -> list[str]:

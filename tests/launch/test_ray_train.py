@@ -15,10 +15,9 @@ import pytest
 from longnet_dist import TrainConfig
 from longnet_dist.job import figures_of
 from longnet_dist.storage import place
-from tests.launch.jobs import ENVIRONMENT, ROOT, TWELVE_STEPS, command, losses, start, train, until
+from tests.launch.jobs import ENVIRONMENT, ROOT, SHORT, command, losses, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
-OPTIONS = ("--seq-len", 250, "--checkpoint-every", 2, "--batch-size", 2)
 
 
 class Job:
@@ -27,7 +26,7 @@ class Job:
     def __init__(self, nodes, folder: Path, *options: object) -> None:
         self.folder = folder
         self.log = folder.parent / f"{folder.name}.log"
-        arguments = train(folder, *OPTIONS, "--launcher", "ray", *options)
+        arguments = train(folder, *SHORT, "--launcher", "ray", *options)
         environment = ENVIRONMENT | nodes.environment
         # Of the search for room, which counts on a node until the cluster knows that it is lost; and between looks.
         environment |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
@@ -98,7 +97,7 @@ def begin(ray_nodes):
 def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, begin, undisturbed, tmp_path):
     """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
     node = ray_nodes.add("train", cpus=2)
-    job = begin(tmp_path / "run", *TWELVE_STEPS, "--ranks", 2, "--ray.labels", "pool", "train")
+    job = begin(tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
     job.until(lambda: job.registered(4), "a checkpoint")
     os.kill(job.groups()[-1][1], signal.SIGKILL)
     job.until(lambda: len(job.groups()) == 2 and job.trained(7), "a restart")
@@ -136,7 +135,7 @@ def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, begi
     ray_nodes.remove(third)
     (tmp_path / "plain").mkdir()
     plain = tmp_path / "plain" / "run"
-    alone = start(1, *train(plain, *OPTIONS, "--steps", 3000, "--checkpoint-every", 0))
+    alone = start(1, *train(plain, *SHORT, "--steps", 3000, "--checkpoint-every", 0))
     until(plain, last + 1, alone)
     alone.kill()
     alone.communicate()

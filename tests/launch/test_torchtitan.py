@@ -22,7 +22,7 @@ from tests.launch.jobs import forked, run
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
-CASES = ("trainer", "data", "heads", "grouped", "typed", "refusals")
+CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "refusals")
 MESHES: dict[str, object] = {}
 """ParallelDims by their settings: DTensor's caches take one mesh for another of the same ranks."""
 
@@ -161,6 +161,10 @@ def compare(family="llama3", join=False, **degrees):
             mine.grad.full_tensor(), right.pop(name).grad, rtol=0, atol=1e-10, msg=lambda said, name=name: name + said
         )
     assert not right
+
+
+def long():
+    compare(context_parallel=4)
 
 
 def data():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import numpy as np
@@ -92,3 +93,16 @@ def test_a_rank_reads_only_its_rows(tmp_path):
     np.save(tmp_path / "hostile.npy", np.array([object()]), allow_pickle=True)
     with pytest.raises(ValueError, match="Python objects"):
         Rows(tmp_path / "hostile.npy").read(0, 1)
+
+
+def test_a_gang_starts_without_what_it_does_not_need():
+    """The place where its ranks meet without torch, and they without Ray Train: seconds each."""
+    from ray import cloudpickle
+
+    from longnet_dist.integrations.ray.store import StoreActor
+
+    code = "import pickle, sys; pickle.load(sys.stdin.buffer); assert 'torch' not in sys.modules\n"
+    code += "import longnet_dist.integrations.ray; assert 'ray.train' not in sys.modules"
+    given = cloudpickle.dumps(StoreActor)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=given, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr.decode()
