@@ -9,6 +9,8 @@ from torch import Tensor
 
 _MOST_BATCHES = 65_535
 """What CUDA's grid allows in the dimension of batches."""
+_CUDA_ALIGNMENT = 16
+"""Bytes that CUDA's kernel loads at once: an address or a stride between them ends the process's use of the GPU."""
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,6 +41,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias
         parts = [forward(*part, causal=causal, scale=scale) for part in _in_batches(q, k, v)]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     if q.is_cuda:
+        q, k, v = _aligned(q, k, v)
         # Its causal mask is bottom-right aligned, which on a square is the diagonal too.
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -69,6 +72,7 @@ def backward(
         dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
         return dq, dk, dv, None
     if q.is_cuda:
+        dout, q, k, v, out = _aligned(dout, q, k, v, out)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal,
@@ -80,6 +84,16 @@ def backward(
     )
     dq, dk, dv = _heads_second(*grads)
     return dq, dk, dv, None
+
+
+def _aligned(*tensors: Tensor) -> list[Tensor]:
+    """Copy those of (b, I, H, D) on CUDA whose rows do not begin at multiples of `_CUDA_ALIGNMENT` bytes."""
+    return [x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
+
+
+def _is_aligned(x: Tensor) -> bool:
+    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr() % _CUDA_ALIGNMENT == 0 and not any(step * x.itemsize % _CUDA_ALIGNMENT for step in steps)
 
 
 def _in_batches(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
