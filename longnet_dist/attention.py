@@ -136,7 +136,9 @@ def _forward_op(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, *rest:
         kept.append(gathered.flatten())
     out, lse = merged.result()
     keeps = call.mesh is not None and call.mesh.keep_kv and kept
-    return out.to(q.dtype).view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if keeps else q.new_empty(0)
+    # A kernel may give the strides of what it was given, and the fakes promise contiguous results.
+    out, lse = out.to(q.dtype).contiguous(), lse.contiguous()
+    return out.view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if keeps else q.new_empty(0)
 
 
 @torch.library.custom_op(
@@ -207,7 +209,7 @@ def _backward_op(
         for packing in segment.packing:
             for total, part in zip((dk, dv), summed, strict=True):
                 total.add(packing.heads, packing.rows, rectangle(part, packing.heads, packing.packed))
-    dq_BLHD, dk_BLGD, dv_BLGD = (total.result().to(q.dtype) for total in (dq, dk, dv))
+    dq_BLHD, dk_BLGD, dv_BLGD = (total.result().to(q.dtype).contiguous() for total in (dq, dk, dv))
     return dq_BLHD.view(q.shape), dk_BLGD, dv_BLGD, dbias
 
 

@@ -202,7 +202,7 @@ class _Trainer:
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
         activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        with torch.profiler.profile(activities=activities) as profiler:
+        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             yield
         profiler.export_chrome_trace(str(self.figures.folder / "traces" / f"profile-rank-{self.rank}.json.gz"))
 

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, dense_reference, dilated_attention
 from tests.drawn import Case, cases
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as (16384, 6) and (32768, 12) of the paper
 
 
@@ -148,19 +149,24 @@ def test_saves_q_k_v_out_lse_and_nothing_more():
     assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, out, lse))
 
 
-def test_compiles_without_a_graph_break():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=DEVICES[1].marks)])
+def test_compiles_without_a_graph_break(backend):
     def function(q, k, v):
         out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
         return out.square() + lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
 
     case = Case(PAPER, N=50, H=4, G=2, B=1, D=8, causal=True)
+    on_gpu = backend == "inductor"
+    where = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float64}
     results = []
-    for call in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        inputs = case.tensors()
-        out = call(*inputs.values())
-        results.append([out, *torch.autograd.grad(out, list(inputs.values()), case.dout())])
+    for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
+        # Heads before tokens in memory, as many models have them.
+        given = [x.detach().to(**where).transpose(1, 2).contiguous() for x in case.tensors().values()]
+        inputs = [x.transpose(1, 2).requires_grad_() for x in given]
+        out = call(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, case.dout().to(**where))])
     for compiled, eager in zip(results[1], results[0], strict=True):
-        assert_close(compiled, eager, rtol=0, atol=1e-14)
+        assert_close(compiled, eager, **({} if on_gpu else {"rtol": 0, "atol": 1e-14}))
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -168,7 +174,7 @@ def test_no_value_is_read_back(has_bias):
     """What a CUDA graph, or an asynchronous device, needs of both operators: the host decides nothing by a tensor."""
     case = Case(PAPER, N=100, H=6, G=6, B=2, D=8, causal=True)
     bias = {"rel_bias": torch.zeros(8, 6, dtype=torch.float64, requires_grad=True)} if has_bias else {}
-    with torch.profiler.profile() as seen:
+    with torch.profiler.profile(acc_events=True) as seen:
         ours(case, **bias)
     names = {event.key for event in seen.key_averages()}
     assert "longnet_dist::dilated_attention_backward" in names
@@ -178,11 +184,13 @@ def test_no_value_is_read_back(has_bias):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kernel", ["torch", "eager"])
 def test_in_a_cuda_graph(kernel):
-    inputs = [torch.randn(1, 100, 4, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    inputs = [torch.randn(1, 100, 4, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
     def step():
-        out = dilated_attention(*inputs, PAPER, causal=True, kernel=kernel)
-        return [out, *torch.autograd.grad(out.sum(), inputs)]
+        # Leaves of this stream: torch warns of those that were made on another.
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = dilated_attention(*leaves, PAPER, causal=True, kernel=kernel)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -193,18 +201,61 @@ def test_in_a_cuda_graph(kernel):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         found = step()
-    with torch.no_grad():
-        for x in inputs:
-            x.copy_(torch.randn_like(x))
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
     graph.replay()
     for mine, expected in zip(found, step(), strict=True):
         assert_close(mine, expected)
 
 
-def test_operators_keep_torchs_rules():
-    case = Case(PAPER, N=20, H=2, G=2, B=1, D=4, causal=True)
-    rest = ([16, 32, 64], [1, 3, 6], "interleaved", True, 0.5, "auto", 128, 0, 0, 0)
-    torch.library.opcheck(torch.ops.longnet_dist.dilated_attention.default, (*case.tensors().values(), None, *rest))
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("offset", [1, 3, 8])
+def test_inputs_at_any_address(device, offset):
+    """Views into a larger buffer: CUDA's flash kernels load 16 bytes at once, and torch does not check for that."""
+    dtype = torch.bfloat16
+    fused = torch.randn(64 * (3 * 2 * 16 + 3) + offset, dtype=dtype, device=device)[offset:].view(1, 64, -1)
+    views = fused[..., : 3 * 2 * 16].unflatten(-1, (3, 2, 16)).unbind(2)
+    results = []
+    for inputs in (views, [x.clone(memory_format=torch.contiguous_format) for x in views]):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = dilated_attention(*leaves, PAPER, causal=True)
+        results.append([out, *torch.autograd.grad(out, leaves, torch.ones_like(out))])
+    for mine, expected in zip(*results, strict=True):
+        assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pattern", [PAPER, Pattern((64,), (1,))])
+@pytest.mark.parametrize("kernel", ["torch", "eager"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_operators_keep_torchs_rules(device, pattern, kernel, heads_first):
+    """Also of strides: a fake that promises others than the real operator gives fails in code that Inductor made."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
+    inputs = torch.randn(3, 2, 20, 2, 8, dtype=dtype, device=device).unbind()
+    if heads_first:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    rest = [
+        *map(list, (pattern.segment_lengths, pattern.dilation_rates)),
+        "interleaved",
+        True,
+        0.5,
+        kernel,
+        128,
+        0,
+        0,
+        0,
+    ]
+    operators = torch.ops.longnet_dist
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *rest), test_utils=tests)
+    with torch.no_grad():
+        out, lse, kept = operators.dilated_attention(q, k, v, None, *rest)
+        given = (torch.randn_like(q), q, k, v, out, lse, kept, None)
+        arguments = (*(x if x is None else x.detach() for x in given), *rest)
+    torch.library.opcheck(
+        operators.dilated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def test_fake_tensors_pass_through():
