@@ -23,7 +23,7 @@ import torch
 import tyro
 
 from longnet_dist import Pattern, dense_reference, dilated_attention
-from longnet_dist.kernels import torch_flash
+from longnet_dist.attention.kernels import torch_flash
 
 Contestant = Callable[[bool], None]
 """Runs once; with True also the backward."""

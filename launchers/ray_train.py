@@ -1,8 +1,8 @@
 """Train on a Ray cluster, from Python. Edit three lines; then: RAY_ADDRESS=head:6379 python launchers/ray_train.py"""
 
 from longnet_dist import TrainConfig
-from longnet_dist.config import RayConfig
 from longnet_dist.integrations.ray import train_on_ray
+from longnet_dist.training.config import RayConfig
 
 RANKS = 2  # over the whole cluster
 RAY = RayConfig(cpus_per_rank=1, gpus_per_rank=0, min_ranks=1)  # goes on with one where nodes are lost

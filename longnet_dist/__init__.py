@@ -1,17 +1,18 @@
 """Sequence-parallel LongNet dilated attention in PyTorch.
 
-Read `pattern`, `reference`, `plan` and `attention`, in that order, and you know the system.
+Read `plan/pattern.py`, `attention/reference.py`, `plan/blocks.py` and `attention/ops.py`, in that order, and you
+know the system.
 """
 
-from longnet_dist.attention import dilated_attention
-from longnet_dist.config import TrainConfig
-from longnet_dist.loss import next_token_labels, token_loss
-from longnet_dist.mesh import SequenceMesh
-from longnet_dist.model import LongNet, LongNetConfig
-from longnet_dist.nn import DilatedAttention
-from longnet_dist.pattern import Branch, Pattern
-from longnet_dist.reference import dense_reference
-from longnet_dist.train import TrainResult, train
+from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.reference import dense_reference
+from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.models.decoder import LongNet, LongNetConfig
+from longnet_dist.models.loss import next_token_labels, token_loss
+from longnet_dist.nn.attention import DilatedAttention
+from longnet_dist.plan.pattern import Branch, Pattern
+from longnet_dist.training.config import TrainConfig
+from longnet_dist.training.trainer import TrainResult, train
 
 __all__ = [
     "Branch",

@@ -2,6 +2,6 @@
 
 import sys
 
-from longnet_dist.cli import main
+from longnet_dist.cli.app import main
 
 sys.exit(main())

@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from longnet_dist.comm import Communicator, gather_objects
+from longnet_dist.distributed.collectives import Communicator, gather_objects
+from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.integrations.transformers import NAME, digest, problem_of_batch, rows_of
-from longnet_dist.loss import IGNORED
-from longnet_dist.mesh import SequenceMesh
+from longnet_dist.models.loss import IGNORED
 
 _SAME = (
     "seed", "data_seed", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",

@@ -38,9 +38,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from longnet_dist.comm import gather_objects
-from longnet_dist.mesh import SequenceMesh
-from longnet_dist.pattern import Pattern
+from longnet_dist.distributed.collectives import gather_objects
+from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.plan.pattern import Pattern
 
 AXIS = "tensor_parallel"
 """Lightning's name of the axis of `self.device_mesh` whose ranks hold one sequence; the other is "data_parallel"."""

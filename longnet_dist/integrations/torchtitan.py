@@ -34,9 +34,9 @@ from torchtitan.models.common.decoder_sharding import dense_activation_placement
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
-from longnet_dist.attention import dilated_attention
-from longnet_dist.mesh import SequenceMesh, refuse
-from longnet_dist.pattern import Pattern
+from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.plan.pattern import Pattern
 
 if TYPE_CHECKING:
     from torchtitan.config import ParallelismConfig, TrainingConfig

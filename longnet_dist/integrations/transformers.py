@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
 
-from longnet_dist.attention import dilated_attention
-from longnet_dist.loss import IGNORED, next_token_labels, token_loss
-from longnet_dist.mesh import SequenceMesh, refuse
-from longnet_dist.pattern import Pattern
+from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
+from longnet_dist.plan.pattern import Pattern
 
 NAME = "longnet_dist"
 _REFUSED = {

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from longnet_dist import Pattern, SequenceMesh, comm, dilated_attention
+from longnet_dist import Pattern, SequenceMesh, dilated_attention
+from longnet_dist.distributed import collectives
 from tests.drawn import Case, cases
 from tests.pool import WORLDS
 
@@ -93,19 +94,19 @@ def without_gather(group, case):
     """The largest error where the gather brings each rank its own rows in place of the others'."""
 
     def own_rows(self, x, what):
-        return comm.Pending(self, what, x.expand(self.size, *x.shape).contiguous())
+        return collectives.Pending(self, what, x.expand(self.size, *x.shape).contiguous())
 
-    original = comm.Communicator.all_gather
+    original = collectives.Communicator.all_gather
     mesh = SequenceMesh(group, case.pattern, case.N)
     inputs = {name: x.detach() for name, x in case.tensors().items()}
     local = {name: mesh.split(x) for name, x in inputs.items()}
     exact = mesh.split(case.oracle()[0].detach())
     right = dilated_attention(**local, pattern=case.pattern, mesh=mesh, **case.options)
-    comm.Communicator.all_gather = own_rows
+    collectives.Communicator.all_gather = own_rows
     try:
         wrong = dilated_attention(**local, pattern=case.pattern, mesh=mesh, **case.options)
     finally:
-        comm.Communicator.all_gather = original
+        collectives.Communicator.all_gather = original
     return (right - exact).abs().max().item(), (wrong - exact).abs().max().item()
 
 

@@ -17,14 +17,14 @@ from longnet_dist import (
     LongNetConfig,
     Pattern,
     SequenceMesh,
-    comm,
     dense_reference,
     dilated_attention,
     next_token_labels,
     token_loss,
 )
-from longnet_dist.loss import linear_token_loss
-from longnet_dist.plan import bytes_received
+from longnet_dist.distributed import collectives
+from longnet_dist.models.loss import linear_token_loss
+from longnet_dist.plan.blocks import bytes_received
 
 PATTERN = Pattern((8, 16, 64), (1, 2, 4))
 
@@ -284,12 +284,12 @@ def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
 
         return call
 
-    collectives = comm._all_gather_single, comm._reduce_scatter_single
-    comm._all_gather_single, comm._reduce_scatter_single = map(counted, collectives)
+    originals = collectives._all_gather_single, collectives._reduce_scatter_single
+    collectives._all_gather_single, collectives._reduce_scatter_single = map(counted, originals)
     try:
         dilated_attention(q, k, v, pattern, mesh=mesh).sum().backward()
     finally:
-        comm._all_gather_single, comm._reduce_scatter_single = collectives
+        collectives._all_gather_single, collectives._reduce_scatter_single = originals
     return received, bytes_received(pattern, mesh.shard, 4, 8, dtype.itemsize, keep_kv, reduce_size), mesh.shard.chunk
 
 

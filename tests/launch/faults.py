@@ -6,16 +6,16 @@ import sys
 import time
 from pathlib import Path
 
-import longnet_dist.checkpoint
-from longnet_dist import cli
-from longnet_dist.train import _Trainer
+import longnet_dist.checkpoints.checkpoints
+from longnet_dist.cli import app
+from longnet_dist.training.trainer import _Trainer
 
 STEP = 5
 MARKS = Path(os.environ.get("FAULT_MARKS", "."))  # A folder, of a file for each fault that a start has met.
 LEFT = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and not (MARKS / fault).exists()]
 FAULT = (LEFT or ["nowhere nothing"])[0]
 WHERE, WHAT = FAULT.split()
-windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoint.save
+windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoints.checkpoints.save
 now = 0
 
 
@@ -60,5 +60,5 @@ def save_with_fault(*args, **kwargs):
 
 if __name__ == "__main__":
     _Trainer._windows, _Trainer._loss = windows_with_fault, loss_with_fault
-    longnet_dist.checkpoint.save = save_with_fault
-    sys.exit(cli.main(sys.argv[1:]))
+    longnet_dist.checkpoints.checkpoints.save = save_with_fault
+    sys.exit(app.main(sys.argv[1:]))

@@ -16,7 +16,7 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_labels
-from longnet_dist.loss import linear_token_losses
+from longnet_dist.models.loss import linear_token_losses
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from longnet_dist import TrainConfig
-from longnet_dist.job import figures_of
-from longnet_dist.storage import place
+from longnet_dist.checkpoints.storage import place
+from longnet_dist.training.job import figures_of
 from tests.launch.jobs import ENVIRONMENT, ROOT, SHORT, command, losses, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from longnet_dist import TrainConfig
-from longnet_dist.job import figures_of, held
-from longnet_dist.storage import place
+from longnet_dist.checkpoints.storage import place
+from longnet_dist.training.job import figures_of, held
 from tests.launch.jobs import TWELVE_STEPS as OPTIONS
 from tests.launch.jobs import forked, losses, run, start, train, until
 
@@ -213,7 +213,7 @@ def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path, monkey
 
 
 def test_a_second_job_in_the_same_folder_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("longnet_dist.job.LOCK_SECONDS", 0.2)
+    monkeypatch.setattr("longnet_dist.training.job.LOCK_SECONDS", 0.2)
     with held(tmp_path), pytest.raises(ValueError, match="another job trains in"), held(tmp_path):
         pass
     with held(tmp_path):

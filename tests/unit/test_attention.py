@@ -316,7 +316,7 @@ def test_bad_arguments_say_what_would_work(change, said):
 
 
 def test_a_named_kernel_never_falls_back(monkeypatch):
-    from longnet_dist.kernels import eager
+    from longnet_dist.attention.kernels import eager
 
     monkeypatch.setattr(eager, "forward", lambda *a, **k: pytest.fail("fell back to eager"))
     dilated_attention(*torch.zeros(3, 1, 8, 2, 4).unbind(), Pattern((8,), (1,)), kernel="torch")

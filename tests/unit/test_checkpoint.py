@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist.checkpoint import Checkpoints, TensorsOnlyReader, names_without
+from longnet_dist.checkpoints.checkpoints import Checkpoints, TensorsOnlyReader, names_without
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -118,13 +118,13 @@ def test_a_damaged_one_of_the_same_step_is_replaced_whole(folder):
 
 def test_a_disk_that_fails_is_a_warning_and_the_last_checkpoint_stays(folder, monkeypatch):
     """A real full disk is in tests/launch/test_reliability.py."""
-    import longnet_dist.checkpoint
+    import longnet_dist.checkpoints.checkpoints
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
-    monkeypatch.setattr(longnet_dist.checkpoint, "save", full)
+    monkeypatch.setattr(longnet_dist.checkpoints.checkpoints, "save", full)
     with pytest.warns(UserWarning, match=r"no checkpoint of step 5.*No space"):
         Checkpoints(folder).save(5, state(5.0), {"step": 5})
     assert newest(folder) == 3
@@ -133,15 +133,15 @@ def test_a_disk_that_fails_is_a_warning_and_the_last_checkpoint_stays(folder, mo
 
 def test_in_the_background_what_was_passed_is_what_is_written(tmp_path, monkeypatch):
     """Training writes to its tensors at once: the checkpoint must have been staged."""
-    import longnet_dist.checkpoint
+    import longnet_dist.checkpoints.checkpoints
 
-    gate, real = threading.Event(), longnet_dist.checkpoint.save
+    gate, real = threading.Event(), longnet_dist.checkpoints.checkpoints.save
 
     def slow(*args, **kwargs):
         assert gate.wait(30)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(longnet_dist.checkpoint, "save", slow)
+    monkeypatch.setattr(longnet_dist.checkpoints.checkpoints, "save", slow)
     checkpoints, tensors = Checkpoints(tmp_path, asynchronous=True), state(1.0)
     checkpoints.save(1, tensors, {"step": 1})
     for x in tensors.values():

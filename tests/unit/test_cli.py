@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from longnet_dist import LongNetConfig, TrainConfig, cli
+from longnet_dist import LongNetConfig, TrainConfig
+from longnet_dist.cli import app
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
 @pytest.mark.parametrize("options", [[], ["--ranks", "4", "--heads", "6"], ["--no-causal", "--head-phases", "blocked"]])
 def test_draw(tmp_path, ending, options, capsys):
     out = tmp_path / f"pattern.{ending}"
-    assert cli.main(["draw", "--out", str(out), *options]) == 0
+    assert app.main(["draw", "--out", str(out), *options]) == 0
     assert out.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
     assert str(out) in capsys.readouterr().out
 
@@ -28,7 +29,7 @@ def test_draw(tmp_path, ending, options, capsys):
     ],
 )
 def test_errors_are_one_line_and_exit_2(options, said, capsys):
-    assert cli.main(["draw", *options]) == 2
+    assert app.main(["draw", *options]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
@@ -49,21 +50,21 @@ def test_errors_are_one_line_and_exit_2(options, said, capsys):
     ],
 )
 def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
-    assert cli.main(arguments) == 2
+    assert app.main(arguments) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
 def test_doctor(capsys):
-    assert cli.main(["doctor"]) == 0
+    assert app.main(["doctor"]) == 0
     said = capsys.readouterr().out
     for expected in ("torch 2.", "gloo: usable", "cpu   float32   torch  usable", "cuda  bfloat16"):
         assert expected in said
 
 
 def test_plan(capsys):
-    assert cli.main(["plan", "--ranks", "4"]) == 0
+    assert app.main(["plan", "--ranks", "4"]) == 0
     said = capsys.readouterr().out
     assert "branch (w=8192, r=4): within the chunk" in said
     assert "branch (w=32768, r=16): 12,582,912 bytes" in said
@@ -71,7 +72,7 @@ def test_plan(capsys):
 
 def test_help_documents_every_option(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["train", "--help"])
+        app.main(["train", "--help"])
     said = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         if field.name != "model":

@@ -12,9 +12,9 @@ import torch
 import zstandard
 from pyarrow import parquet
 
-from longnet_dist.data import open_corpus, unigram_bits, window_order
-from longnet_dist.documents import find_files, read_documents, standard_library
-from longnet_dist.tokenizer import Bytes
+from longnet_dist.data.corpus import open_corpus, unigram_bits, window_order
+from longnet_dist.data.sources import find_files, read_documents, standard_library
+from longnet_dist.data.tokenizers import Bytes
 
 
 @pytest.fixture

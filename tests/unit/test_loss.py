@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from longnet_dist import loss
-from longnet_dist.loss import linear_token_loss, linear_token_losses, next_token_labels, token_loss
+from longnet_dist.models import loss
+from longnet_dist.models.loss import linear_token_loss, linear_token_losses, next_token_labels, token_loss
 
 
 def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):

@@ -10,8 +10,8 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import DilatedAttention, LongNetConfig, Pattern, dense_reference, next_token_labels, token_loss
-from longnet_dist.bias import relative_bucket
-from longnet_dist.nn import Rotation
+from longnet_dist.attention.bias import relative_bucket
+from longnet_dist.nn.attention import Rotation
 
 
 def test_the_public_arguments_come_first_and_in_order():

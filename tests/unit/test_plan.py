@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longnet_dist import Pattern
-from longnet_dist.plan import (
+from longnet_dist.attention.reference import branch_counts
+from longnet_dist.plan.blocks import (
     Rows,
     Shard,
     attention_flops,
@@ -18,7 +19,6 @@ from longnet_dist.plan import (
     make_plan,
     rank_groups,
 )
-from longnet_dist.reference import branch_counts
 from tests.drawn import patterns
 
 ALIGNED = Pattern((16, 64, 256), (1, 4, 16))

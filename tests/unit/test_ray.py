@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from longnet_dist import TrainConfig, cli
-from longnet_dist.config import RayConfig
-from longnet_dist.parallel import ParallelConfig
+from longnet_dist import TrainConfig
+from longnet_dist.cli import app
+from longnet_dist.training.config import RayConfig
+from longnet_dist.training.parallel import ParallelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -68,7 +69,7 @@ def test_bad_options(given, said):
     ],
 )
 def test_mistakes_are_said_before_anything_starts(arguments, said, capsys):
-    assert cli.main(["train", *arguments]) == 2
+    assert app.main(["train", *arguments]) == 2
     assert said in capsys.readouterr().err
 
 
@@ -78,7 +79,7 @@ def test_without_the_extra_it_is_named(monkeypatch, capsys):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
     for command in (["train", "--launcher", "ray"], ["doctor", "--cluster"]):
-        assert cli.main(command) == 2
+        assert app.main(command) == 2
         assert "needs the package ray: pip install 'longnet-dist[ray]'" in capsys.readouterr().err
 
 

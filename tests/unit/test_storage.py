@@ -9,9 +9,10 @@ import sys
 import pytest
 from torch.testing import assert_close
 
-from longnet_dist import TrainConfig, cli, train
-from longnet_dist.checkpoint import Checkpoints, load_model
-from longnet_dist.storage import Store, copy, place
+from longnet_dist import TrainConfig, train
+from longnet_dist.checkpoints.checkpoints import Checkpoints, load_model
+from longnet_dist.checkpoints.storage import Store, copy, place
+from longnet_dist.cli import app
 from tests.unit.test_checkpoint import DAMAGES, newest, state
 from tests.unit.test_train import TINY
 
@@ -130,8 +131,8 @@ def test_a_run_goes_on_from_a_store_on_another_machine(config, tmp_path, capsys)
     # What reads a run reads one of a store.
     run, weights = str(folder), load_model(folder).state_dict()
     for arguments in (["eval", run, "--edges", "64"], ["report", run, "--out", tmp_path / "report.html"]):
-        assert cli.main(list(map(str, arguments))) == 0
-    assert cli.main(["export", run, str(tmp_path / "exported")]) == 0
+        assert app.main(list(map(str, arguments))) == 0
+    assert app.main(["export", run, str(tmp_path / "exported")]) == 0
     assert "bits per byte" in capsys.readouterr().out
     for name, x in load_model(str(folder)).state_dict().items():
         assert_close(x, weights[name])

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from longnet_dist import cli
-from longnet_dist.data import open_corpus, tokenize
-from longnet_dist.tokenizer import Bytes, load_tokenizer
-from longnet_dist.tokens import check_tokens, read_index, write_tokens
+from longnet_dist.cli import app
+from longnet_dist.data.corpus import open_corpus, tokenize
+from longnet_dist.data.shards import check_tokens, read_index, write_tokens
+from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 
 DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in range(40)]
 
@@ -58,7 +58,7 @@ def test_what_is_written_is_what_was_read(kind, tmp_path, request):
 
 
 def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("longnet_dist.tokens._BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("longnet_dist.data.shards._BATCH_DOCUMENTS", 3)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d.decode()}) + "\n" for d in DOCUMENTS))
     folder = tokenize([str(tmp_path / "text.jsonl")], tmp_path / "out", tmp_path, shard_tokens=50)
     assert len(read_index(folder).shards) > 5
@@ -74,7 +74,7 @@ def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
 @pytest.mark.parametrize("after", [1, 4, 11])
 def test_it_goes_on_from_the_last_whole_shard(tmp_path, monkeypatch, after):
     """Stopped after some shards by a failing source: the same files as of one that was not stopped."""
-    monkeypatch.setattr("longnet_dist.tokens._BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("longnet_dist.data.shards._BATCH_DOCUMENTS", 3)
     read = []
 
     def failing():
@@ -125,7 +125,7 @@ def test_killed_it_goes_on(tmp_path):
     before = len(json.loads(partial.read_text())["shards"])
     assert not (tmp_path / "out" / "index.json").exists()
     for folder in ("out", "expected"):
-        assert cli.main([*command[2:], str(tmp_path / folder)]) == 0
+        assert app.main([*command[2:], str(tmp_path / folder)]) == 0
     index = read_index(tmp_path / "out")
     assert len(index.shards) > before
     assert index == read_index(tmp_path / "expected")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import longnet_dist
-from longnet_dist import LongNetConfig, TrainConfig, cli
-from longnet_dist.checkpoint import load_model
+from longnet_dist import LongNetConfig, TrainConfig
+from longnet_dist.checkpoints.checkpoints import load_model
+from longnet_dist.cli import app
 
 TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
 
@@ -137,7 +138,7 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
     expected = longnet_dist.train(whole).losses
     again = dataclasses.replace(whole, run_folder=config.run_folder.with_name("again"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["longnet_dist.train"], "measures", _stop_at(5))
+        patch.setattr(sys.modules["longnet_dist.training.trainer"], "measures", _stop_at(5))
         with pytest.raises(KeyboardInterrupt):
             longnet_dist.train(again)
     result = longnet_dist.train(again)
@@ -147,7 +148,7 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
 
 
 def _stop_at(step):
-    from longnet_dist.measures import measures
+    from longnet_dist.training.measures import measures
 
     def stop(config, now, *rest):
         if now == step:
@@ -159,28 +160,28 @@ def _stop_at(step):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_eval_export_and_report_of_a_run(config, tmp_path, capsys):
-    from longnet_dist import LongNet, cli
+    from longnet_dist import LongNet
 
     longnet_dist.train(config)
     run = str(config.run_folder)
     capsys.readouterr()
-    assert cli.main(["eval", run, "--edges", "32", "64", "--sequences", "2"]) == 0
+    assert app.main(["eval", run, "--edges", "32", "64", "--sequences", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[:3] for row in rows] == [["0", "to", "32"], ["32", "to", "64"], ["64", "to", "128"]]
-    assert cli.main(["export", run, str(tmp_path / "exported")]) == 0
+    assert app.main(["export", run, str(tmp_path / "exported")]) == 0
     tokens = torch.randint(257, (1, 50))
     exported, trained = LongNet.from_pretrained(tmp_path / "exported"), load_model(config.run_folder)
     torch.testing.assert_close(exported(tokens), trained(tokens), rtol=0, atol=0)
-    assert cli.main(["report", run, run, "--out", str(tmp_path / "report.png")]) == 0
+    assert app.main(["report", run, run, "--out", str(tmp_path / "report.png")]) == 0
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert cli.main(["eval", str(tmp_path)]) == 2
-    assert cli.main(["report", str(tmp_path)]) == 2
+    assert app.main(["eval", str(tmp_path)]) == 2
+    assert app.main(["report", str(tmp_path)]) == 2
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_eval_by_position_adds_up_to_the_validation(config):
-    from longnet_dist.evaluate import bits_by_position
-    from longnet_dist.job import corpus_of
+    from longnet_dist.inference.evaluate import bits_by_position
+    from longnet_dist.training.job import corpus_of
 
     result = longnet_dist.train(config)
     held_out = corpus_of(config).validation
@@ -216,7 +217,7 @@ def test_measures_and_a_profile(config):
 
 
 def test_operations_of_a_step_are_counted():
-    from longnet_dist.measures import step_flops
+    from longnet_dist.training.measures import step_flops
 
     model = LongNetConfig(d_model=8, num_layers=3, num_heads=2, segment_lengths=(16,), dilation_rates=(1,))
     config = TrainConfig(seq_len=16, batch_size=2, grad_accumulation=5, model=model)
@@ -265,7 +266,7 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     trained.train_from_iterator([text], vocab_size=270, special_tokens=["<|endoftext|>"])
     trained.save(str(tmp_path / "tokenizer.json"))
     command = ["tokenize", str(tmp_path / "text"), "--out", str(tmp_path / "tokens"), "--shard-tokens", "500"]
-    assert cli.main([*command, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    assert app.main([*command, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
     assert "4 documents" in capsys.readouterr().out
     config = dataclasses.replace(config, data=(str(tmp_path / "tokens"),), seq_len=32)
     with pytest.raises(ValueError, match=r"vocab_size is 257, and .*tokenizer.json.* need 270: --model.vocab-size 270"):
@@ -280,10 +281,10 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     assert 0.05 < ratio < 0.7
     capsys.readouterr()
     text = str(tmp_path / "text")
-    assert cli.main(["eval", str(config.run_folder), "--data", text]) == 2
+    assert app.main(["eval", str(config.run_folder), "--data", text]) == 2
     assert "the run's tokens are by tokenizer.json" in capsys.readouterr().err
     options = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--edges", "16"]
-    assert cli.main(["eval", str(config.run_folder), "--data", text, *options]) == 0
+    assert app.main(["eval", str(config.run_folder), "--data", text, *options]) == 0
     assert "0 to     16" in capsys.readouterr().out
     assert result.validation_bits_per_byte < 8.1 * ratio
 
@@ -293,14 +294,14 @@ def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
     (tmp_path / "run<1>").mkdir()
     path = tmp_path / "run<1>" / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
-    assert cli.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 0
+    assert app.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 0
     page = (tmp_path / "report.html").read_text()
     assert "<svg" in page
     assert "run&lt;1&gt;" in page
     assert "<td>2.5</td>" in page
-    assert cli.main(["report", str(path.parent), "--out", "report.xyz"]) == 2
+    assert app.main(["report", str(path.parent), "--out", "report.xyz"]) == 2
     path.write_text("no json\n")
-    assert cli.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 2
+    assert app.main(["report", str(path.parent), "--out", str(tmp_path / "report.html")]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -322,7 +323,7 @@ def test_a_launcher_hears_of_checkpoints_and_can_ask_for_one(config, monkeypatch
             assert (path / "manifest.json").exists()
             self.heard.append((path.name, measured["step"]))
 
-    monkeypatch.setattr(sys.modules["longnet_dist.train"], "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(sys.modules["longnet_dist.training.trainer"], "ASK_SECONDS", 0.0)
     session, every = Session(), {"checkpoint_every": 3, "steps": 7, "keep_checkpoints": 9}
     longnet_dist.train(dataclasses.replace(config, async_checkpoints=asynchronous, **every), session)
     written = sorted(path.name for path in (config.run_folder / "checkpoints").iterdir())

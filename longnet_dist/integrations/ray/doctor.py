@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from longnet_dist.comm import Communicator
+from longnet_dist.distributed.collectives import Communicator
 from longnet_dist.integrations.ray.crew import connect
 from longnet_dist.integrations.ray.store import StoreActor, join_group
 

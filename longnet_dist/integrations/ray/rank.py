@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from longnet_dist.attention import dilated_attention
+from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.integrations.ray.store import join_group
-from longnet_dist.loss import IGNORED, linear_token_losses
-from longnet_dist.mesh import SequenceMesh
-from longnet_dist.model import LongNet
-from longnet_dist.pattern import Pattern
+from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.loss import IGNORED, linear_token_losses
+from longnet_dist.plan.pattern import Pattern
 
 _MOST_MESHES = 8
 

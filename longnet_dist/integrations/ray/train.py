@@ -12,13 +12,13 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from longnet_dist.config import RayConfig, TrainConfig
-from longnet_dist.documents import HUGGING_FACE
+from longnet_dist.checkpoints.storage import in_store, place
+from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.integrations.ray.crew import connect
-from longnet_dist.job import figures_of, held, warn_of_no_checkpoint
-from longnet_dist.parallel import ParallelConfig
-from longnet_dist.storage import in_store, place
-from longnet_dist.train import TrainResult, train
+from longnet_dist.training.config import RayConfig, TrainConfig
+from longnet_dist.training.job import figures_of, held, warn_of_no_checkpoint
+from longnet_dist.training.parallel import ParallelConfig
+from longnet_dist.training.trainer import TrainResult, train
 
 
 def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = None) -> TrainResult:

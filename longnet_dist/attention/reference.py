@@ -1,0 +1,90 @@
+"""The oracle: dilated attention as one dense softmax. Nothing else defines what is right.
+
+Dilated attention is dense attention in which a query sees a key once for each branch that holds
+both: one softmax over the multiset of keys. It costs N x N memory; it is for tests and for reading.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from longnet_dist.attention.bias import relative_bucket
+from longnet_dist.plan.pattern import Pattern
+
+
+def branch_counts(pattern: Pattern, seq_len: int, num_kv_heads: int, causal: bool) -> Tensor:
+    """In how many branches a query sees a key: int64, (G, N, N), queries before keys."""
+    position = torch.arange(seq_len)
+    counts = torch.zeros(num_kv_heads, seq_len, seq_len, dtype=torch.int64)
+    for branch in pattern.branches:
+        segment = position // branch.segment_length
+        together = segment[:, None] == segment[None, :]
+        for head in range(num_kv_heads):
+            phase = pattern.phase(head, num_kv_heads, branch)
+            kept = position % branch.segment_length % branch.dilation_rate == phase
+            counts[head] += together & kept[:, None] & kept[None, :]
+    return counts.tril() if causal else counts
+
+
+def dense_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    rel_bias: Tensor | None = None,
+    rel_bias_max_distance: int = 128,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dilated attention by its definition, computed densely in the dtype of `q`; differentiable by autograd.
+
+    Args:
+        q: (B, N, H, D), any floating dtype. Pass float64 to get the oracle.
+        k, v: (B, N, G, D), H a multiple of G.
+        pattern: the branches; see `Pattern`.
+        causal: a query sees only keys at or before it.
+        scale: of the scores; 1 / sqrt(D) by default.
+        rel_bias: (buckets, H), a T5 relative bias added to the scores; see `longnet_dist.attention.bias`.
+        rel_bias_max_distance: tokens; where its buckets end.
+        return_lse: also return log(sum(exp(scores))) over the multiset, (B, N, H), natural log.
+
+    Raises:
+        ValueError: for shapes that do not fit.
+
+    Returns:
+        out, (B, N, H, D): 0 for rows that no branch covers (their lse is -inf).
+
+    Example:
+        >>> q = torch.randn(1, 16, 2, 4, dtype=torch.float64)
+        >>> dense_reference(q, q, q, Pattern((4, 16), (1, 4)), causal=True).shape
+        torch.Size([1, 16, 2, 4])
+    """
+    same = q.dim() == 4 and k.shape == v.shape and k.shape[:2] + k.shape[3:] == q.shape[:2] + q.shape[3:]
+    if not same or q.shape[2] % k.shape[2]:
+        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        raise ValueError(f"{shapes}: q must be (B, N, H, D), k and v (B, N, G, D), and H a multiple of G")
+    _, N, H, D = q.shape
+    G = k.shape[2]
+    counts = branch_counts(pattern, N, G, causal).to(q.device).repeat_interleave(H // G, dim=0)
+    k_BNHD, v_BNHD = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
+    scores_BHNN = torch.einsum("bihd,bjhd->bhij", q, k_BNHD) * (1 / math.sqrt(D) if scale is None else scale)
+    if rel_bias is not None:
+        position = torch.arange(N, device=q.device)
+        bucket = relative_bucket(position[:, None] - position[None, :], len(rel_bias), rel_bias_max_distance, causal)
+        scores_BHNN = scores_BHNN + rel_bias.to(q.dtype)[bucket].permute(2, 0, 1)
+    scores_BHNN = scores_BHNN.masked_fill(counts == 0, -math.inf)
+    top = scores_BHNN.detach().amax(-1, keepdim=True) if N else scores_BHNN.new_zeros(*scores_BHNN.shape[:-1], 1)
+    top = top.masked_fill(top == -math.inf, 0)
+    weights = counts * torch.exp(scores_BHNN - top)
+    total = weights.sum(-1, keepdim=True)
+    seen = total > 0
+    out = torch.einsum("bhij,bjhd->bihd", weights / total.masked_fill(~seen, 1), v_BNHD)
+    if not return_lse:
+        return out
+    lse = (top + total.masked_fill(~seen, 1).log()).masked_fill(~seen, -math.inf)
+    return out, lse.squeeze(-1).transpose(1, 2)

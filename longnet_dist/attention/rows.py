@@ -1,0 +1,96 @@
+"""Rows of a tensor as rectangles: keep them, place them, add them up, and merge (out, lse) of the same rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longnet_dist.plan.blocks import Heads, Rows
+
+
+def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
+    """The rows and heads of a plan as a view: (B, L, G, ...) -> (B, S, F, I, M, ...), S segments, F phases.
+
+    One stride each, because the kept rows of the next phase lie `rows.phase_step` rows, and its heads
+    `heads.phase_step` heads, further on. No copy; writing to the view writes to `x`.
+    """
+    batch, row, head, *rest = x_BLG.stride()
+    return x_BLG.as_strided(
+        (len(x_BLG), rows.segments, heads.phases, rows.count, heads.per_phase, *x_BLG.shape[3:]),
+        (
+            batch,
+            rows.segment_step * row,
+            rows.phase_step * row + heads.phase_step * head,
+            rows.step * row,
+            heads.step * head,
+            *rest,
+        ),
+        x_BLG.storage_offset() + rows.first * row + heads.first * head,
+    )
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which pieces are merged and summed: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class SummedRows:
+    """A sum of rectangles, of the shape of `like` (B, L, G, ...): 0 where none was added."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.dtype = accumulation_dtype(like.dtype)
+        self.total: Tensor | None = None
+
+    def add(self, heads: Heads, rows: Rows, part: Tensor) -> None:
+        """Add `part`, of as many elements as the rectangle has; it belongs to this sum from then on."""
+        if self.total is None and _is_whole(self.like, heads, rows):
+            self.total = part.reshape(self.like.shape).to(self.dtype)
+            return
+        target = rectangle(self.result(), heads, rows)
+        target += part.reshape(target.shape)
+
+    def result(self) -> Tensor:
+        """The sum so far, in the accumulation dtype."""
+        if self.total is None:
+            self.total = torch.zeros(self.like.shape, dtype=self.dtype, device=self.like.device)
+        return self.total
+
+
+class MergedRows:
+    """Attention of the rows of `like` (B, L, G, H / G, D) over ever more keys: online softmax on (out, lse).
+
+    A row that saw no key yet has out 0 and lse -inf.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+
+    def merge(self, heads: Heads, rows: Rows, out: Tensor, lse: Tensor) -> None:
+        """Merge attention over other keys: `out` and `lse` of a rectangle's elements, lse finite."""
+        if self.out is None and _is_whole(self.like, heads, rows):
+            self.out = out.reshape(self.like.shape).to(accumulation_dtype(self.like.dtype))
+            self.lse = lse.reshape(self.like.shape[:-1])
+            return
+        so_far, so_far_lse = (rectangle(x, heads, rows) for x in self.result())
+        out, lse = out.reshape(so_far.shape), lse.reshape(so_far_lse.shape)
+        # An lse of -inf gives the other all the weight: a row's first merge is a copy.
+        weight = torch.sigmoid(lse - so_far_lse)
+        so_far.lerp_(out.to(so_far.dtype), weight.unsqueeze(-1))
+        so_far_lse.copy_(torch.logaddexp(so_far_lse, lse))
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """(out, lse) so far, in the accumulation dtype; written to by what is merged later."""
+        if self.out is None or self.lse is None:
+            dtype, device = accumulation_dtype(self.like.dtype), self.like.device
+            self.out = torch.zeros(self.like.shape, dtype=dtype, device=device)
+            self.lse = torch.full(self.like.shape[:-1], -torch.inf, dtype=dtype, device=device)
+        return self.out, self.lse
+
+
+def _is_whole(x_BLG: Tensor, heads: Heads, rows: Rows) -> bool:
+    """Whether a rectangle is every row and head of x in order, so that its elements are those of x."""
+    every_row = rows.first == 0 and rows.step == 1 and rows.segments * rows.count == x_BLG.shape[1]
+    return every_row and heads.phases == 1 and heads.step == 1 and heads.per_phase == x_BLG.shape[2]

@@ -1,0 +1,1 @@
+"""The command `longnet-dist`: one module for each subcommand."""

@@ -1,0 +1,1 @@
+"""Process groups: collectives, the sequence mesh, and heads as DTensors."""

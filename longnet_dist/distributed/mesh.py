@@ -1,0 +1,289 @@
+"""SequenceMesh: which rows of a sequence each rank of a group holds, and the communicators that a pattern needs."""
+
+from __future__ import annotations
+
+import itertools
+import numbers
+from datetime import timedelta
+from typing import Any, NoReturn
+from weakref import WeakValueDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+
+from longnet_dist.distributed import collectives
+from longnet_dist.plan.blocks import Shard, SharedSegment, choose_chunk, rank_groups
+from longnet_dist.plan.pattern import Pattern
+
+_HANDLES = itertools.count(1)
+_BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
+"""An operator's arguments are tensors and numbers, so a mesh goes by its number (docs/decisions/custom-op.md)."""
+
+
+class SequenceMesh:
+    """A sequence of `seq_len` tokens in contiguous chunks over the ranks of a group.
+
+    Constructing it is collective over `group`. Meshes hold no global state: several, of different
+    patterns, lengths or groups, work side by side, each called in the same order by all its ranks.
+
+    Args:
+        group: a ProcessGroup, a one-dimensional DeviceMesh, or None for one process alone.
+        pattern: what will be attended; it decides the chunk and the ranks that must talk.
+        seq_len: N, the global number of tokens; any, also fewer than ranks.
+        chunk: rows a rank; by default chosen so that the pattern's segments align with chunks.
+        keep_kv: keep gathered keys and values for the backward in place of gathering them again:
+            memory for a third of the bytes (docs/decisions/regather-or-keep.md).
+        reduce_dtype: in which dK and dV travel and are summed; at least the gradients' own.
+        timeout: of each collective; a number is seconds.
+
+    Raises:
+        ValueError: for arguments that cannot work or that ranks disagree about, on every rank.
+
+    Example:
+        >>> mesh = SequenceMesh(None, Pattern((4, 8), (1, 2)), seq_len=10)
+        >>> mesh.shard.start, mesh.shard.stop
+        (0, 10)
+    """
+
+    def __init__(
+        self,
+        group: ProcessGroup | DeviceMesh | None,
+        pattern: Pattern,
+        seq_len: int,
+        *,
+        chunk: int | None = None,
+        keep_kv: bool = False,
+        reduce_dtype: torch.dtype = torch.float32,
+        timeout: timedelta | float = timedelta(minutes=10),
+    ) -> None:
+        timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
+        self.group = _process_group(group)
+        self.pattern = pattern
+        self.seq_len = int(seq_len) if isinstance(seq_len, numbers.Integral) else seq_len
+        self.keep_kv = keep_kv
+        self.reduce_dtype = reduce_dtype
+        self.size = 1 if self.group is None else dist.get_world_size(self.group)
+        self.rank = 0 if self.group is None else dist.get_rank(self.group)
+        self._everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
+        self._agreed: set[Any] = set()
+        problem = _problem(pattern, seq_len, chunk, self.size)
+        given = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
+        given |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
+        self.agree(given, problem)
+        self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
+        self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
+        if self.group is not None and self._everyone is not None:
+            counts = torch.tensor([collectives.groups_made()], device=self._everyone.device)
+            collectives.level_groups_made(
+                int(self._everyone.all_gather(counts, "counting process groups").wait().max())
+            )
+            self._communicators = collectives.communicators(self.group, rank_groups(pattern, self.shard), timeout)
+        self.handle = next(_HANDLES)
+        _BY_HANDLE[self.handle] = self
+
+    def communicator(self, segment: SharedSegment) -> collectives.Communicator:
+        """The communicator of the ranks that hold a segment."""
+        return self._communicators[segment.first_rank, segment.last_rank]
+
+    def positions(self, device: torch.device | str | None = None) -> Tensor:
+        """The global positions of this rank's rows: int64, (L,)."""
+        return torch.arange(self.shard.start, self.shard.stop, device=device)
+
+    def split(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's chunk of a tensor that every rank holds whole; differentiable.
+
+        With `join` it is as if there were one process: what all ranks hold alike has the same,
+        whole gradient on every rank. So the gradient of `x` is gathered.
+
+        Args:
+            x: any dtype and shape with N entries in `dim`; every rank passes the same.
+            dim: the sequence's.
+
+        Returns:
+            A copy of rows [shard.start, shard.stop) of `dim`; of none where the rank holds none.
+
+        Raises:
+            ValueError: where `x` has not N entries in `dim`.
+
+        Example:
+            >>> SequenceMesh(None, Pattern((4,), (1,)), seq_len=6).split(torch.zeros(2, 6, 3)).shape
+            torch.Size([2, 6, 3])
+        """
+        if x.shape[dim] != self.seq_len:
+            raise ValueError(
+                f"mesh.split takes the whole sequence: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
+                f"not seq_len = {self.seq_len}. (A chunk of it is joined by mesh.join.)"
+            )
+        return _Split.apply(x, self, dim)
+
+    def join(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole tensor, on every rank, of which each holds a chunk; differentiable. Collective.
+
+        Every rank must go on to compute the same from it: the gradient of a chunk is this rank's
+        part of the whole gradient, not a sum over the ranks.
+
+        Args:
+            x: any dtype that the backend carries, with this rank's number of rows in `dim`.
+            dim: the sequence's.
+
+        Raises:
+            ValueError: on every rank, where one of them has not its chunk's number of entries in `dim`.
+        """
+        problem = None
+        if x.shape[dim] != self.shard.num_rows:
+            problem = (
+                f"mesh.join takes this rank's chunk: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
+                f"not the {self.shard.num_rows} of rows [{self.shard.start}, {self.shard.stop})"
+            )
+        other_sizes = [n for d, n in enumerate(x.shape) if d != dim % x.dim()]
+        self.agree({"call": "join", "dim": dim % x.dim(), "sizes": other_sizes, "dtype": str(x.dtype)}, problem)
+        return _Join.apply(x, self, dim)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of `x` over the ranks, the same on each. Its gradient is passed on as it is: see `token_mean`."""
+        return x if self._everyone is None else _Sum.apply(x, self._everyone)
+
+    def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The mean over all tokens of all ranks of `values` where `mask`, the same on every rank; differentiable.
+
+        Chunks may be uneven or empty: each token weighs the same. The gradient on a rank is its own
+        tokens' part, so the *sum* over ranks of a parameter's gradients is that of one process
+        (DistributedDataParallel takes the mean over ranks: multiply the loss by their number).
+
+        Args:
+            values: this rank's, any shape, for example the losses of its tokens.
+            mask: bool, the shape of `values`; all count by default. Where none counts on any rank, 0.
+        """
+        # Selected, not multiplied: a NaN at a masked token must not pass.
+        kept = values if mask is None else torch.where(mask, values, 0)
+        # Made where the values are: a CUDA graph holds no copy from the host.
+        number = values.new_full((), values.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
+        count = self.sum(number)
+        total = self.sum(kept.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+        return total / count.clamp(min=1).to(total.dtype)
+
+    def agree(self, given: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
+        """Check that every rank gives the same `given`. Collective: on CPU groups each time, else the first time.
+
+        (With NCCL a check would hold up the host in every layer, so later disagreement is a timeout there, unless
+        `always`.)
+
+        Raises:
+            ValueError: on every rank, where ranks differ or one has a `problem`.
+        """
+        if self._everyone is None:
+            if problem:
+                raise ValueError(problem)
+            return
+        key = tuple((name, str(value)) for name, value in given.items())
+        if problem is None and key in self._agreed:
+            return
+        self._everyone.agree(given, problem)
+        if not always and self._everyone.device.type != "cpu":
+            self._agreed.add(key)
+
+    def wrong_rows(self, name: str, given: int) -> str:
+        """What to say of a tensor that has not this rank's number of rows."""
+        return (
+            f"{name} has {given} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
+            f"{self.shard.stop}) of {self.seq_len}; pass mesh.split(x), not the whole sequence"
+        )
+
+    def __repr__(self) -> str:
+        return (
+            f"SequenceMesh(rank {self.rank} of {self.size}, rows [{self.shard.start}, {self.shard.stop}) "
+            f"of {self.seq_len}, pattern {self.pattern})"
+        )
+
+
+def refuse(problem: str, mesh: SequenceMesh | None) -> NoReturn:
+    """Raise what is wrong with this rank's arguments: over a mesh on every rank, where they compare theirs."""
+    if mesh is not None and not torch.compiler.is_compiling():
+        mesh.agree({}, problem)
+    raise ValueError(problem)
+
+
+def mesh_of(handle: int) -> SequenceMesh | None:
+    """The mesh of this handle; None for 0, which stands for no mesh."""
+    return _BY_HANDLE[handle] if handle else None
+
+
+def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(
+                f"the DeviceMesh has {group.ndim} axes {group.mesh_dim_names or ''}, and a sequence is split over one: "
+                'pass that one, for example device_mesh["sp"]'
+            )
+        return group.get_group()
+    if group is not None and not isinstance(group, ProcessGroup):
+        raise ValueError(
+            f"group is {group!r}; it must be a ProcessGroup of which this rank is a member, a one-dimensional "
+            "DeviceMesh, or None for one process"
+        )
+    return group
+
+
+def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) -> str | None:
+    if not isinstance(pattern, Pattern):
+        return f"pattern is {pattern!r}; it must be a longnet_dist.Pattern"
+    if not isinstance(seq_len, numbers.Integral) or isinstance(seq_len, bool) or seq_len < 0:
+        return f"seq_len is {seq_len!r}; it must be the global number of tokens, 0 or more"
+    if chunk is not None and (type(chunk) is not int or chunk < 1 or chunk * num_ranks < seq_len):
+        return (
+            f"chunk is {chunk!r}; {num_ranks} ranks must hold {seq_len} tokens, so it must be at least "
+            f"{max(1, -(-seq_len // num_ranks))}"
+        )
+    return None
+
+
+class _Split(torch.autograd.Function):
+    """Forward: take this rank's rows. Backward: gather every rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        return x.narrow(dim, mesh.shard.start, mesh.shard.num_rows).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gather(grad, ctx.mesh, ctx.dim), None, None
+
+
+class _Join(torch.autograd.Function):
+    """Forward: gather every rank's rows. Backward: take this rank's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
+        ctx.mesh, ctx.dim = mesh, dim
+        return _gather(x, mesh, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        shard = ctx.mesh.shard
+        return grad.narrow(ctx.dim, shard.start, shard.num_rows), None, None
+
+
+class _Sum(torch.autograd.Function):
+    """Forward: all-reduce. Backward: the identity, so that a rank's gradient is its own part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, everyone: collectives.Communicator) -> Tensor:
+        return everyone.all_reduce(x.clone(), "summing over the sequence's ranks")
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _gather(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
+    if mesh._everyone is None:
+        return x.clone()
+    chunk, shard = mesh.shard.chunk, mesh.shard
+    padded = x.new_zeros(chunk, *x.movedim(dim, 0).shape[1:])
+    padded[: shard.num_rows] = x.movedim(dim, 0)
+    parts = mesh._everyone.all_gather(padded, "joining the chunks of a sequence").wait()
+    return parts.flatten(0, 1)[: shard.seq_len].movedim(0, dim)

@@ -1,0 +1,1 @@
+"""The LongNet layer, rotary positions, and the transformer block."""

@@ -1,0 +1,1 @@
+"""The trainer: options, processes, parallelism, logs, and stopping well."""
