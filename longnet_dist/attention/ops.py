@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,6 +26,17 @@ from longnet_dist.distributed.heads import head_shard
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of, refuse
 from longnet_dist.plan.blocks import Heads, OwnBlock, Rows
 from longnet_dist.plan.pattern import Pattern
+
+_NO_FORWARD_MODE = (
+    "a forward-mode derivative of dilated_attention was asked for (by torch.func.jvp, linearize, jacfwd or hessian, or "
+    "torch.autograd.forward_ad), and it has only reverse mode: use torch.func.vjp, torch.func.jacrev or "
+    "torch.autograd.grad, or dense_reference, which has every derivative and suits short sequences"
+)
+_NO_SECOND_DERIVATIVE = (
+    "a second derivative of dilated_attention was asked for (a gradient of its gradient, which "
+    "torch.autograd.functional.jvp and hvp take too), and it has only first ones: use dense_reference, which has every "
+    "derivative and suits short sequences"
+)
 
 
 def dilated_attention(
@@ -63,7 +75,7 @@ def dilated_attention(
 
     Raises:
         ValueError: for shapes, dtypes or a kernel that cannot work; over a mesh on every rank, also
-            where ranks disagree, on the first such call.
+            where ranks disagree, on the first such call. For derivatives in forward mode, and second ones.
         RuntimeError: where a rank of the mesh is gone, or does not come within the mesh's timeout.
 
     Example:
@@ -97,7 +109,7 @@ def dilated_attention(
     # Over a mesh the operator itself checks, where the ranks compare what they were given.
     if mesh is None and (found := problem(q, k, v, rel_bias, options)):
         raise ValueError(found)
-    out, lse, _ = _forward_op(q, k, v, rel_bias, *options)
+    out, lse, _ = _differentiable(_Attention, _forward_op, q, k, v, rel_bias, *options)
     if sharded is not None:
         out, lse = sharded.whole(out), sharded.whole(lse)
     return (out, lse) if return_lse else out
@@ -254,14 +266,16 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
     nothing = q.new_empty(0)
     total: list[Tensor] = []
     if dout is not None:
-        total += _backward_op(dout, q, k, v, out, lse, kept[0] if kept else nothing, rel_bias, *ctx.rest)
+        given = (dout, q, k, v, out, lse, kept[0] if kept else nothing, rel_bias, *ctx.rest)
+        total += _differentiable(_AttentionBackward, _backward_op, *given)
     if dlse is not None:
         # d lse / d score is the weight p. Flash computes p (dout . v - dout . out): with v = 0, a unit vector
         # for dout and -dlse times it for out, that is p dlse. Kept values do not serve: here v is not theirs.
         unit = torch.zeros_like(q)
         unit[..., 0] = 1
         minus = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
-        dq, dk, dv, dbias = _backward_op(unit, q, k, torch.zeros_like(v), minus, lse, nothing, rel_bias, *ctx.rest)
+        given = (unit, q, k, torch.zeros_like(v), minus, lse, nothing, rel_bias, *ctx.rest)
+        dq, dk, dv, dbias = _differentiable(_AttentionBackward, _backward_op, *given)
         of_lse = [dq, dk, torch.zeros_like(dv), dbias]
         total = [a + b for a, b in zip(total, of_lse, strict=True)] if total else of_lse
     if not total:
@@ -270,4 +284,67 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
     return dq, dk, dv, None if rel_bias is None else dbias.to(rel_bias.dtype), *([None] * len(ctx.rest))
 
 
+def _differentiable(function: type[torch.autograd.Function], operator: Any, *args: Any) -> Any:
+    """Call an operator so that torch.func's transforms work, and a derivative that it lacks is an error, never 0.
+
+    Torch's own registration does neither, but is what torch.compile takes.
+    """
+    if not torch.compiler.is_compiling():
+        return function.apply(*args)
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise ValueError(_NO_FORWARD_MODE)
+    return operator(*args)
+
+
+class _ReverseOnly(torch.autograd.Function):
+    """An operator's derivatives: in reverse mode alone."""
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> NoReturn:
+        raise ValueError(_NO_FORWARD_MODE)
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        return _each(cls.apply, info, in_dims, *args)
+
+
+class _Attention(_ReverseOnly):
+    """The forward operator, differentiable once."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _forward_op(*args)
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+
+class _AttentionBackward(_ReverseOnly):
+    """The backward operator, which has no derivative."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return _backward_op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise ValueError(_NO_SECOND_DERIVATIVE)
+
+
+def _each(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The rule for torch.vmap: one call for each entry, as a bias, kept keys or a mesh may be the same for all."""
+    calls = [
+        operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*calls, strict=True))
+    return results, (0,) * len(results)
+
+
+for _operator in (_forward_op, _backward_op):
+    _operator.register_vmap(partial(_each, _operator))
 _forward_op.register_autograd(_backward, setup_context=_setup_context)
