@@ -9,8 +9,9 @@ from torch import Tensor
 from longnet_dist.attention.bias import check_relative_bias
 from longnet_dist.attention.kernels import choose_kernel
 from longnet_dist.distributed.mesh import mesh_of
-from longnet_dist.plan.blocks import Plan, Shard, make_plan
+from longnet_dist.plan.blocks import Plan, make_plan
 from longnet_dist.plan.pattern import Pattern
+from longnet_dist.plan.shard import Shard
 
 SCHEMA = (
     "int[] segment_lengths, int[] dilation_rates, str head_phases, bool causal, float scale, str kernel, "

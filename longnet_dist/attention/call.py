@@ -15,7 +15,8 @@ from longnet_dist.attention.kernels.bias import RectangleBias
 from longnet_dist.attention.rows import rectangle
 from longnet_dist.distributed.collectives import Pending
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
-from longnet_dist.plan.blocks import Heads, Plan, RemoteBlock, Rows, Shard, SharedSegment
+from longnet_dist.plan.blocks import Heads, Plan, RemoteBlock, Rows, SharedSegment
+from longnet_dist.plan.shard import Shard
 
 
 @dataclass(frozen=True)

@@ -237,7 +237,8 @@ def _plan(
         keep_kv: Whether gathered keys and values are kept for the backward, or gathered again.
         causal: Whether a query sees only keys at or before it.
     """
-    from longnet_dist.plan.blocks import Shard, attention_flops, bytes_received, choose_chunk
+    from longnet_dist.plan.cost import attention_flops, bytes_received
+    from longnet_dist.plan.shard import Shard, choose_chunk
 
     sizes = {"seq-len": seq_len, "ranks": ranks, "heads": heads, "head-dim": head_dim, "element-size": element_size}
     _check_positive(sizes | {"kv-heads": kv_heads or heads})

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from longnet_dist.attention.reference import branch_counts
-from longnet_dist.plan.blocks import Shard, choose_chunk
 from longnet_dist.plan.pattern import Branch, Pattern
+from longnet_dist.plan.shard import Shard, choose_chunk
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

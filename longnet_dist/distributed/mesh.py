@@ -15,8 +15,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from longnet_dist.distributed import collectives
-from longnet_dist.plan.blocks import Shard, SharedSegment, choose_chunk, rank_groups
+from longnet_dist.plan.blocks import SharedSegment
 from longnet_dist.plan.pattern import Pattern
+from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 
 _HANDLES = itertools.count(1)
 _BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()

@@ -1,6 +1,6 @@
-"""Which key a query sees. Standard library only: this file is the definition, `reference` is its use.
+"""Which key a query sees: branches, patterns and head phases. Standard library only.
 
-`longnet-dist draw` makes a picture of one.
+This file is the definition; `attention/reference.py` applies it, and `longnet-dist draw` draws it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ HEAD_PHASES = ("interleaved", "blocked")
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch (w, r) of dilated attention: segments of `segment_length` rows, one row in `dilation_rate` kept.
+    """One branch (w, r) of dilated attention: segments of w rows, of which one row in r is kept.
 
-    LongNet, section 2.2 (equations 3 to 5).
+    See LongNet (arXiv 2307.02486), section 2.2, equations 3 to 5.
+
+    Args:
+        segment_length: w, in rows.
+        dilation_rate: r, with 1 <= r <= w.
 
     Raises:
-        ValueError: where a value is not a positive integer, or the rate is above the segment length.
+        ValueError: if a value is not a positive integer, or the rate is above the segment length.
     """
 
     segment_length: int
@@ -37,7 +41,7 @@ class Branch:
         object.__setattr__(self, "dilation_rate", r)
 
     def keeps(self, position: int, phase: int) -> bool:
-        """Whether the row at global `position` is kept by heads of this `phase`."""
+        """Whether heads of this `phase` keep the row at global `position`."""
         return position % self.segment_length % self.dilation_rate == phase
 
     def __str__(self) -> str:
@@ -46,11 +50,11 @@ class Branch:
 
 @dataclass(frozen=True)
 class Pattern:
-    """The branches of a dilated attention, and which phase each head has.
+    """The branches of a dilated attention, and the rule that gives each head its phase.
 
     Args:
-        segment_lengths: rows in a segment, w, one a branch.
-        dilation_rates: r, one a branch; one row in r is kept; 1 <= r <= w.
+        segment_lengths: w of each branch, in rows.
+        dilation_rates: r of each branch, with 1 <= r <= w; one row in r is kept.
         head_phases: "interleaved" (the paper: phase = head mod r) or "blocked" (torchscale's
             weights: phase = head // ceil(heads / r)). Heads are key/value heads: with
             grouped-query attention a query head has the phase of its key/value head.
@@ -74,7 +78,7 @@ class Pattern:
         if len(lengths) != len(rates):
             raise ValueError(
                 f"segment_lengths has {len(lengths)} entries {lengths} and dilation_rates has {len(rates)} {rates}; "
-                "there must be one of each a branch, for example segment_lengths=(2048, 8192), dilation_rates=(1, 4)"
+                "each branch needs one of both, for example segment_lengths=(2048, 8192), dilation_rates=(1, 4)"
             )
         for w, r in zip(lengths, rates, strict=True):
             Branch(w, r)
@@ -85,13 +89,13 @@ class Pattern:
 
     @classmethod
     def geometric(cls, max_length: int, base: int = 2048, growth: int = 4, head_phases: str = "interleaved") -> Pattern:
-        """Segments base, base * growth, ... up to `max_length`, rates 1, growth, ...: w / r is constant.
+        """Make branches whose w and r both grow by `growth`, so that w / r is constant.
 
-        The last segment is the first that reaches `max_length`, so that every two tokens of a
-        sequence of that length share a segment (LongNet, section 2.2: geometric w and r).
+        Segment lengths are base, base * growth, ... up to the first that reaches `max_length`, so that
+        any two tokens of a sequence of that length share a segment (LongNet, section 2.2).
 
         Raises:
-            ValueError: where an argument is not a positive integer, or `growth` is 1.
+            ValueError: if an argument is not a positive integer, or `growth` is 1.
 
         Example:
             >>> Pattern.geometric(max_length=32768, base=2048, growth=4)
@@ -110,11 +114,11 @@ class Pattern:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """The branches, in the order given."""
+        """The branches, in the order of the arguments."""
         return tuple(map(Branch, self.segment_lengths, self.dilation_rates))
 
     def phase(self, kv_head: int, num_kv_heads: int, branch: Branch) -> int:
-        """The phase of a key/value head (and of the query heads that it serves) in `branch`: 0 <= phase < r."""
+        """The phase of a key/value head, and of the query heads that it serves, in `branch`: 0 <= phase < r."""
         if self.head_phases == "blocked":
             return kv_head // -(-num_kv_heads // branch.dilation_rate)
         return kv_head % branch.dilation_rate
@@ -124,19 +128,19 @@ class Pattern:
 
 
 def _positive_integers(name: str, values: Iterable[int] | int) -> tuple[int, ...]:
-    """`values` as a tuple of positive ints, or a ValueError; bool, float and str are not integers."""
+    """Convert `values` to a tuple of positive ints, or raise ValueError; bool, float and str are not integers."""
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise ValueError(f"{name} is {values!r}; it must be a sequence of positive integers, for example (2048, 8192)")
-    given = tuple(values)
-    if not given:
+    entries = tuple(values)
+    if not entries:
         raise ValueError(f"{name} is empty; a pattern needs at least one branch, for example (2048,)")
     result = []
-    for value in given:
+    for value in entries:
         try:
             integer = operator.index(value)
         except TypeError:
             integer = 0
         if integer < 1 or isinstance(value, bool):
-            raise ValueError(f"{name} has {value!r} in {given}; every entry must be a positive integer")
+            raise ValueError(f"{name} has {value!r} in {entries}; every entry must be a positive integer")
         result.append(integer)
     return tuple(result)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.plan.blocks import Shard, attention_flops, bytes_received
+from longnet_dist.plan.cost import attention_flops, bytes_received
+from longnet_dist.plan.shard import Shard
 from longnet_dist.training.config import TrainConfig
 
 

@@ -24,7 +24,7 @@ from longnet_dist import (
 )
 from longnet_dist.distributed import collectives
 from longnet_dist.models.loss import linear_token_loss
-from longnet_dist.plan.blocks import bytes_received
+from longnet_dist.plan.cost import bytes_received
 
 PATTERN = Pattern((8, 16, 64), (1, 2, 4))
 

@@ -17,7 +17,7 @@ def _build(pipe: Any) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from longnet_dist import Pattern, SequenceMesh
-    from longnet_dist.plan.blocks import bytes_received
+    from longnet_dist.plan.cost import bytes_received
 
     dist.init_process_group("fake", rank=1234, world_size=RANKS, store=FakeStore())
     began = time.perf_counter()

@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 
 from longnet_dist import Pattern
 from longnet_dist.attention.reference import branch_counts
-from longnet_dist.plan.blocks import (
-    Rows,
-    Shard,
-    attention_flops,
-    bytes_received,
-    choose_chunk,
-    make_plan,
-    rank_groups,
-)
+from longnet_dist.plan.blocks import Rows, make_plan
+from longnet_dist.plan.cost import attention_flops, bytes_received
+from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 from tests.drawn import patterns
 
 ALIGNED = Pattern((16, 64, 256), (1, 4, 16))

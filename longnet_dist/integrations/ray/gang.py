@@ -18,8 +18,8 @@ from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.crew import Crew, GangError, connect
 from longnet_dist.integrations.ray.rank import Rows, describe_files, mapped
 from longnet_dist.models.decoder import LongNetConfig
-from longnet_dist.plan.blocks import Shard, choose_chunk
 from longnet_dist.plan.pattern import Pattern
+from longnet_dist.plan.shard import Shard, choose_chunk
 
 Source = Tensor | np.ndarray | Path | str
 Document = Source | bytes | Sequence[int]
