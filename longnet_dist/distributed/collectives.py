@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-_MESSAGE_BYTES = 2048
+_MESSAGE_BYTES = 4096
 
 
 class Communicator:
@@ -200,15 +200,17 @@ def _ascii(value: Any) -> str:
 
 
 def _raise_disagreement(ranks: Sequence[dict[str, Any]]) -> NoReturn:
-    problems = [f"rank {r}: {given['problem']}" for r, given in enumerate(ranks) if given.get("problem")]
-    if problems:
-        raise ValueError("; ".join(problems))
-    names = list(dict.fromkeys(name for given in ranks for name in given))
+    said = [f"rank {r}: {given['problem']}" for r, given in enumerate(ranks) if given.get("problem")]
+    names = dict.fromkeys(name for given in ranks for name in given if name != "problem")
+    if said:  # A rank with a problem may not have come to give the rest.
+        names = {name: None for name in names if all(name in given for given in ranks)}
     differing = [name for name in names if any(given.get(name) != ranks[0].get(name) for given in ranks)]
-    raise ValueError(
-        "the ranks of one sequence disagree, and every rank must pass the same: "
-        + "; ".join(f"{name}: {_who_has_what([given.get(name) for given in ranks])}" for name in differing)
-    )
+    if differing:
+        said.append(
+            "the ranks of one sequence disagree, and every rank must pass the same: "
+            + "; ".join(f"{name}: {_who_has_what([given.get(name) for given in ranks])}" for name in differing)
+        )
+    raise ValueError("; ".join(said))
 
 
 def _who_has_what(values: Sequence[Any]) -> str:

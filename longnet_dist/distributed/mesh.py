@@ -70,11 +70,11 @@ class SequenceMesh:
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self._everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
         self._agreed: set[Any] = set()
-        problem = _problem(pattern, seq_len, chunk, self.size)
-        given = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
-        given |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
-        self.agree(given, problem)
+        self._facts = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
+        self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
+        self.agree({"call": "SequenceMesh"}, _problem(pattern, seq_len, chunk, self.size))
         self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
+        self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
         if self.group is not None and self._everyone is not None:
             counts = torch.tensor([collectives.groups_made()], device=self._everyone.device)
@@ -133,19 +133,15 @@ class SequenceMesh:
         Raises:
             ValueError: on every rank, where one of them has not its chunk's number of entries in `dim`.
         """
-        problem = None
-        if x.shape[dim] != self.shard.num_rows:
-            problem = (
-                f"mesh.join takes this rank's chunk: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
-                f"not the {self.shard.num_rows} of rows [{self.shard.start}, {self.shard.stop})"
-            )
-        other_sizes = [n for d, n in enumerate(x.shape) if d != dim % x.dim()]
-        self.agree({"call": "join", "dim": dim % x.dim(), "sizes": other_sizes, "dtype": str(x.dtype)}, problem)
         return _Join.apply(x, self, dim)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the ranks, the same on each. Its gradient is passed on as it is: see `token_mean`."""
-        return x if self._everyone is None else _Sum.apply(x, self._everyone)
+        """The sum of `x` over the ranks, the same on each. Its gradient is passed on as it is: see `token_mean`.
+
+        Raises:
+            ValueError: on every rank, where their shapes, dtypes or devices differ.
+        """
+        return x if self._everyone is None else _Sum.apply(x, self, self._everyone)
 
     def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """The mean over all tokens of all ranks of `values` where `mask`, the same on every rank; differentiable.
@@ -157,7 +153,16 @@ class SequenceMesh:
         Args:
             values: this rank's, any shape, for example the losses of its tokens.
             mask: bool, the shape of `values`; all count by default. Where none counts on any rank, 0.
+
+        Raises:
+            ValueError: on every rank, where one of them has another kind of mask, or their dtypes differ.
         """
+        if mask is not None and (mask.shape != values.shape or mask.dtype != torch.bool):
+            refuse(
+                f"mask is {mask.dtype} of shape {tuple(mask.shape)}; it must be bool, of the shape of values, "
+                f"{tuple(values.shape)}",
+                self,
+            )
         # Selected, not multiplied: a NaN at a masked token must not pass.
         kept = values if mask is None else torch.where(mask, values, 0)
         # Made where the values are: a CUDA graph holds no copy from the host.
@@ -167,10 +172,10 @@ class SequenceMesh:
         return total / count.clamp(min=1).to(total.dtype)
 
     def agree(self, given: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
-        """Check that every rank gives the same `given`. Collective: on CPU groups each time, else the first time.
+        """Check that every rank gives the same `given` to a mesh of the same arguments.
 
-        (With NCCL a check would hold up the host in every layer, so later disagreement is a timeout there, unless
-        `always`.)
+        Collective: on CPU groups each time, else the first time. (With NCCL a check would hold up the host in every
+        layer, so later disagreement is a timeout there, unless `always`.)
 
         Raises:
             ValueError: on every rank, where ranks differ or one has a `problem`.
@@ -182,7 +187,7 @@ class SequenceMesh:
         key = tuple((name, str(value)) for name, value in given.items())
         if problem is None and key in self._agreed:
             return
-        self._everyone.agree(given, problem)
+        self._everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | given, problem)
         if not always and self._everyone.device.type != "cpu":
             self._agreed.add(key)
 
@@ -191,6 +196,22 @@ class SequenceMesh:
         return (
             f"{name} has {given} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
             f"{self.shard.stop}) of {self.seq_len}; pass mesh.split(x), not the whole sequence"
+        )
+
+    def __copy__(self) -> SequenceMesh:
+        """Itself: nothing in a mesh changes, and its connections are not copied. So modules that hold one can be."""
+        return self
+
+    def __deepcopy__(self, memo: Any) -> SequenceMesh:
+        """Itself: see `__copy__`."""
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse to be pickled: another process has neither this one's connections nor its handles."""
+        raise TypeError(
+            "a SequenceMesh cannot be pickled or saved, as it stands for this process's place among its ranks: save "
+            "module.state_dict() in place of the module, and construct SequenceMesh(group, pattern, seq_len) in each "
+            "process that needs one"
         )
 
     def __repr__(self) -> str:
@@ -242,48 +263,66 @@ def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) 
 
 
 class _Split(torch.autograd.Function):
-    """Forward: take this rank's rows. Backward: gather every rank's."""
+    """Forward: take this rank's rows. Backward: gather every rank's, which is `_Join`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
-        ctx.mesh, ctx.dim = mesh, dim
+    def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
         return x.narrow(dim, mesh.shard.start, mesh.shard.num_rows).clone()
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.mesh, ctx.dim = inputs
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gather(grad, ctx.mesh, ctx.dim), None, None
+        return _Join.apply(grad, ctx.mesh, ctx.dim), None, None
 
 
 class _Join(torch.autograd.Function):
-    """Forward: gather every rank's rows. Backward: take this rank's."""
+    """Forward: gather every rank's rows. Backward: take this rank's, which is `_Split`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
-        ctx.mesh, ctx.dim = mesh, dim
+    def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
         return _gather(x, mesh, dim)
+
+    setup_context = _Split.setup_context
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        shard = ctx.mesh.shard
-        return grad.narrow(ctx.dim, shard.start, shard.num_rows), None, None
+        return _Split.apply(grad, ctx.mesh, ctx.dim), None, None
 
 
 class _Sum(torch.autograd.Function):
     """Forward: all-reduce. Backward: the identity, so that a rank's gradient is its own part."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, everyone: collectives.Communicator) -> Tensor:
+    def forward(x: Tensor, mesh: SequenceMesh, everyone: collectives.Communicator) -> Tensor:
+        mesh.agree({"call": "sum", "shape": [*x.shape], "dtype": str(x.dtype), "device": x.device.type})
         return everyone.all_reduce(x.clone(), "summing over the sequence's ranks")
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad, None, None
 
 
 def _gather(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
+    chunk, shard = mesh.shard.chunk, mesh.shard
+    problem, others = None, list(x.shape)
+    if not -x.dim() <= dim < x.dim():
+        problem = f"mesh.join takes a tensor with a dimension of the sequence: {tuple(x.shape)} has no dim {dim}"
+    elif others.pop(dim) != shard.num_rows:
+        problem = (
+            f"mesh.join takes this rank's chunk: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
+            f"not the {shard.num_rows} of rows [{shard.start}, {shard.stop})"
+        )
+    given = {"call": "join", "dim": dim % max(1, x.dim()), "sizes": others, "dtype": str(x.dtype)}
+    mesh.agree(given | {"device": x.device.type}, problem)
     if mesh._everyone is None:
         return x.clone()
-    chunk, shard = mesh.shard.chunk, mesh.shard
     padded = x.new_zeros(chunk, *x.movedim(dim, 0).shape[1:])
     padded[: shard.num_rows] = x.movedim(dim, 0)
     parts = mesh._everyone.all_gather(padded, "joining the chunks of a sequence").wait()

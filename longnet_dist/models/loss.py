@@ -71,7 +71,7 @@ def linear_token_loss(
 ) -> Tensor:
     """`token_loss(x @ weight.T, labels, ...)`, with logits of a few thousand rows at a time, in the forward alone.
 
-    Differentiable once.
+    Differentiable once: a backward with `create_graph=True` raises ValueError.
 
     Args:
         x: (B, L, E), what the output projection takes.
@@ -134,7 +134,11 @@ class _LinearLoss(torch.autograd.Function):
         return losses.sum(), losses
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # As `once_differentiable`, which torch.autograd.grad passes by in silence.
+            raise ValueError(
+                "a second derivative of linear_token_loss was asked for (create_graph=True), and it has only first "
+                "ones: use token_loss(x @ weight.T, labels), which has every derivative"
+            )
         dx, dw = ctx.saved_tensors
         return (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype), None, None, None

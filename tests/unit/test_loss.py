@@ -72,3 +72,11 @@ def test_logits_are_never_whole():
     with Largest():
         linear_token_loss(x, weight, labels).backward()
     assert largest <= loss._MOST_LOGITS < 24_000 * 2000 / 2
+
+
+def test_a_second_derivative_is_refused():
+    """Of a sum with another term, torch.autograd.grad would give the other's alone."""
+    x, labels = torch.randn(1, 6, 8, requires_grad=True), torch.randint(5, (1, 6))
+    loss = linear_token_loss(x, torch.randn(5, 8), labels)
+    with pytest.raises(ValueError, match=r"second derivative.*use token_loss"):
+        torch.autograd.grad(loss.square() + x.pow(3).sum(), x, create_graph=True)
