@@ -26,23 +26,46 @@ from longnet_dist.extras import extra
 MANIFEST = "manifest.json"
 _FIGURES = ("config.json", "metrics.jsonl", "events.out.tfevents.*", "traces/*")
 """What a run writes beside its checkpoints, and can be gone on with from."""
+_WITHOUT_BUCKET = ("memory", "hdfs", "local")
+
+
+def local_path(given: str | Path) -> Path:
+    """The path on this machine that a text names, with `~` expanded and without `file://`.
+
+    Raises:
+        ValueError: if it is empty, lies in a store, or begins with the home folder of an unknown user.
+    """
+    text = str(given).removeprefix("file://")
+    if not text:
+        raise ValueError(f"{str(given)!r} names no file or folder; give a path, or leave the option out")
+    if re.match(r"[a-z][a-z0-9+.-]*:/", text):
+        raise ValueError(
+            f"{given} is no path on this machine; a run in a store is given as text, s3://BUCKET/PREFIX, and nothing "
+            "else can be in one"
+        )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{given}: no home folder is known; for a file of that name give ./{text}") from None
 
 
 def place(given: str | Path) -> Path:
     """The path that this names; where it has a scheme (s3://, gs://, ...) one of that store, with a Path's methods.
 
     Raises:
-        ValueError: where the store's package is not installed, or there is no such store.
+        ValueError: if it names no place, there is no such store, or the store's package is not installed.
     """
     if not isinstance(given, str | Path):
         return given
     scheme, found, rest = str(given).partition("://")
     if not found or scheme == "file":
-        return Path(rest or scheme).expanduser()
+        return local_path(given)
+    if scheme and not (rest.strip("/") if scheme in _WITHOUT_BUCKET else rest.partition("/")[0]):
+        raise ValueError(f"{given} names no bucket; {scheme}://BUCKET/PREFIX does")
     with extra("s3", given):
         from upath import UPath
         from upath.registry import get_upath_class
-    if get_upath_class(scheme) is None:
+    if not scheme or get_upath_class(scheme) is None:
         raise ValueError(f"{given}: no store is known by {scheme}://; s3://BUCKET/PREFIX is one")
     # Other ranks write there too, so what was listed once is not true for long.
     made: Any = UPath(str(given).rstrip("/"), use_listings_cache=False)

@@ -13,17 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_dist.checkpoints.storage import local_path
 from longnet_dist.data.shards import (
-    INDEX,
-    PARTIAL,
     SHARD_TOKENS,
     Index,
     TokenStream,
     check_tokens,
+    holds_tokens,
+    is_shard,
     read_index,
     write_tokens,
 )
-from longnet_dist.data.sources import find_files, read_documents, standard_library
+from longnet_dist.data.sources import HUGGING_FACE, find_files, read_documents, standard_library
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 
 _COUNTED_TOKENS = 1 << 26
@@ -77,13 +78,15 @@ def tokenize(
         The folder.
 
     Raises:
-        ValueError: where a file holds what cannot be read, naming the place; see `read_documents`.
+        ValueError: where a file holds what cannot be read, naming the place (see `read_documents`), or is tokenised
+            already, or would be a part of the data the next time.
     """
     ids = load_tokenizer(tokenizer)
     sources = find_files(data) if data else list(standard_library())
     stats = [(str(s), *((s.stat().st_size, s.stat().st_mtime_ns) if isinstance(s, Path) else ())) for s in sources]
     source = hashlib.sha256(json.dumps([stats, seed, text_field, ids.name, shard_tokens]).encode()).hexdigest()[:16]
     folder = folder or cache / f"tokens-{source}"
+    _check_apart(data, sources, folder)
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
 
     def documents() -> Iterator[bytes]:
@@ -92,6 +95,30 @@ def tokenize(
 
     write_tokens(documents, ids, folder, source, shard_tokens, progress)
     return folder
+
+
+def _check_apart(data: Sequence[str], sources: Sequence[Path | str], folder: Path) -> None:
+    """See that tokens are no part of the data: neither those of other data, nor these the next time."""
+    for source in sources:
+        if isinstance(source, Path) and is_shard(source) and holds_tokens(source.parent):
+            raise ValueError(
+                f"{source.parent} is tokenised already: train --data {source.parent}; or leave it out of the data"
+            )
+    for root in _local(data):
+        path, inside = root.resolve(), folder.resolve()
+        if (
+            root.is_dir()
+            and inside.is_relative_to(path)
+            and not any(part.startswith(".") for part in inside.relative_to(path).parts)
+        ):
+            raise ValueError(
+                f"{folder} lies in --data {root}, and would be a part of it the next time: give another --out or "
+                "--cache, or files of that folder"
+            )
+
+
+def _local(data: Sequence[str]) -> list[Path]:
+    return [local_path(path) for path in data if not path.startswith(HUGGING_FACE)]
 
 
 def num_bytes(data: Sequence[str]) -> int:
@@ -113,13 +140,13 @@ def open_corpus(
     Raises:
         ValueError: where there is something wrong with them, naming file and byte.
     """
-    tokenised = [path for path in data if any((Path(path).expanduser() / name).exists() for name in (INDEX, PARTIAL))]
+    tokenised = [path for path in _local(data) if holds_tokens(path)]
     if tokenised and len(data) > 1:
         raise ValueError(
             f"--data {tokenised[0]} is a folder of tokens, which must be the only one: it cannot be joined"
         )
     if tokenised:
-        folder = Path(data[0]).expanduser().resolve()
+        folder = tokenised[0].resolve()
     else:
         folder = tokenize(data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed)
     index = read_index(folder)

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -65,6 +66,20 @@ class Index:
     def tokens_per_byte(self) -> float:
         """Tokens, ends of documents included, a byte of text."""
         return self.num_tokens / max(1, sum(shard.num_bytes for shard in self.shards))
+
+
+def holds_tokens(folder: Path) -> bool:
+    """Whether `write_tokens` wrote in this folder; an `index.json` of something else does not make it one."""
+    indexes = [folder / name for name in (INDEX, PARTIAL) if (folder / name).is_file()]
+    return bool(indexes) and (
+        any(is_shard(path) for path in folder.glob("tokens-*.bin"))
+        or any(b'"shards"' in path.read_bytes() for path in indexes)
+    )
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file has the name of a shard."""
+    return re.fullmatch(r"tokens-\d{5,}\.bin", path.name) is not None
 
 
 def read_index(folder: Path) -> Index:
@@ -138,9 +153,11 @@ def write_tokens(
         index = Index(source, tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document, dtype)
         for left in folder.glob("unfinished-*"):
             left.unlink()
-        if (folder / PARTIAL).exists():
-            index = _with_whole_shards(folder / PARTIAL)
+        if (folder / PARTIAL).exists() and (partial := _with_whole_shards(folder / PARTIAL)).shards:
+            index = partial
             _check_source(folder, index, source)
+        else:  # Before the first shard, too: the folder is one of tokens, and no text.
+            write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
         todo = islice(documents(), sum(shard.documents for shard in index.shards), None)
         batches = _batches(todo)
         while (shard := _write_shard(batches, tokenizer, folder, index, shard_tokens, progress)) is not None:

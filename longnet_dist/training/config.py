@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from longnet_dist.checkpoints.storage import place
+from longnet_dist.checkpoints.storage import local_path, place
+from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.models.decoder import LongNetConfig
 from longnet_dist.training.parallel import ParallelConfig
 
@@ -20,9 +21,9 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs: .jsonl, .jsonl.zst and .parquet have a document a row, any other file is one document.
-    Or hf:NAME?name=CONFIG&split=SPLIT, a Hugging Face dataset; or a folder that `longnet-dist tokenize` wrote. By
-    default the source of Python's standard library."""
+    """Files, folders and globs: .jsonl, .jsonl.gz, .jsonl.zst and .parquet have a document a row, any other file is
+    one document. Or hf:NAME?name=CONFIG&split=SPLIT, a Hugging Face dataset; or a folder that `longnet-dist tokenize`
+    wrote. By default the source of Python's standard library."""
     tokenizer: Path | None = None
     """A tokenizer's file, *.json (tokenizers) or *.tiktoken; bytes by default."""
     text_field: str = "text"
@@ -94,11 +95,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
         object.__setattr__(self, "data", tuple(map(str, data)))
+        for path in self.data:
+            if not path.startswith(HUGGING_FACE):
+                local_path(path)
         if self.run_folder is not None:
             object.__setattr__(self, "run_folder", place(self.run_folder))
         for name in ("cache", "tokenizer"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, Path(getattr(self, name)).expanduser())
+                object.__setattr__(self, name, local_path(getattr(self, name)))
         least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
         least |= dict.fromkeys(
             (

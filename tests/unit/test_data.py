@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import math
+import struct
 
 import numpy as np
 import pyarrow
@@ -12,7 +15,8 @@ import torch
 import zstandard
 from pyarrow import parquet
 
-from longnet_dist.data.corpus import open_corpus, unigram_bits, window_order
+from longnet_dist import TrainConfig
+from longnet_dist.data.corpus import open_corpus, tokenize, unigram_bits, window_order
 from longnet_dist.data.sources import find_files, read_documents, standard_library
 from longnet_dist.data.tokenizers import Bytes
 
@@ -98,18 +102,20 @@ TEXTS = ["first", "zweites, mit Umlaut: ü", "", "last\nof two lines"]
 
 
 def _written(folder, kind, texts=TEXTS):
-    path = folder / f"rows.{kind}"
+    path, kind = folder / f"rows.{kind}", kind.lower()
     lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts).encode()
     if kind == "jsonl":
         path.write_bytes(lines)
     elif kind == "jsonl.zst":
         path.write_bytes(zstandard.ZstdCompressor().compress(lines))
+    elif kind == "jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
     else:
         parquet.write_table(pyarrow.table({"text": texts, "other": [1] * len(texts)}), path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet", "JSONL", "jsonl.GZ"])
 def test_rows_are_documents(tmp_path, kind):
     path = _written(tmp_path, kind)
     assert [d.decode() for d in read_documents(path)] == TEXTS
@@ -148,3 +154,108 @@ def test_bad_archives_are_named(tmp_path):
     table.write_bytes(table.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"rows.parquet cannot be read as Parquet"):
         list(read_documents(table))
+
+
+LINES = [json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(20)]
+HALVES = [b"".join(LINES[:10]), b"".join(LINES[10:])]
+ZSTD, SKIPPABLE = zstandard.ZstdCompressor(), struct.pack("<II", 0x184D2A50, 5) + b"to be"
+UNSIZED = zstandard.ZstdCompressor(write_content_size=False, write_checksum=True)
+ARCHIVES = {
+    "one frame": ("zst", [ZSTD.compress(b"".join(LINES))]),
+    "no content size": ("zst", [UNSIZED.compress(b"".join(LINES))]),
+    "several frames": ("zst", [ZSTD.compress(half) for half in HALVES]),
+    "skippable frames": ("zst", [SKIPPABLE, ZSTD.compress(HALVES[0]), SKIPPABLE, UNSIZED.compress(HALVES[1])]),
+    "one member": ("gz", [gzip.compress(b"".join(LINES))]),
+    "several members": ("gz", [gzip.compress(half) for half in HALVES]),
+}
+
+
+@pytest.mark.parametrize("block", [7, 1 << 16])
+@pytest.mark.parametrize("archive", ARCHIVES)
+def test_a_compressed_file_is_read_whole_or_named(tmp_path, monkeypatch, archive, block):
+    """Cut anywhere, also to nothing, other than between frames; damaged; or with something behind it."""
+    monkeypatch.setattr("longnet_dist.documents._COMPRESSED_BYTES", block)
+    ending, frames = ARCHIVES[archive]
+    path, whole = tmp_path / f"rows.jsonl.{ending}", b"".join(frames)
+    path.write_bytes(whole)
+    assert [document.decode() for document in read_documents(path)] == [f"row {n}" for n in range(20)]
+    between = {sum(map(len, frames[:n])) for n in range(1, len(frames))}
+    cuts = [whole[:cut] for cut in range(len(whole)) if cut not in between]
+    for content in (*cuts, whole + b"x", whole + b"trailing garbage", b"\x00" + whole):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"rows.jsonl.{ending} (ends too early|cannot be decompressed)"):
+            list(read_documents(path))
+    path.write_bytes(whole[:-3])
+    with pytest.raises(ValueError, match="ends too early, at byte"):
+        corpus_of(path, tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("index.json"))
+
+
+def test_every_truncation_of_parquet_is_named(tmp_path):
+    table = _written(tmp_path, "parquet")
+    whole = table.read_bytes()
+    for cut in range(len(whole)):
+        table.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"rows.parquet cannot be read as Parquet"):
+            list(read_documents(table))
+
+
+def test_damaged_parquet_is_named_or_read(tmp_path):
+    """No byte of it brings an error of another kind."""
+    table = _written(tmp_path, "parquet")
+    whole = table.read_bytes()
+    for at in range(len(whole)):
+        table.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        try:
+            said = f"{table}: {list(read_documents(table))}"
+        except ValueError as error:
+            said = str(error)
+        assert str(table) in said
+
+
+@pytest.mark.parametrize(
+    "name", ["a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.ZIP", "a.parquet.gz", "a.tgz"]
+)
+def test_what_is_compressed_otherwise_is_refused(folder, tmp_path_factory, name):
+    (folder / "sub" / name).write_bytes(bz2.compress(b"text"))
+    for given in (folder, folder / "sub" / name):
+        with pytest.raises(ValueError, match=rf"{name} is compressed, and only .jsonl.gz, .jsonl.zst and .parquet"):
+            corpus_of(given, tmp_path_factory.mktemp("cache"))
+    with pytest.raises(ValueError, match=f"{name} is compressed"):
+        list(read_documents(folder / "sub" / name))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "names no file or folder"),
+        ("~nobody-of-this-name/text", "no home folder"),
+        ("s3://bucket/text", "no path on this machine"),
+    ],
+)
+def test_a_name_that_names_nothing_is_refused(tmp_path, given, said):
+    for read in (lambda: find_files([given]), lambda: corpus_of(given, tmp_path), lambda: TrainConfig(data=given)):
+        with pytest.raises(ValueError, match=said):
+            read()
+
+
+def test_a_folder_with_an_index_of_its_own_is_text(folder, tmp_path_factory):
+    (folder / "index.json").write_text('{"name": "a package"}')
+    corpus = corpus_of(folder, tmp_path_factory.mktemp("cache"))
+    assert sum(shard.documents for shard in corpus.index.shards) == 3
+
+
+def test_tokens_are_not_tokenised_again(folder, tmp_path_factory):
+    """Given as a folder, as what lies in a folder, as files; or where their folder would become a part of the data."""
+    out = tmp_path_factory.mktemp("out")
+    tokens = tokenize([str(folder / "a.py")], out / "tokens", out)
+    for given in (tokens, out, tokens / "*", tokens / "tokens-00000.bin"):
+        with pytest.raises(ValueError, match=rf"{tokens} is tokenised already: train --data {tokens}"):
+            tokenize([str(given)], out.parent / "again", out.parent)
+    with pytest.raises(ValueError, match="is tokenised already"):
+        corpus_of(out, tmp_path_factory.mktemp("cache"))
+    for inside in (folder, folder / "sub" / "tokens"):
+        with pytest.raises(ValueError, match=rf"{inside} lies in --data {folder}"):
+            tokenize([str(folder)], inside, inside)
+    tokenize([str(folder)], folder / ".cache" / "tokens", folder)
+    assert corpus_of(tokens, out).index.num_tokens == 7

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from longnet_dist import TrainConfig, train
 from longnet_dist.checkpoints.checkpoints import Checkpoints, load_model
 from longnet_dist.checkpoints.storage import Store, copy, place
-from longnet_dist.cli import app
+from longnet_dist.cli.app import app
 from tests.unit.test_checkpoint import DAMAGES, newest, state
 from tests.unit.test_train import TINY
 
@@ -43,6 +44,36 @@ def test_a_path_names_a_file_system_or_a_store(tmp_path):
         place("nonsense://bucket/runs")
     with pytest.raises(ValueError, match="gcsfs"):
         place("gs://bucket/runs")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "names no file or folder"),
+        ("file://", "names no file or folder"),
+        ("s3://", "s3:// names no bucket; s3://BUCKET/PREFIX does"),
+        ("s3:///runs/first", "names no bucket"),
+        ("gs://", "names no bucket"),
+        ("memory://", "names no bucket"),
+        ("://runs", "no store is known"),
+        ("s3:/bucket/runs", "s3:/bucket/runs is no path on this machine"),
+        (Path("s3://bucket/runs"), "is no path on this machine; a run in a store is given as text"),
+        ("~nobody-of-this-name/runs", "no home folder is known"),
+    ],
+)
+def test_a_path_that_names_no_place_is_refused(given, said):
+    for use in (place, lambda run_folder: TrainConfig(run_folder=run_folder)):
+        with pytest.raises(ValueError, match=said):
+            use(given)
+
+
+@pytest.mark.parametrize("option", ["cache", "tokenizer"])
+def test_paths_of_files_are_of_this_machine(option, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert getattr(TrainConfig(**{option: "~/x.json"}), option) == Path("/home/somebody/x.json")
+    for given in ("", "s3://bucket/x", "~nobody-of-this-name/x"):
+        with pytest.raises(ValueError, match=r"names no file or folder|no path on this machine|no home folder"):
+            TrainConfig(**{option: given})
 
 
 def test_the_newest_is_loaded_and_the_last_two_are_kept(kept):

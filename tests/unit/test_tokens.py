@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from longnet_dist.cli import app
+from longnet_dist.cli.app import app
 from longnet_dist.data.corpus import open_corpus, tokenize
 from longnet_dist.data.shards import check_tokens, read_index, write_tokens
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
@@ -118,7 +118,7 @@ def test_killed_it_goes_on(tmp_path):
     job = subprocess.Popen([sys.executable, *command, str(tmp_path / "out")], stdout=subprocess.DEVNULL)
     partial = tmp_path / "out" / "partial.json"
     deadline = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < deadline:
+    while not (partial.exists() and json.loads(partial.read_text())["shards"]) and time.monotonic() < deadline:
         time.sleep(0.002)  # Its progress shows in its files alone.
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
@@ -129,6 +129,22 @@ def test_killed_it_goes_on(tmp_path):
     index = read_index(tmp_path / "out")
     assert len(index.shards) > before
     assert index == read_index(tmp_path / "expected")
+
+
+def test_stopped_in_its_first_shard_it_is_no_text(tmp_path):
+    """What is left is not trained on as if it were; and gives way to tokens of mended data."""
+
+    def failing():
+        yield from DOCUMENTS[:5]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(failing, Bytes(), tmp_path / "out", "source")
+    (tmp_path / "out" / "unfinished-of-a-killed-one").write_bytes(b"half a shard")
+    with pytest.raises(ValueError, match="stopped: start the same"):
+        open_corpus([str(tmp_path / "out")], tmp_path / "cache", 0.1)
+    index = write_tokens(lambda: iter(DOCUMENTS), Bytes(), tmp_path / "out", "another")
+    assert index == read_index(tmp_path / "out")
 
 
 def _written(tmp_path):
@@ -194,5 +210,8 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path, monkeypatch):
     assert Bytes().decode(tokens.tolist()) == b"".join(DOCUMENTS)
     with pytest.raises(ValueError, match=r"row 0: its 'body' is NoneType, not text; it has text, n"):
         tokenize([f"hf:{tmp_path / 'rows'}"], tmp_path / "other", tmp_path, text_field="body")
-    with pytest.raises(ValueError, match=r"cannot be opened"):
+    with pytest.raises(ValueError, match=r"cannot be opened or read"):
         tokenize([f"hf:{tmp_path / 'rows'}?split=nothing"], tmp_path / "other", tmp_path)
+    (tmp_path / "rows" / "rows.jsonl").write_text('{"text": "fine"}\n{"text": "cut')
+    with pytest.raises(ValueError, match=r"rows cannot be opened or read: "):
+        tokenize([f"hf:{tmp_path / 'rows'}"], tmp_path / "cut", tmp_path)
