@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from longnet_dist.checkpoints.storage import place
+from longnet_dist.checkpoints.storage import local_path, place
 from longnet_dist.extras import extra
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.training.config import RayConfig, TrainConfig
 from longnet_dist.training.trainer import train
+
+_LISTS = ("--data", "--edges", "--ray.labels", "--ray.resources")
+"""Options of any number of values, for which none would otherwise count as not given."""
+_MAY_BE_EMPTY = ("--wandb",)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,12 +33,59 @@ def main(arguments: list[str] | None = None) -> int:
     app.command(name="draw")(_draw)
     app.command(name="plan")(_plan)
     app.command(name="doctor")(_doctor)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app.cli(prog="longnet-dist", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,))
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        _check_values(arguments)
+        app.cli(prog="longnet-dist", args=arguments, config=(tyro.conf.CascadeSubcommandArgs,), registry=_registry())
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, _PathError) as error:
         print(f"longnet-dist: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _check_values(arguments: Sequence[str]) -> None:
+    """See that no value is empty or left out, as an unset variable of a script makes it."""
+    option = ""
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            if option.replace("_", "-") in _LISTS and not equals and following.startswith("--"):
+                raise ValueError(f"{option} is given no value; give one, or leave the option out")
+        if (not argument or (argument.startswith("--") and equals and not value)) and option not in _MAY_BE_EMPTY:
+            raise ValueError(
+                f"{option} is empty; give a value, or leave the option out"
+                if option
+                else f"an argument of {arguments[0] or 'longnet-dist'} is empty"
+            )
+
+
+class _PathError(Exception):
+    """A ValueError that tyro does not put in a frame."""
+
+
+def _registry() -> tyro.constructors.ConstructorRegistry:
+    """Every option of the type Path is a path on this machine, with `~` expanded; see `local_path`."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def read(given: list[str]) -> Path:
+        try:
+            return local_path(given[0])
+        except ValueError as error:
+            raise _PathError(str(error)) from None
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=read,
+            is_instance=lambda x: isinstance(x, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
 
 
 def _train(
@@ -53,6 +106,13 @@ def _train(
         ray: How Ray runs them.
     """
     if launcher == "none":
+        if str(ranks) not in ("1", os.environ.get("WORLD_SIZE")):
+            raise ValueError(
+                f"--ranks is {ranks}, and nothing starts them: give --launcher ray, or start them without --ranks, by "
+                "torchrun --nproc-per-node RANKS -m longnet_dist train"
+            )
+        if ray != RayConfig():
+            raise ValueError("--ray.* options need --launcher ray")
         train(config)
         return
     with extra("ray", "--launcher ray"):
@@ -86,6 +146,8 @@ def _tokenize(
     from longnet_dist.data.shards import read_index
 
     _check_positive({"shard-tokens": shard_tokens})
+    if not data:
+        raise ValueError("no data to tokenise; give files, folders, globs or hf: datasets")
     columns = (TextColumn("tokenise"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("tokenise", total=num_bytes(data) or None)

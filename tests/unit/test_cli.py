@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longnet_dist import LongNetConfig, TrainConfig
-from longnet_dist.cli import app
+from longnet_dist.cli.app import app
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
@@ -54,6 +54,84 @@ def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("train --ranks 4", "--ranks is 4, and nothing starts them: give --launcher ray, or start"),
+        ("train --ranks 0", "--ranks is 0"),
+        ("train --ray.min-ranks 2 --ranks 1", "--ray.* options need --launcher ray"),
+        ("train --data", "--data is given no value"),
+        ("train --data --steps 1", "--data is given no value"),
+        ("eval run --edges", "--edges is given no value"),
+        ("train --launcher ray --run-folder x --ray.labels", "--ray.labels is given no value"),
+        ("tokenize --out x", "no data to tokenise"),
+        ("train --run-folder s3://", "s3:// names no bucket"),
+        ("eval s3://", "s3:// names no bucket"),
+        ("export gs:///run out", "gs:///run names no bucket"),
+        ("report s3://", "s3:// names no bucket"),
+        ("tokenize README.md --out s3://bucket/tokens", "s3://bucket/tokens is no path on this machine"),
+        ("train --cache s3://bucket/cache", "s3://bucket/cache is no path on this machine"),
+        ("train --data s3://bucket/text", "s3://bucket/text is no path on this machine"),
+        ("draw --out=s3://bucket/x.png", "s3://bucket/x.png is no path on this machine"),
+        ("draw --out=~nobody-of-this-name/x.png", "no home folder is known"),
+        ("train --data hf:", "hf: names no dataset"),
+        *((f"{command} {option}", f"{option} is empty") for command, options in {
+            "train": ("--data", "--run-folder", "--cache", "--tokenizer", "--text-field", "--run_folder"),
+            "tokenize README.md": ("--out", "--tokenizer"),
+            "eval run": ("--data", "--tokenizer"),
+            "report run": ("--out",),
+            "draw": ("--out",),
+        }.items() for option in options),
+        *((command, f"an argument of {command} is empty") for command in ("tokenize", "eval", "export", "report")),
+    ],
+)  # fmt: skip
+def test_what_names_nothing_is_one_line_and_exit_2(arguments, said, capsys, tmp_path, monkeypatch):
+    """Where an option is said to be empty: `--option ""`, and `--option=`."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("text")
+    given = arguments.split()
+    for full in ([*given, ""], [*given[:-1], f"{given[-1]}="]) if "is empty" in said else [given]:
+        if full[-1] != f"{given[0]}=":
+            assert app.main(full) == 2
+            error = capsys.readouterr().err
+            assert said in error
+            assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
+    """As text that a shell left alone, after a space or `=`."""
+    home = tmp_path / "home"
+    (home / "data").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path / "here")
+    (home / "data" / "text.txt").write_text("some words again\n" * 200)
+    model = "--model.d-model 16 --model.num-layers 1 --model.num-heads 2 --model.segment-lengths 32"
+    for command in (
+        "tokenize ~/data --out=~/tokens",
+        f"train --data=~/tokens --cache=~/cache --run-folder=~/run --seq-len 32 --steps 1 {model} "
+        "--model.dilation-rates 1",
+        "eval ~/run --edges 32 --data ~/tokens",
+        "export ~/run ~/exported",
+        "report ~/run --out=~/report.html",
+        "draw --out=~/pattern.svg",
+        "draw --out ~/pattern.png",
+    ):
+        assert app.main(command.split()) == 0, capsys.readouterr().err
+    made = {"tokens", "cache", "run", "exported", "report.html", "pattern.svg", "pattern.png"}
+    assert {path.name for path in home.iterdir()} == {"data", *made}
+    assert not list((tmp_path / "here").iterdir())
+
+
+def test_ranks_may_be_said_to_the_launcher_too(monkeypatch):
+    """Under torchrun `--ranks` is true, or refused."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(app, "train", lambda config: None)
+    assert app.main(["train", "--ranks", "2"]) == 0
+    assert app.main(["train", "--ranks", "3"]) == 2
 
 
 def test_doctor(capsys):
