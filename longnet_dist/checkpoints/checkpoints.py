@@ -20,16 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
 
+from longnet_dist.best_effort import BestEffort
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
-from longnet_dist.distributed.collectives import gather_objects
+from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNet, LongNetConfig
 
 State = dict[str, Tensor]
@@ -43,7 +46,7 @@ class Checkpoints:
         keep_last: how many of the newest to keep; at least 2, so that one that turns out damaged is not the only.
         keep_every: keep those of every so many steps for good; 0 for none.
         asynchronous: write in the background; training goes on with the next step.
-        timeout: of what ranks say to each other about a checkpoint.
+        timeout: how long ranks wait for another rank that reads, writes or removes files.
     """
 
     def __init__(
@@ -52,15 +55,14 @@ class Checkpoints:
         keep_last: int = 2,
         keep_every: int = 0,
         asynchronous: bool = False,
-        timeout: timedelta = timedelta(minutes=10),
+        timeout: timedelta = timedelta(hours=1),
     ) -> None:
         self.folder, self.keep_last, self.keep_every = place(folder), keep_last, keep_every
         self.storage = Store(self.folder) if in_store(self.folder) else Disk(self.folder)
-        many = dist.is_initialized() and dist.get_world_size() > 1
         # A group of its own: a background write must not come between the training's collectives.
-        self.group = dist.new_group(backend="gloo", timeout=timeout) if many else None
-        self.rank = dist.get_rank() if many else 0
-        self.size = dist.get_world_size() if many else 1
+        self.patience = Patience(timeout)
+        self.group, self.rank, self.size = self.patience.group, self.patience.rank, self.patience.size
+        self._removal = BestEffort("removals of old checkpoints")
         self.latest: Path | None = None
         """The last one that this run wrote whole; the same on every rank."""
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
@@ -89,13 +91,13 @@ class Checkpoints:
         Raises:
             RuntimeError: where there are checkpoints, and none is whole; or where it cannot be seen what there are.
         """
-        names, problem = self._from_first(self._names() if self.rank == 0 else None)
+        names, problem = self._from_first(self._names() if self.rank == 0 else None, "list the checkpoints")
         if problem:
             raise RuntimeError(f"what checkpoints there are cannot be read: {problem}")
         problems = []
         for name in names:
             path = self.folder / name
-            problem = self._from_any(_damage(path, self.rank, self.size))
+            problem = self._from_any(_damage(path, self.rank, self.size), f"verify {path}")
             if problem is None:
                 return path, json.loads((path / MANIFEST).read_text())["facts"]
             problems.append(f"{path}: {problem}")
@@ -111,7 +113,7 @@ class Checkpoints:
         Raises:
             ValueError: where the checkpoint lacks one of them, or has it in another shape or dtype.
         """
-        reader = TensorsOnlyReader(path)
+        reader = _Reader(path, self.patience)
         stored = reader.read_metadata().state_dict_metadata
         # A run that goes on on another kind of device begins its random states anew.
         state = {name: x for name, x in state.items() if name in stored or not name.startswith("random")}
@@ -123,7 +125,7 @@ class Checkpoints:
                     f"{name} is {(x.shape, x.dtype)} in this run and {kind} in checkpoint {path}: use the model "
                     "options and dtype that it was written with, or another run folder"
                 )
-        with self._alone():
+        with self._alone(), self.patience.waiting(f"read {path}"):
             load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
 
     def _names(self) -> tuple[list[str], str | None]:
@@ -136,21 +138,28 @@ class Checkpoints:
     def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
         """The checkpoint; None where there is none."""
         name = f"step-{step:08d}"
-        nonce = self._from_first(uuid.uuid4().hex[:8])
+        nonce = self._from_first(uuid.uuid4().hex[:8], f"begin checkpoint {name}")
         temporary, problem = self._begun(name, nonce)
-        problem = self._from_any(problem)
+        problem = self._from_any(problem, f"make the folder of checkpoint {name}")
         if problem is None:
             mine, problem = self._write_files(name, temporary, state)
             files: dict[str, Any] = {}
-            for of_rank in gather_objects(mine, self.group):
+            for of_rank in self.patience.gather(mine, f"write and hash its files of checkpoint {name}"):
                 files |= of_rank
-            problem = self._from_any(problem)
+            problem = self._from_any(problem, f"write checkpoint {name}")
         if problem is None:
-            problem = self._from_first(self._finish(name, temporary, files, facts) if self.rank == 0 else None)
+            problem = self._finish(name, temporary, files, facts) if self.rank == 0 else None
+            problem = self._from_first(problem, f"finish checkpoint {name}")
+        if problem is None:
+            with self._removal:
+                if self.rank == 0:
+                    self._remove_old(name)
+            self._from_first(None, "remove old checkpoints")
         if problem is not None and self.rank == 0:
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
         if problem is not None or in_store(self.folder):
             self.storage.abandon(temporary)
+            self._from_first(None, f"remove what it wrote of checkpoint {name}")
         return self.folder / name if problem is None else None
 
     def _begun(self, name: str, nonce: str) -> tuple[Path, str | None]:
@@ -163,8 +172,9 @@ class Checkpoints:
     def _write_files(self, name: str, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
         """This rank's files, described; or what went wrong, here or elsewhere."""
         try:
-            with self._alone():
-                save(state, checkpoint_id=temporary, process_group=self.group, no_dist=self.group is None)
+            with self._alone(), self.patience.waiting(f"write its files of checkpoint {name}"):
+                writer = _Writer(temporary, self.patience)
+                save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             written = [path.name for path in temporary.glob(f"__{self.rank}_*")]
             written += [".metadata"] if self.rank == 0 else []
             described = {file: _described(temporary / file) for file in written}
@@ -176,14 +186,13 @@ class Checkpoints:
         return described, None
 
     def _finish(self, name: str, temporary: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        """On rank 0: the manifest, and the removal of old ones; what went wrong, or None."""
+        """On rank 0: the manifest; what went wrong, or None."""
         manifest = {"facts": facts, "files": files, "torch": torch.__version__}
         manifest["sha256"] = _hash(manifest)
         try:
             self.storage.finish(name, temporary, json.dumps(manifest, indent=1))
         except OSError as error:
             return repr(error)
-        self._remove_old(name)
         return None
 
     def _remove_old(self, newest: str) -> None:
@@ -204,14 +213,38 @@ class Checkpoints:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
 
-    def _from_first(self, mine: Any) -> Any:
-        return gather_objects(mine, self.group)[0]
+    def _from_first(self, mine: Any, what: str) -> Any:
+        return self.patience.gather(mine, what)[0]
 
-    def _from_any(self, mine: str | None) -> str | None:
-        return next(
-            (f"rank {r}: {p}" if self.size > 1 else p for r, p in enumerate(gather_objects(mine, self.group)) if p),
-            None,
-        )
+    def _from_any(self, mine: str | None, what: str) -> str | None:
+        everyones = enumerate(self.patience.gather(mine, what))
+        return next((f"rank {r}: {p}" if self.size > 1 else p for r, p in everyones if p), None)
+
+
+class _Writer(FileSystemWriter):
+    """Tells the ranks that wait when this one has written its files."""
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        super().__init__(path)
+        self._patience = patience
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
+        written = super().write_data(plan, planner)
+        self._patience.arrive()
+        return written
+
+
+class _Reader(TensorsOnlyReader):
+    """Tells the ranks that wait when this one has read its part."""
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        super().__init__(path)
+        self._patience = patience
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        read = super().read_data(plan, planner)
+        self._patience.arrive()
+        return read
 
 
 def _damage(path: Path, rank: int, size: int) -> str | None:

@@ -16,37 +16,18 @@ import re
 import shutil
 import tempfile
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from longnet_dist.best_effort import BestEffort
 from longnet_dist.extras import extra
+from longnet_dist.paths import local_path
 
 MANIFEST = "manifest.json"
 _FIGURES = ("config.json", "metrics.jsonl", "events.out.tfevents.*", "traces/*")
 """What a run writes beside its checkpoints, and can be gone on with from."""
 _WITHOUT_BUCKET = ("memory", "hdfs", "local")
-
-
-def local_path(given: str | Path) -> Path:
-    """The path on this machine that a text names, with `~` expanded and without `file://`.
-
-    Raises:
-        ValueError: if it is empty, lies in a store, or begins with the home folder of an unknown user.
-    """
-    text = str(given).removeprefix("file://")
-    if not text:
-        raise ValueError(f"{str(given)!r} names no file or folder; give a path, or leave the option out")
-    if re.match(r"[a-z][a-z0-9+.-]*:/", text):
-        raise ValueError(
-            f"{given} is no path on this machine; a run in a store is given as text, s3://BUCKET/PREFIX, and nothing "
-            "else can be in one"
-        )
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError(f"{given}: no home folder is known; for a file of that name give ./{text}") from None
 
 
 def place(given: str | Path) -> Path:
@@ -212,6 +193,7 @@ class Figures:
         self.folder = work if in_store(folder) else folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._put: dict[Path, tuple[int, int]] = {}
+        self._effort = BestEffort(f"the figures in {folder}")
 
     def __enter__(self) -> None:
         if self.kept is None:
@@ -230,14 +212,12 @@ class Figures:
         """Copy what has changed. A store that fails is a warning: the run goes on."""
         if self.kept is None:
             return
-        try:
+        with self._effort:
             for path in [path for pattern in _FIGURES for path in self._here(pattern)]:
                 state = (path.stat().st_size, path.stat().st_mtime_ns)
                 if self._put.get(path) != state:
                     copy(path, self.kept / str(path.relative_to(self.folder)))
                     self._put[path] = state
-        except OSError as error:
-            warnings.warn(f"the figures of the run are not in {self.kept}: {error}", stacklevel=2)
 
     def _here(self, pattern: str) -> list[Path]:
         return [path for path in self.folder.glob(pattern) if path.is_file()]

@@ -11,8 +11,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from longnet_dist.checkpoints.storage import local_path, place
+from longnet_dist.best_effort import tolerate_broken_output
+from longnet_dist.checkpoints.storage import place
 from longnet_dist.extras import extra
+from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.training.config import RayConfig, TrainConfig
 from longnet_dist.training.trainer import train
@@ -113,7 +115,8 @@ def _train(
             )
         if ray != RayConfig():
             raise ValueError("--ray.* options need --launcher ray")
-        train(config)
+        with tolerate_broken_output():
+            train(config)
         return
     with extra("ray", "--launcher ray"):
         from longnet_dist.integrations.ray import train_on_ray

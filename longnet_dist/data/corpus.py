@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_dist.checkpoints.storage import local_path
 from longnet_dist.data.shards import (
     SHARD_TOKENS,
     Index,
@@ -26,6 +25,7 @@ from longnet_dist.data.shards import (
 )
 from longnet_dist.data.sources import HUGGING_FACE, find_files, read_documents, standard_library
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+from longnet_dist.paths import local_path
 
 _COUNTED_TOKENS = 1 << 26
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-from longnet_dist.checkpoints.storage import local_path
 from longnet_dist.extras import extra
+from longnet_dist.paths import local_path
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer

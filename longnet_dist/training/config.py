@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from longnet_dist.checkpoints.storage import local_path, place
+from longnet_dist.checkpoints.storage import place
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.models.decoder import LongNetConfig
+from longnet_dist.paths import local_path
 from longnet_dist.training.parallel import ParallelConfig
 
 
@@ -87,6 +88,8 @@ class TrainConfig:
     """What a rank's device can do, in 10^12 operations a second, for MFU; 0 to leave MFU out."""
     timeout: float = 600.0
     """Seconds that a collective may take."""
+    io_timeout: float = 3600.0
+    """Seconds that ranks wait for another rank's I/O: checkpoints, metrics, the lock of the run's folder."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How ranks are arranged; all in one sequence by default."""
     model: LongNetConfig = field(default_factory=LongNetConfig)
@@ -119,7 +122,9 @@ class TrainConfig:
             0,
         )
         # One of two may be damaged.
-        for name, value in (least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3}).items():
+        for name, value in (
+            least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3, "io_timeout": 1e-3}
+        ).items():
             if not getattr(self, name) >= value:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
         if not 0 < self.validation_fraction < 1:

@@ -19,9 +19,11 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from longnet_dist.best_effort import print_note
 from longnet_dist.checkpoints.storage import Figures, in_store, place, problem_with
 from longnet_dist.data.corpus import Corpus, open_corpus
 from longnet_dist.distributed.collectives import gather_objects
+from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNetConfig
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.parallel import ParallelConfig
@@ -60,15 +62,15 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def run_folder(config: TrainConfig) -> Path:
+def run_folder(config: TrainConfig, patience: Patience) -> Path:
     """The run's folder, the same on every rank: rank 0 names it and makes it."""
     # A restarted job must find its folder again: torchrun's own id, where it has one, outlives restarts.
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
-    folder = place(gather_objects(str(config.run_folder or Path("runs") / name))[0])
+    folder = place(patience.gather(str(config.run_folder or Path("runs") / name), "name the run's folder")[0])
     if not in_store(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    elif problem := gather_objects(problem_with(folder) if _rank() == 0 else None)[0]:
+    elif problem := patience.gather(problem_with(folder) if _rank() == 0 else None, f"write into {folder}")[0]:
         raise ValueError(problem)
     return folder
 
@@ -79,8 +81,12 @@ def figures_of(folder: Path, config: TrainConfig, first: bool) -> Figures:
 
 
 @contextlib.contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, patience: Patience | None = None) -> Iterator[None]:
     """Rank 0 holds the run's folder, so that no second job writes into it. Collective.
+
+    Args:
+        folder: of the run.
+        patience: on which the other ranks wait for rank 0; None in a process that is alone.
 
     Raises:
         ValueError: on every rank, where another job holds it, also after a while in which one that was killed ends.
@@ -90,17 +96,22 @@ def held(folder: Path) -> Iterator[None]:
         if _rank() == 0:
             try:
                 lock = stack.enter_context((folder / ".lock").open("w"))
-                problem = None if _locked(lock) else f"another job trains in {folder}: give another, or end it"
+                # Before the other ranks lose their patience: what stands in the way is to be said on every rank.
+                seconds = min(LOCK_SECONDS, LOCK_SECONDS if patience is None else patience.limit / 2)
+                locked = _locked(lock, seconds, folder)
+                problem = None if locked else f"another job trains in {folder}: give another, or end it"
             except OSError as error:
-                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # No locks there: nothing to hold.
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    warnings.warn(f"no lock keeps a second job out of {folder}: {error}", stacklevel=3)
+                elif error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):  # No locks there.
                     problem = f"the run's folder cannot be written: {error}"
-        if problem := gather_objects(problem)[0]:
+        if problem := problem if patience is None else patience.gather(problem, f"lock {folder}")[0]:
             raise ValueError(problem)
         yield
 
 
-def _locked(lock: IO[str]) -> bool:
-    deadline = time.monotonic() + LOCK_SECONDS
+def _locked(lock: IO[str], seconds: float, folder: Path) -> bool:
+    deadline, said = time.monotonic() + seconds, False
     while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,6 +119,9 @@ def _locked(lock: IO[str]) -> bool:
         except BlockingIOError:
             if time.monotonic() > deadline:
                 return False
+            if not said:
+                print_note(f"another job holds {folder}: waiting up to {seconds:.0f} s for it to end")
+                said = True
             time.sleep(0.2)
 
 
@@ -138,6 +152,8 @@ def corpus_of(config: TrainConfig) -> Corpus:
     """The tokenised data; the first rank of each machine makes it, then the others read it."""
 
     corpus, problem = None, None
+    # However long it takes to tokenise: the others wait.
+    patience = Patience(timedelta(days=7))
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
             corpus = open_corpus(
@@ -151,9 +167,7 @@ def corpus_of(config: TrainConfig) -> Corpus:
             problem = _does_not_fit(corpus, config)
         except (ValueError, OSError) as error:
             problem = str(error)
-    # However long it takes to tokenise: the others wait.
-    patient = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if dist.is_initialized() else None
-    everyones = gather_objects((corpus, problem), patient)
+    everyones = patience.gather((corpus, problem), "tokenise the data, or read its index")
     if problem := next((p for _, p in everyones if p), None):
         raise ValueError(problem)
     built = [c for c, _ in everyones if c is not None]
@@ -168,7 +182,7 @@ def _rank() -> int:
 
 
 _OF_THE_PLACE = {
-    *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout"),
+    *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout", "io_timeout"),
     *("profile", "wandb", "peak_tflops", "keep_checkpoints", "keep_every", "checkpoint_every", "async_checkpoints"),
     *("validate_every", "keep_kv"),
 }
@@ -221,6 +235,6 @@ def read_config(run: Path) -> TrainConfig:
     if not path.exists():
         raise ValueError(f"{run} holds no config.json; give the folder of a run")
     saved = json.loads(path.read_text())
-    given = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig)}
+    given = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
     given |= {"model": LongNetConfig(**saved["model"]), "parallel": ParallelConfig(**saved["parallel"])}
     return TrainConfig(**given)

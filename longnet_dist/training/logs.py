@@ -1,19 +1,26 @@
-"""What a run says while it runs: a live display, metrics.jsonl, TensorBoard and Weights & Biases, all on rank 0."""
+"""What a run says while it runs: a live display, metrics.jsonl, TensorBoard and Weights & Biases, all on rank 0.
+
+All of it is best effort: what cannot be written is one warning. A thread writes it, so that a slow disk, or a slow
+reader of stdout, does not keep the other ranks waiting in a collective.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import math
-import warnings
+import sys
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from longnet_dist.best_effort import BestEffort, TolerantStream
 from longnet_dist.data.shards import write_whole
 from longnet_dist.extras import extra
 
@@ -26,12 +33,15 @@ class RunLog:
         self.wandb: Any = None
         self.metrics: IO[str] | None = None
         self.board: Any = None
-        self.failed = False
+        self._to_file, self._to_board = BestEffort("lines of metrics.jsonl"), BestEffort("figures in TensorBoard")
+        self._to_wandb = BestEffort("figures in Weights & Biases")
+        self._writer = ThreadPoolExecutor(1, "log")
+        self._pending: deque[Future[None]] = deque()
 
     def __enter__(self) -> RunLog:
         if self.folder is None:
             return self
-        self.console = Console(soft_wrap=True)
+        self.console = Console(soft_wrap=True, file=cast(IO[str], TolerantStream(sys.stdout, "stdout")))
         self.progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -50,31 +60,59 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.folder is not None:
-            self.progress.stop()
-            with contextlib.suppress(OSError):
-                if self.metrics is not None:
-                    self.metrics.close()
-            with contextlib.suppress(OSError):
-                if self.board is not None:
-                    self.board.close()
+        try:
+            self.flush()
+        finally:
+            self._writer.shutdown()
+            if self.folder is not None:
+                self._close(failed=kind is not None)
+
+    def _close(self, failed: bool) -> None:
+        self.progress.stop()
+        with self._to_file:
+            if self.metrics is not None:
+                self.metrics.close()
+        with self._to_board:
+            if self.board is not None:
+                self.board.close()
+        with self._to_wandb:
             if self.wandb is not None:
-                self.wandb.finish(exit_code=int(kind is not None))
+                self.wandb.finish(exit_code=int(failed))
 
     def begin(self, step: int) -> None:
         """Go on after `step`: what is logged of later steps, by a run that was stopped, is dropped."""
         if self.folder is None:
             return
-        write_whole(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
+        with BestEffort(f"{self.folder / 'config.json'} and its options"):
+            write_whole(self.folder / "config.json", json.dumps(self.config, indent=2) + "\n")
         path = self.folder / "metrics.jsonl"
-        before = path.read_text().splitlines(keepends=True) if path.exists() else []
-        write_whole(path, "".join(line for line in before if _step_of(line) <= step))
-        self.metrics = path.open("a", buffering=1)
+        with self._to_file:
+            before = path.read_text().splitlines(keepends=True) if path.exists() else []
+            kept = [line for line in before if _step_of(line) <= step]
+            if kept != before:
+                write_whole(path, "".join(kept))
+        with self._to_file:
+            self.metrics = path.open("a", buffering=1)
         # Events of later steps are of the run that was stopped, and TensorBoard drops them too.
-        self.board = self._board(purge_step=step + 1)
+        with self._to_board:
+            self.board = self._board(purge_step=step + 1)
         if self.project:
-            self.wandb = _wandb_run(self.project, self.folder, self.config)
+            self.wandb = self._wandb_run()
         self.progress.update(self.task, completed=step)
+
+    def _wandb_run(self) -> Any:
+        assert self.folder is not None
+        with extra("wandb", f"--wandb {self.project}"):
+            import wandb
+        # The same id for the same folder: a run that goes on is one run there, too.
+        run = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
+        options: dict[str, Any] = {"project": self.project, "dir": self.folder, "id": run, "name": self.folder.name}
+        try:
+            return wandb.init(**options, config=self.config, resume="allow")
+        except OSError as error:  # A wrong option or key is the caller's mistake, and raises.
+            with self._to_wandb:
+                raise error
+            return None
 
     def _board(self, purge_step: int) -> Any:
         # It takes a second to import, and only a training run's rank 0 needs it.
@@ -87,30 +125,45 @@ class RunLog:
 
     def step(self, measured: dict[str, float]) -> None:
         """One step's numbers: `step`, `loss`, `tokens_per_second` and others."""
-        if self.metrics is None:
-            return
-        # JSON has no NaN and no infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
-        try:
-            self.metrics.write(json.dumps(finite) + "\n")
-            for name, value in measured.items():
-                self.board.add_scalar(name, value, int(measured["step"]))
-            if self.wandb is not None:
-                self.wandb.log(finite, step=int(measured["step"]))
-        except OSError as error:
-            # A full disk costs figures, not the run.
-            if not self.failed:
-                warnings.warn(f"the figures of step {measured['step']} and later may be missing: {error}", stacklevel=2)
-            self.failed = True
-        self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])
-        every = max(1, self.steps // 20)
-        if "validation_bits_per_byte" in measured or (not self.console.is_terminal and measured["step"] % every == 0):
-            self.say(_line(measured, self.steps))
+        if self.folder is not None:
+            self._later(self._step, measured)
 
     def say(self, text: str) -> None:
         """A line above the live display."""
         if self.folder is not None:
-            self.progress.console.print(text, highlight=False, markup=False)
+            self._later(self._print, text)
+
+    def flush(self) -> None:
+        """Wait until everything so far is written, as far as it can be."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def _later(self, write: Callable[[Any], None], what: Any) -> None:
+        """Write in the background, in the order of the calls."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        self._pending.append(self._writer.submit(write, what))
+
+    def _step(self, measured: dict[str, float]) -> None:
+        # JSON has no NaN and no infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        with self._to_file:
+            if self.metrics is not None:
+                self.metrics.write(json.dumps(finite) + "\n")
+        with self._to_board:
+            if self.board is not None:
+                for name, value in measured.items():
+                    self.board.add_scalar(name, value, int(measured["step"]))
+        with self._to_wandb:
+            if self.wandb is not None:
+                self.wandb.log(finite, step=int(measured["step"]))
+        self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])
+        every = max(1, self.steps // 20)
+        if "validation_bits_per_byte" in measured or (not self.console.is_terminal and measured["step"] % every == 0):
+            self._print(_line(measured, self.steps))
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
 
 
 def _step_of(line: str) -> float:
@@ -119,14 +172,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
-
-
-def _wandb_run(project: str, folder: Path, config: dict[str, Any]) -> Any:
-    with extra("wandb", f"--wandb {project}"):
-        import wandb
-    # The same id for the same folder: a run that goes on is one run there, too.
-    run = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
-    return wandb.init(project=project, dir=folder, id=run, name=folder.name, config=config, resume="allow")
 
 
 def _line(measured: dict[str, float], steps: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import ctypes
 import faulthandler
@@ -13,10 +14,26 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+import torch.distributed as dist
+
+from longnet_dist.best_effort import BestEffort, print_note
+from longnet_dist.distributed import collectives, patience
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_SECONDS = 3.0
+_WAITING = tuple(
+    str(path)
+    for path in (
+        Path(dist.__file__).parent,
+        Path(collectives.__file__),
+        Path(patience.__file__),
+        Path(concurrent.futures.__file__).parent,
+    )
+)
+"""Where the code of a rank is that waits: in a collective, for another rank's I/O, or for its own background thread."""
 
 
 @dataclass
@@ -69,7 +86,7 @@ def _listen(reader: int, flag: StopFlag) -> None:
         if not flag.told:
             flag.told, first = True, time.monotonic()
             name = signal.Signals(said[0]).name
-            print(f"{name}: finishing the step, then a checkpoint; a second signal exits at once", file=sys.stderr)
+            print_note(f"{name}: finishing the step, then a checkpoint; a second signal exits at once")
 
 
 def end_with_parent() -> None:
@@ -96,21 +113,26 @@ class Watch:
 
     def __init__(self, folder: Path, rank: int, num_ranks: int, limit: float) -> None:
         self.folder, self.rank, self.num_ranks, self.limit = folder, rank, num_ranks, limit
-        folder.mkdir(exist_ok=True)
+        self._effort = BestEffort("traces of ranks that hang")
 
     @contextlib.contextmanager
-    def over(self, what: str) -> Iterator[None]:
+    def over(self, what: str, limit: float | None = None) -> Iterator[None]:
         """While inside, watch.
+
+        Args:
+            what: what is done, for errors.
+            limit: seconds that it may take, in place of the limit of collectives.
 
         Raises:
             RuntimeError: where a collective fails, with who was not in one, and where that was.
         """
-        with (self.folder / f"rank-{self.rank}.txt").open("w") as trace:
-            # Of this thread, which need not be the main one: see _who_hangs.
-            trace.write(f"0x{threading.get_ident():016x}\n")
-            trace.flush()
-            # In a thread of the interpreter's own, so also while this one waits in a collective, or hangs.
-            faulthandler.dump_traceback_later(0.8 * self.limit, file=trace)
+        with contextlib.ExitStack() as stack:
+            with self._effort:
+                trace = stack.enter_context(self._opened())
+                # Of this thread, which need not be the main one: see _who_hangs.
+                trace.write(f"0x{threading.get_ident():016x}\n".encode())
+                # In a thread of the interpreter's own, so also while this one waits in a collective, or hangs.
+                faulthandler.dump_traceback_later(0.8 * (limit or self.limit), file=trace)
             try:
                 yield
             except RuntimeError as error:
@@ -118,12 +140,19 @@ class Watch:
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
+    def _opened(self) -> IO[bytes]:
+        """Return this rank's trace file, opened anew: somebody may have removed it, or its folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # Without a buffer, which would be written again, and fail again, when the file is closed.
+        return (self.folder / f"rank-{self.rank}.txt").open("wb", buffering=0)
+
     def _who_hangs(self) -> str:
         """What to add to an error: nothing where nobody was late."""
         lines, late = [], False
         for rank in range(self.num_ranks):
-            path = self.folder / f"rank-{rank}.txt"
-            text = path.read_text() if path.exists() else ""
+            text = ""
+            with contextlib.suppress(OSError):
+                text = (self.folder / f"rank-{rank}.txt").read_text(errors="replace")
             # The block of the thread that the first line names, its innermost call first.
             blocks = text.split("hread ")[1:]
             block = next((block for block in blocks if block.startswith(text[:18])), "")
@@ -131,6 +160,6 @@ class Watch:
             late = late or bool(frames)
             if not frames:
                 lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, is gone, or writes elsewhere")
-            elif not any("distributed" in frame or "collectives.py" in frame for frame in frames):
+            elif not any(part in frame for frame in frames for part in _WAITING):
                 lines.append(f"rank {rank} is in no collective, so the others wait for it: {frames[0]}")
         return "\n".join(["", *lines, f"what every rank was doing is in {self.folder}"]) if late else ""

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from longnet_dist.best_effort import BestEffort
 from longnet_dist.checkpoints.checkpoints import Checkpoints, names_without, training_state
 from longnet_dist.data.corpus import unigram_bits, window_order
 from longnet_dist.data.shards import TokenStream
 from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.collectives import sum_over_ranks
 from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.distributed.patience import Patience
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import changes, corpus_of, figures_of, held, processes, run_folder
 from longnet_dist.training.logs import RunLog
@@ -101,14 +103,15 @@ class _Trainer:
                 f"batch_size {config.batch_size} is not a multiple of the {self.data_ranks} data-parallel ranks "
                 "(dp_replicate x dp_shard) that share it"
             )
-        limit = timedelta(seconds=config.timeout)
+        limit, patient = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
         group = None if device_mesh is None else device_mesh["sp"].get_group()
         self.mesh = SequenceMesh(group, config.model.pattern, config.seq_len, keep_kv=config.keep_kv, timeout=limit)
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = self.rank // self.mesh.size
+        self.patience = Patience(patient)
         self.corpus = corpus_of(config)
-        self.folder = run_folder(config)
+        self.folder = run_folder(config, self.patience)
         self.figures = figures_of(self.folder, config, self.rank == 0)
         torch.manual_seed(config.seed)
         self.model = config.model.build(device, getattr(torch, config.dtype))
@@ -119,9 +122,8 @@ class _Trainer:
                 block.compile(fullgraph=True)
         shard_parameters(self.model, self.model.blocks, device_mesh)
         self.optimizer = torch.optim.AdamW(decayed_and_not(self.model, config.weight_decay), betas=config.betas)
-        self.checkpoints = Checkpoints(
-            self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, limit
-        )
+        where, keep = self.folder / "checkpoints", (config.keep_checkpoints, config.keep_every)
+        self.checkpoints = Checkpoints(where, *keep, config.async_checkpoints, patient)
         self.skipped = 0
         self.cost = StepCost()
         self.ask = False
@@ -133,12 +135,13 @@ class _Trainer:
         losses, validation, measured, first = [], math.nan, {}, self.rank == 0
         unigram = self._per_byte(unigram_bits(self.corpus.train, self._held_out_tokens()))
         with (
-            held(self.figures.folder),
+            held(self.figures.folder, self.patience),
             self.figures,
             RunLog(self.figures.folder if first else None, self._resolved(), config.steps, config.wandb) as log,
         ):
             step = self._resume(log)
             log.begin(step)
+            self.patience.gather(None, "open metrics.jsonl and the other figures")
             profiled = min(step + 3, config.steps) if config.profile else 0
             flops = step_flops(config, self.model)
             received = step_bytes(config, self.mesh.shard, self.data_ranks)
@@ -160,8 +163,8 @@ class _Trainer:
                 log.step(measured)
                 due = config.checkpoint_every and step % config.checkpoint_every == 0
                 if due or step == config.steps or stop.agreed or self._leaving():
-                    with watch.over(f"checkpoint of step {step}"):
-                        self._checkpoint(step, measured)
+                    with watch.over(f"checkpoint of step {step}", config.io_timeout):
+                        self._checkpoint(step, measured, log)
             self.checkpoints.wait()
             self._checkpointed(measured)
             if step < config.steps:
@@ -175,8 +178,11 @@ class _Trainer:
                 log.say(f"validation {validation:.3f} bits per byte; {kind}-unigram model {unigram:.3f} bits per byte")
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
-    def _checkpoint(self, step: int, measured: dict[str, float]) -> None:
-        self.figures.keep()  # Before it: a run that goes on from there has the figures up to there.
+    def _checkpoint(self, step: int, measured: dict[str, float], log: RunLog) -> None:
+        # Before it: a run that goes on from there has the figures up to there.
+        log.flush()
+        self.figures.keep()
+        self.patience.gather(None, "write the metrics")
         self.checkpoints.save(step, self._state(), self._facts(step))
         self._checkpointed(measured)
 
@@ -204,7 +210,11 @@ class _Trainer:
         activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
         with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
             yield
-        profiler.export_chrome_trace(str(self.figures.folder / "traces" / f"profile-rank-{self.rank}.json.gz"))
+        with BestEffort("profiler traces"):
+            path = self.figures.folder / "traces" / f"profile-rank-{self.rank}.json.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(path))
+        self.patience.gather(None, "write the profiler's trace")
 
     def _step(self, step: int, stop: StopFlag) -> dict[str, float]:
         """One optimizer step; skipped where it is not finite."""

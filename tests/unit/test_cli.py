@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from longnet_dist import LongNetConfig, TrainConfig
-from longnet_dist.cli.app import app
+from longnet_dist.cli import app
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from longnet_dist import TrainConfig, train
 from longnet_dist.checkpoints.checkpoints import Checkpoints, load_model
 from longnet_dist.checkpoints.storage import Store, copy, place
-from longnet_dist.cli.app import app
+from longnet_dist.cli import app
 from tests.unit.test_checkpoint import DAMAGES, newest, state
 from tests.unit.test_train import TINY
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from longnet_dist.cli.app import app
+from longnet_dist.cli import app
 from longnet_dist.data.corpus import open_corpus, tokenize
 from longnet_dist.data.shards import check_tokens, read_index, write_tokens
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,30 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
     assert result.losses == expected[3:]
     lines = [json.loads(line) for line in (again.run_folder / "metrics.jsonl").read_text().splitlines()]
     assert tuple(line["loss"] for line in lines) == expected
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_traces_folder_that_is_removed_does_not_end_the_run(config, monkeypatch, replaced):
+    """Removed, it is made again; with a file in its place, that is one warning."""
+    from longnet_dist.training.measures import measures
+
+    traces = config.run_folder / "traces"
+
+    def remove(config, step, *rest):
+        if step == 2:
+            shutil.rmtree(traces)
+            if replaced:
+                traces.touch()
+        return measures(config, step, *rest)
+
+    monkeypatch.setattr(sys.modules["longnet_dist.train"], "measures", remove)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert longnet_dist.train(config).step == 6
+    said = [str(w.message) for w in said if "traces of ranks that hang may be missing" in str(w.message)]
+    assert len(said) == replaced
+    assert (traces / "rank-0.txt").exists() != replaced
 
 
 def _stop_at(step):

@@ -1,0 +1,115 @@
+"""Waiting for the I/O of other ranks, with a time limit of its own, and saying which rank it is waiting for."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from longnet_dist.best_effort import print_note
+from longnet_dist.distributed.collectives import gather_objects
+
+SAY_SECONDS = 30.0
+"""The interval between two messages of one wait."""
+_MOST_NAMED = 8
+
+
+class Patience:
+    """A gloo group on which ranks wait for each other's I/O. Creating one is collective over all ranks.
+
+    Each rank keeps a count of its progress in the job's store, so that a rank that waits sees which
+    ranks are behind. The count is even after `gather`, and odd after `arrive`.
+
+    Args:
+        limit: the longest that a rank waits for another.
+    """
+
+    def __init__(self, limit: timedelta) -> None:
+        many = dist.is_initialized() and dist.get_world_size() > 1
+        self.limit = limit.total_seconds()
+        self.rank = dist.get_rank() if many else 0
+        self.size = dist.get_world_size() if many else 1
+        self.group = dist.new_group(backend="gloo", timeout=limit) if many else None
+        self._count = 0
+        if self.group is not None:
+            self._store = PrefixStore(f"patience/{self.group.group_name}", _get_default_store())
+            self._report()
+
+    def gather(self, mine: Any, what: str) -> list[Any]:
+        """Return every rank's `mine`, in order of rank. Collective.
+
+        Args:
+            mine: a small picklable object.
+            what: what ranks do before they make this call, as in "remove old checkpoints".
+
+        Raises:
+            RuntimeError: if a rank does not come within the limit; names the rank and `what`.
+        """
+        self._count += 2 - self._count % 2
+        self._report()
+        with self.waiting(what):
+            return gather_objects(mine, self.group)
+
+    def arrive(self) -> None:
+        """Tell the other ranks, inside `waiting`, that this rank's part is done."""
+        self._count |= 1
+        self._report()
+
+    @contextlib.contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """While inside, in a collective operation on `group`, say now and then which ranks it waits for.
+
+        Raises:
+            RuntimeError: if the operation fails; names the ranks that are behind and `what` they had to do.
+        """
+        if self.group is None:
+            yield
+            return
+        began, over = time.monotonic(), threading.Event()
+        # Any rank could say it, but ranks 0 and 1 are enough, and spare the store thousands of questions.
+        ticker = threading.Thread(target=self._say, args=(what, began, over), name="patience", daemon=True)
+        if self.rank < 2:
+            ticker.start()
+        try:
+            yield
+        except RuntimeError as error:
+            late, seconds = self._late(), time.monotonic() - began
+            who = f"{_named(late)} did not {what}" if late else f"rank {self.rank} failed, which was to {what}"
+            raise RuntimeError(f"{who}, after {seconds:.1f} s (io_timeout {self.limit:g} s): {error}") from error
+        finally:
+            over.set()
+            if self.rank < 2:
+                ticker.join(1.0)
+
+    def _say(self, what: str, began: float, over: threading.Event) -> None:
+        while not over.wait(SAY_SECONDS):
+            late = self._late()
+            if self.rank == (0 in late) and not over.is_set():
+                who = _named(late) if late else "all ranks"
+                print_note(f"waiting for {who} to {what} ({time.monotonic() - began:.0f} s)")
+
+    def _report(self) -> None:
+        if self.group is not None:
+            # Without the store a wait is less clear, but it is no failure.
+            with contextlib.suppress(RuntimeError):
+                self._store.set(str(self.rank), str(self._count))
+
+    def _late(self) -> list[int]:
+        """Return the ranks whose progress is behind this rank's."""
+        ranks = [str(rank) for rank in range(self.size)]
+        try:
+            counts = self._store.multi_get(ranks) if self._store.check(ranks) else []
+        except RuntimeError:
+            return []
+        return [rank for rank, count in enumerate(counts) if int(count) < self._count]
+
+
+def _named(ranks: list[int]) -> str:
+    more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks[:_MOST_NAMED]))}{more}"

@@ -1,0 +1,42 @@
+"""`longnet-dist train` with slow I/O of one rank: each place named in SLOW, by commas, takes SLOW_SECONDS once."""
+
+import hashlib
+import os
+import sys
+import time
+
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.utils.tensorboard import SummaryWriter
+
+import longnet_dist.distributed.patience
+from longnet_dist import cli
+from longnet_dist.checkpoints.storage import Disk
+
+SECONDS = float(os.environ.get("SLOW_SECONDS", 0))
+PLACES = {
+    "open": (SummaryWriter, "__init__", "0"),
+    "metrics": (SummaryWriter, "add_scalar", "0"),
+    "write": (FileSystemWriter, "write_data", "1"),
+    "remove": (Disk, "remove", "0"),
+    "hash": (hashlib, "file_digest", "1"),
+    "read": (FileSystemReader, "read_data", "1"),
+}
+
+
+def slow_once(owner, name):
+    original, left = getattr(owner, name), [SECONDS]
+
+    def slow(*args, **kwargs):
+        time.sleep(left.pop() if left else 0)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, slow)
+
+
+if __name__ == "__main__":
+    longnet_dist.distributed.patience.SAY_SECONDS = 1.0
+    for place in os.environ["SLOW"].split(","):
+        owner, name, rank = PLACES[place]
+        if os.environ["RANK"] == rank:
+            slow_once(owner, name)
+    sys.exit(cli.main(sys.argv[1:]))
