@@ -179,8 +179,7 @@ class _Trainer:
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
     def _checkpoint(self, step: int, measured: dict[str, float], log: RunLog) -> None:
-        # Before it: a run that goes on from there has the figures up to there.
-        log.flush()
+        log.flush()  # Before it: a run that goes on from there has the figures up to there.
         self.figures.keep()
         self.patience.gather(None, "write the metrics")
         self.checkpoints.save(step, self._state(), self._facts(step))
