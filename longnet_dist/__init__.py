@@ -7,7 +7,8 @@ know the system.
 from longnet_dist.attention.ops import dilated_attention
 from longnet_dist.attention.reference import dense_reference
 from longnet_dist.distributed.mesh import SequenceMesh
-from longnet_dist.models.decoder import LongNet, LongNetConfig
+from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.decoder import LongNet
 from longnet_dist.models.loss import next_token_labels, token_loss
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.plan.pattern import Branch, Pattern

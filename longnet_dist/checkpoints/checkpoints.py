@@ -33,7 +33,8 @@ from longnet_dist.best_effort import BestEffort
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
 from longnet_dist.distributed.patience import Patience
-from longnet_dist.models.decoder import LongNet, LongNetConfig
+from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.decoder import LongNet
 
 State = dict[str, Tensor]
 

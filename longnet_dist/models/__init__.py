@@ -1,1 +1,1 @@
-"""The decoder language model and its losses."""
+"""The decoder language model, its configuration, and its losses."""

@@ -1,1 +1,1 @@
-"""The LongNet layer, rotary positions, and the transformer block."""
+"""The LongNet attention layer, rotary positions, and the transformer block."""

@@ -1,11 +1,9 @@
-"""The LongNet layer and its transformer block, and position encodings by global position."""
+"""Multi-head dilated attention as a module: the LongNet layer."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,90 +14,8 @@ from longnet_dist.attention.bias import check_relative_bias
 from longnet_dist.attention.ops import dilated_attention
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.nn.rotary import Rotation
 from longnet_dist.plan.pattern import Pattern
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """Rotary angles of some rows, (L, D / 2) each; xPos also scales queries by `scale` and keys by its inverse."""
-
-    cos: Tensor
-    sin: Tensor
-    scale: Tensor | None = None
-
-    @classmethod
-    def at(
-        cls,
-        positions: Tensor,
-        head_dim: int,
-        dtype: torch.dtype = torch.float32,
-        *,
-        base: float = 10000.0,
-        xpos_length: int | None = None,
-        xpos_scale_base: float = 512.0,
-        xpos_future: int = 0,
-    ) -> Rotation:
-        """Rotary (Su et al. 2021, arXiv 2104.09864), or xPos (Sun et al. 2022, arXiv 2212.10554, equation 14).
-
-        Args:
-            positions: global, int64, (L,). Angles are computed in float64: at a position of a
-                million, float32 would be off by a twentieth of a radian.
-            head_dim: D, even.
-            dtype: of the attention; decides the range that xPos must keep to.
-            base: the slowest wavelength is about 2 pi base tokens.
-            xpos_length: N, the global length, for xPos; None for rotary alone. Scales are centred
-                on N / 2, so that they depend on the position and N alone, not on the ranks.
-            xpos_scale_base: tokens over which the scale of the fastest dimension falls by 3.5.
-            xpos_future: how many tokens ahead of a query a key may be that it sees: 0 where causal. xPos
-                *raises* the scores of those, as it lowers those of keys behind.
-
-        Raises:
-            ValueError: where a scale would leave the range of `dtype` at this length.
-        """
-        half = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-        angles = positions.double()[:, None] * base**-half
-        kind = torch.promote_types(dtype, torch.float32)
-        cos, sin = angles.cos().to(kind), angles.sin().to(kind)
-        if xpos_length is None:
-            return cls(cos, sin)
-        _check_xpos_range(max(xpos_length, 2 * min(xpos_length, xpos_future)), dtype, xpos_scale_base)
-        zeta = (half + 0.4) / 1.4
-        power = (positions.double() - xpos_length // 2)[:, None] / xpos_scale_base
-        return cls(cos, sin, (zeta**power).to(kind))
-
-    def queries(self, q: Tensor) -> Tensor:
-        """Rotate (and scale) q, (B, L, H, D)."""
-        return self._turn(q, self.scale)
-
-    def keys(self, k: Tensor) -> Tensor:
-        """Rotate (and scale by the inverse) k, (B, L, G, D)."""
-        return self._turn(k, None if self.scale is None else 1 / self.scale)
-
-    def _turn(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        cos, sin = (t if scale is None else t * scale for t in (self.cos, self.sin))
-        cos, sin = cos[:, None, :], sin[:, None, :]
-        a, b = x.to(cos.dtype).chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-
-
-def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
-    """xPos scales a row p tokens from the middle by up to 3.5^(p / scale_base): refuse what float cannot hold.
-
-    A score of a key p tokens ahead is scaled as much as a row at distance p, so its reach counts twice.
-    """
-    kind = torch.finfo(dtype)
-    # 2^10 is left for the values that are scaled.
-    room = min(math.log(kind.max), -math.log(kind.tiny)) - math.log(1024)
-    steepest = math.log(1.4 / 0.4)
-    longest = int(2 * scale_base * room / steepest)
-    if length > longest:
-        needed = math.ceil(length * steepest / room / 2)
-        raise ValueError(
-            f"xPos at length {length} would scale queries, keys or scores beyond the range of {dtype}: with a scale "
-            f"base of {scale_base:g} it reaches {longest} tokens, or half as many where keys ahead are seen (not "
-            f"causal). Use rotary positions, a scale base of at least {needed}, a dtype of wider range, or a shorter "
-            "sequence"
-        )
 
 
 class DilatedAttention(nn.Module):
@@ -107,26 +23,27 @@ class DilatedAttention(nn.Module):
 
     Args:
         d_model: E, the width of the input and the output.
-        num_heads: H; E must be a multiple.
-        dilation_rate: r, an int, or one a branch.
-        segment_size: w, an int, or one a branch.
-        dropout: probability, on the output.
-        causal: a token attends only tokens at or before it.
-        use_xpos: xPos rotary encoding by global position.
-        use_rel_pos_bias: T5's learned relative bias by true token distance.
-        num_kv_heads: G key/value heads, each shared by H / G query heads; H by default.
-        qk_norm: RMS-normalise each head's queries and keys before positions.
-        bias: of the projections.
-        head_phases: see `Pattern`.
-        use_rotary: rotary encoding by global position, without xPos's scales.
-        inner_norm: Magneto's sub-LayerNorm, before the output projection (arXiv 2210.06423).
-        xpos_scale_base: see `Rotation.at`; larger reaches further.
-        rel_pos_buckets, rel_pos_max_distance: of the relative bias; distance in tokens.
+        num_heads: H, the number of query heads; it must divide E.
+        dilation_rate: r, an int, or one int per branch.
+        segment_size: w in tokens, an int, or one int per branch.
+        dropout: dropout probability of the output.
+        causal: whether a token attends only to itself and to earlier tokens.
+        use_xpos: whether to encode global positions with xPos.
+        use_rel_pos_bias: whether to add T5's learned relative position bias, by token distance.
+        num_kv_heads: G, the number of key/value heads, each shared by H / G query heads; H by default.
+        qk_norm: whether to RMS-normalise the queries and keys of each head, before the position encoding.
+        bias: whether the projections have a bias.
+        head_phases: which rows each head keeps; see `Pattern`.
+        use_rotary: whether to encode global positions with RoPE: xPos without its scales.
+        inner_norm: whether to apply Magneto's sub-LayerNorm before the output projection (arXiv 2210.06423).
+        xpos_scale_base: see `Rotation.at`; a larger base allows longer sequences.
+        rel_pos_buckets: number of buckets of the relative position bias.
+        rel_pos_max_distance: distance, in tokens, from which all keys share the last bucket.
         kernel: see `dilated_attention`.
-        device, dtype: of the parameters.
+        device, dtype: device and dtype of the parameters.
 
     Raises:
-        ValueError: for sizes that do not fit, with what would.
+        ValueError: if the sizes do not fit each other; the message names sizes that would.
 
     Example:
         >>> layer = DilatedAttention(d_model=512, num_heads=8, dilation_rate=2, segment_size=64, dropout=0.2)
@@ -168,26 +85,61 @@ class DilatedAttention(nn.Module):
         self.d_model, self.causal, self.kernel = d_model, causal, kernel
         self.use_xpos, self.use_rotary, self.xpos_scale_base = use_xpos, use_rotary, xpos_scale_base
         self.rel_pos_max_distance = rel_pos_max_distance
-        kind: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, d_model, bias=bias, **kind)
-        self.k_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **kind)
-        self.v_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **kind)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias, **kind)
-        self.q_norm = HeadNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim, **kind) if qk_norm else nn.Identity()
-        self.inner_norm = nn.LayerNorm(d_model, **kind) if inner_norm else nn.Identity()
-        self.rel_pos_bias = nn.Parameter(torch.zeros(rel_pos_buckets, num_heads, **kind)) if use_rel_pos_bias else None
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(d_model, d_model, bias=bias, **factory)
+        self.k_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory)
+        self.v_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory)
+        self.out_proj = nn.Linear(d_model, d_model, bias=bias, **factory)
+        self.q_norm = HeadNorm(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(self.head_dim, **factory) if qk_norm else nn.Identity()
+        self.inner_norm = nn.LayerNorm(d_model, **factory) if inner_norm else nn.Identity()
+        self.rel_pos_bias = (
+            nn.Parameter(torch.zeros(rel_pos_buckets, num_heads, **factory)) if use_rel_pos_bias else None
+        )
         self.dropout = nn.Dropout(dropout)
         self.head_mesh: DeviceMesh | None = None
-        """Over which heads are spread, where the projections are (tensor parallelism): see `integrations.pytorch`."""
+        """The ranks that share the heads, if the projections are tensor parallel; see `integrations.pytorch`."""
 
-    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
-        """(B, N, E) -> (B, N, E), any N; with a mesh this rank's rows, (B, L, E) -> (B, L, E).
+    @classmethod
+    def from_pattern(cls, d_model: int, num_heads: int, pattern: Pattern, **options: Any) -> Self:
+        """Build the layer from a `Pattern`.
 
-        `rotation` spares layers of one model computing it again; it must be `self.rotation(...)`.
+        Args:
+            d_model: E, the width of the input and the output.
+            num_heads: H, the number of query heads.
+            pattern: the branches, and which rows each head keeps.
+            options: the constructor's other arguments.
 
         Raises:
-            ValueError: for a wrong shape, a mesh of another pattern, or a length beyond xPos's range.
+            ValueError: as the constructor does.
+
+        Example:
+            >>> DilatedAttention.from_pattern(32, 4, Pattern((8, 32), (1, 4)), causal=True).pattern.dilation_rates
+            (1, 4)
+        """
+        return cls(
+            d_model,
+            num_heads,
+            pattern.dilation_rates,
+            pattern.segment_lengths,
+            head_phases=pattern.head_phases,
+            **options,
+        )
+
+    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
+        """Attend within x.
+
+        Args:
+            x: (B, N, E), any N; with a mesh (B, L, E), this rank's rows.
+            mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
+            rotation: the result of `self.rotation(...)`, so that the layers of a model compute it once; computed here
+                by default.
+
+        Returns:
+            A tensor of x's shape.
+
+        Raises:
+            ValueError: if x has a wrong shape, the mesh has another pattern, or the length is beyond xPos's range.
         """
         if x.dim() != 3 or x.shape[-1] != self.d_model:
             refuse(f"x is {tuple(x.shape)}; it must be (B, N, d_model) with d_model = {self.d_model}", mesh)
@@ -196,11 +148,12 @@ class DilatedAttention(nn.Module):
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        parts = 1 if self.head_mesh is None else self.head_mesh.size()
-        if k.shape[2] * parts != self.num_kv_heads:
+        num_head_shards = 1 if self.head_mesh is None else self.head_mesh.size()
+        if k.shape[2] * num_head_shards != self.num_kv_heads:
             refuse(
-                f"k_proj gives {k.shape[2]} heads here, of {self.num_kv_heads}: where tensor parallelism spreads them, "
-                "give longnet_dist.integrations.pytorch.SequenceParallelAttention the head_mesh",
+                f"k_proj computes {k.shape[2]} of the {self.num_kv_heads} key/value heads on this rank: if tensor "
+                "parallelism shards them, pass head_mesh to "
+                "longnet_dist.integrations.pytorch.SequenceParallelAttention",
                 mesh,
             )
         q, k = self.q_norm(q), self.k_norm(k)
@@ -227,7 +180,20 @@ class DilatedAttention(nn.Module):
     def rotation(
         self, num_rows: int, mesh: SequenceMesh | None, device: torch.device, dtype: torch.dtype
     ) -> Rotation | None:
-        """The rotation of this rank's rows by their global positions; None where this layer has none."""
+        """Return the rotation of this rank's rows, by their global positions.
+
+        Args:
+            num_rows: N; with a mesh L, the number of this rank's rows.
+            mesh: the ranks that hold the sequence, or None.
+            device: device of the queries and keys.
+            dtype: dtype that attention is computed in.
+
+        Returns:
+            The rotation; None if the layer uses neither xPos nor RoPE.
+
+        Raises:
+            ValueError: if the sequence is too long for xPos in this dtype.
+        """
         if not (self.use_xpos or self.use_rotary):
             return None
         positions = torch.arange(num_rows, device=device) if mesh is None else mesh.positions(device)
@@ -238,60 +204,16 @@ class DilatedAttention(nn.Module):
             dtype,
             xpos_length=length if self.use_xpos else None,
             xpos_scale_base=self.xpos_scale_base,
-            xpos_future=0 if self.causal else max(self.pattern.segment_lengths),
+            xpos_lookahead=0 if self.causal else max(self.pattern.segment_lengths),
         )
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS normalisation of each head, in the precision of its weight, which autocast does not see to."""
+    """RMS normalisation of each head, computed in its weight's dtype (autocast does not cast its input)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, H, D) -> (B, L, H, D), in the dtype given."""
+        """Normalise each head, (B, L, H, D) -> (B, L, H, D), in x's dtype."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
-
-
-class FeedForward(nn.Module):
-    """Linear, GELU, Magneto's sub-LayerNorm, linear."""
-
-    def __init__(self, d_model: int, ffn_dim: int, dropout: float, **kind: Any) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(d_model, ffn_dim, **kind)
-        self.inner_norm = nn.LayerNorm(ffn_dim, **kind)
-        self.fc2 = nn.Linear(ffn_dim, d_model, **kind)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, L, E) -> (B, L, E)."""
-        return self.dropout(self.fc2(self.inner_norm(nn.functional.gelu(self.fc1(x)))))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with sub-LayerNorm (Magneto, arXiv 2210.06423, figure 2)."""
-
-    def __init__(self, attention: DilatedAttention, ffn_dim: int, dropout: float = 0.0, **kind: Any) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(attention.d_model, **kind)
-        self.attention = attention
-        self.ffn_norm = nn.LayerNorm(attention.d_model, **kind)
-        self.ffn = FeedForward(attention.d_model, ffn_dim, dropout, **kind)
-
-    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
-        """(B, L, E) -> (B, L, E)."""
-        x = x + self.attention(self.attention_norm(x), mesh, rotation)
-        return x + self.ffn(self.ffn_norm(x))
-
-    @torch.no_grad()
-    def reset_parameters(self, num_layers: int) -> None:
-        """Magneto's, for a decoder of `num_layers`, M (section 3): Xavier, gain sqrt(log(2 M)) but for q and k."""
-        gain = math.sqrt(math.log(2 * max(num_layers, 2)))
-        attention, ffn = self.attention, self.ffn
-        for linear in (attention.v_proj, attention.out_proj, ffn.fc1, ffn.fc2):
-            nn.init.xavier_normal_(linear.weight, gain)
-        for linear in (attention.q_proj, attention.k_proj):
-            nn.init.xavier_normal_(linear.weight)
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
 
 
 def _per_branch(value: int | Sequence[int]) -> tuple[int, ...]:
@@ -300,16 +222,16 @@ def _per_branch(value: int | Sequence[int]) -> tuple[int, ...]:
 
 def _check_heads(d_model: int, num_heads: int, num_kv_heads: int, rotary: bool) -> None:
     if num_heads < 1 or d_model % num_heads:
-        fits = [h for h in range(1, d_model + 1) if d_model % h == 0]
-        near = min(fits, key=lambda h: abs(h - num_heads), default=1)
+        divisors = [h for h in range(1, d_model + 1) if d_model % h == 0]
+        near = min(divisors, key=lambda h: abs(h - num_heads), default=1)
         raise ValueError(
-            f"d_model {d_model} cannot be cut into {num_heads} heads; num_heads must divide it: for example {near}"
+            f"d_model {d_model} cannot be split into {num_heads} heads; num_heads must divide it: for example {near}"
         )
     if num_kv_heads < 1 or num_heads % num_kv_heads:
-        fits = [g for g in range(1, num_heads + 1) if num_heads % g == 0]
-        raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}: one of {fits}")
+        divisors = [g for g in range(1, num_heads + 1) if num_heads % g == 0]
+        raise ValueError(f"num_kv_heads is {num_kv_heads}; it must divide num_heads = {num_heads}: one of {divisors}")
     if rotary and d_model // num_heads % 2:
         raise ValueError(
-            f"the head dim {d_model} / {num_heads} = {d_model // num_heads} is odd, and rotary positions turn pairs of "
-            "dimensions; use a d_model that is a multiple of 2 * num_heads"
+            f"the head dim {d_model} / {num_heads} = {d_model // num_heads} is odd, and rotary encodings rotate pairs "
+            "of dimensions; use a d_model that is a multiple of 2 * num_heads"
         )

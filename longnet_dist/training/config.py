@@ -8,7 +8,7 @@ from typing import Literal
 
 from longnet_dist.checkpoints.storage import place
 from longnet_dist.data.sources import HUGGING_FACE
-from longnet_dist.models.decoder import LongNetConfig
+from longnet_dist.models.config import LongNetConfig
 from longnet_dist.paths import local_path
 from longnet_dist.training.parallel import ParallelConfig
 

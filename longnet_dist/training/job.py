@@ -24,7 +24,7 @@ from longnet_dist.checkpoints.storage import Figures, in_store, place, problem_w
 from longnet_dist.data.corpus import Corpus, open_corpus
 from longnet_dist.distributed.collectives import gather_objects
 from longnet_dist.distributed.patience import Patience
-from longnet_dist.models.decoder import LongNetConfig
+from longnet_dist.models.config import LongNetConfig
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.parallel import ParallelConfig
 from longnet_dist.training.stopping import end_with_parent

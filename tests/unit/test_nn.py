@@ -1,4 +1,4 @@
-"""A failure here means: the layer or the model is not what its arguments say."""
+"""A failure here means: the layer or the model does not do what its arguments say."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.testing import assert_close
 
 from longnet_dist import DilatedAttention, LongNetConfig, Pattern, dense_reference, next_token_labels, token_loss
 from longnet_dist.attention.bias import relative_bucket
-from longnet_dist.nn.attention import Rotation
+from longnet_dist.nn.rotary import Rotation
 
 
 def test_the_public_arguments_come_first_and_in_order():
-    names = list(inspect.signature(DilatedAttention).parameters.items())
-    assert [n for n, p in names if p.kind is not inspect.Parameter.KEYWORD_ONLY] == [
+    parameters = inspect.signature(DilatedAttention).parameters.items()
+    assert [n for n, p in parameters if p.kind is not inspect.Parameter.KEYWORD_ONLY] == [
         "d_model", "num_heads", "dilation_rate", "segment_size", "dropout", "causal", "use_xpos", "use_rel_pos_bias",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("num_tokens", [128, 1000])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"use_xpos": True}, {"use_rel_pos_bias": True}])
-def test_the_issues_shapes(num_tokens, options):
+def test_shapes_and_gradients(num_tokens, options):
     layer = DilatedAttention(d_model=512, num_heads=8, dilation_rate=2, segment_size=64, dropout=0.2, **options)
     x = torch.randn(16, num_tokens, 512, requires_grad=True)
     y = layer(x)
@@ -32,7 +32,7 @@ def test_the_issues_shapes(num_tokens, options):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_is_projections_around_the_oracle():
+def test_layer_is_projections_around_the_reference():
     layer = DilatedAttention(32, 4, (1, 3), (8, 20), causal=True, num_kv_heads=2, dtype=torch.float64)
     x = torch.randn(2, 50, 32, dtype=torch.float64)
     q, k, v = (p(x).unflatten(-1, (-1, 8)) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
@@ -40,7 +40,18 @@ def test_is_projections_around_the_oracle():
     assert_close(layer(x), expected, rtol=0, atol=1e-12)
 
 
-def test_dropout_is_on_the_output_and_only_in_training():
+def test_from_pattern_has_the_branches_and_phases_of_the_pattern():
+    pattern = Pattern((8, 20), (1, 3), head_phases="blocked")
+    torch.manual_seed(0)
+    layer = DilatedAttention.from_pattern(32, 4, pattern, causal=True, dtype=torch.float64)
+    torch.manual_seed(0)
+    expected = DilatedAttention(32, 4, (1, 3), (8, 20), causal=True, head_phases="blocked", dtype=torch.float64)
+    x = torch.randn(2, 50, 32, dtype=torch.float64)
+    assert layer.pattern == expected.pattern == pattern
+    assert_close(layer(x), expected(x), rtol=0, atol=0)
+
+
+def test_dropout_applies_to_the_output_and_only_in_training():
     layer = DilatedAttention(16, 2, 1, 8, dropout=0.5)
     x = torch.randn(4, 30, 16)
     assert 0.4 < (layer(x) == 0).float().mean() < 0.6
@@ -53,35 +64,35 @@ def test_dropout_is_on_the_output_and_only_in_training():
 def test_rotation_makes_scores_depend_on_distance_alone(xpos_length):
     q, k = torch.randn(2, 8, dtype=torch.float64)
     positions = torch.tensor([0, 3, 100, 103, 290, 293])
-    turn = Rotation.at(positions, 8, torch.float64, xpos_length=xpos_length)
-    turned_q, turned_k = turn.queries(q.expand(1, 6, 1, 8)), turn.keys(k.expand(1, 6, 1, 8))
-    scores = (turned_q[0, 1::2, 0] * turned_k[0, ::2, 0]).sum(-1)
+    rotation = Rotation.at(positions, 8, torch.float64, xpos_length=xpos_length)
+    rotated_q, rotated_k = rotation.queries(q.expand(1, 6, 1, 8)), rotation.keys(k.expand(1, 6, 1, 8))
+    scores = (rotated_q[0, 1::2, 0] * rotated_k[0, ::2, 0]).sum(-1)
     assert_close(scores, scores[:1].expand(3), rtol=0, atol=1e-12)
 
 
 def test_rotation_is_exact_at_a_billion():
-    """In float32 angles, neighbours at 10^9 would be the same position."""
-    far = Rotation.at(torch.tensor([10**9, 10**9 + 1]), 64)
-    angle = torch.atan2(far.sin, far.cos).double()
+    """With float32 angles, neighbours at 10^9 would have the same position."""
+    rotation = Rotation.at(torch.tensor([10**9, 10**9 + 1]), 64)
+    angle = torch.atan2(rotation.sin, rotation.cos).double()
     step = (angle[1] - angle[0]).remainder(2 * math.pi)
     expected = 10000 ** -(torch.arange(0, 64, 2).double() / 64)
     assert_close(step, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 131_072), (torch.float16, 16_384)])
-def test_xpos_beyond_float_range_is_refused(dtype, length):
-    """Where torchscale's becomes NaN."""
+def test_xpos_beyond_the_range_of_its_dtype_is_refused(dtype, length):
+    """At lengths where torchscale's xPos becomes NaN."""
     with pytest.raises(ValueError, match="Use rotary positions, a scale base of at least"):
         Rotation.at(torch.arange(2), 64, dtype, xpos_length=length)
     wider = Rotation.at(torch.tensor([0, length - 1]), 64, dtype, xpos_length=length, xpos_scale_base=8 * 512)
     assert wider.queries(torch.ones(1, 2, 1, 64, dtype=dtype)).isfinite().all()
 
 
-def test_xpos_that_is_not_causal_reaches_half_as_far():
-    """A key ahead has a score that xPos raises, by both its and the query's scale."""
-    for num_tokens, causal, fine in ((65_536, True, True), (65_536, False, False), (32_768, False, True)):
+def test_xpos_without_causal_reaches_half_as_far():
+    """xPos raises the score of a key ahead of its query, by the scales of both."""
+    for num_tokens, causal, in_range in ((65_536, True, True), (65_536, False, False), (32_768, False, True)):
         layer = DilatedAttention(8, 1, 64, 65_536, causal=causal, use_xpos=True)
-        if fine:
+        if in_range:
             assert layer(torch.randn(1, num_tokens, 8)).isfinite().all()
         else:
             with pytest.raises(ValueError, match="half as many where keys ahead are seen"):
@@ -89,14 +100,15 @@ def test_xpos_that_is_not_causal_reaches_half_as_far():
 
 
 def test_xpos_within_range_is_finite():
-    turn = Rotation.at(torch.tensor([0, 65_535]), 64, xpos_length=65_536)
-    for turned in (turn.queries(torch.full((1, 2, 1, 64), 100.0)), turn.keys(torch.full((1, 2, 1, 64), 100.0))):
-        assert turned.isfinite().all()
-        assert (turned.abs().amax(-1) > 0).all()
+    rotation = Rotation.at(torch.tensor([0, 65_535]), 64, xpos_length=65_536)
+    x = torch.full((1, 2, 1, 64), 100.0)
+    for rotated in (rotation.queries(x), rotation.keys(x)):
+        assert rotated.isfinite().all()
+        assert (rotated.abs().amax(-1) > 0).all()
 
 
 def test_relative_buckets():
-    """The rule of T5: exact near, geometric far, one last bucket; both sides where not causal."""
+    """T5's rule: exact for near keys, geometric for far ones, one last bucket; both directions unless causal."""
     causal = relative_bucket(torch.arange(-2, 200), 32, 128, causal=True)
     assert causal[:2].tolist() == [0, 0]
     assert causal[2:18].tolist() == list(range(16))
@@ -108,10 +120,10 @@ def test_relative_buckets():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ({"num_heads": 7}, "cannot be cut into 7 heads.*for example 8"),
-        ({"num_heads": 0}, "cannot be cut into 0 heads"),
+        ({"num_heads": 7}, "cannot be split into 7 heads.*for example 8"),
+        ({"num_heads": 0}, "cannot be split into 0 heads"),
         ({"num_kv_heads": 3}, "must divide num_heads = 8: one of"),
         ({"d_model": 24, "use_xpos": True}, "= 3 is odd"),
         ({"dilation_rate": 65}, "rate 65 is above its segment length 64"),
@@ -119,12 +131,12 @@ def test_relative_buckets():
         ({"use_rel_pos_bias": True, "rel_pos_buckets": 3}, "3 buckets"),
     ],
 )
-def test_bad_sizes(arguments, said):
-    with pytest.raises(ValueError, match=said):
+def test_sizes_that_do_not_fit_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
         DilatedAttention(**({"d_model": 64, "num_heads": 8, "dilation_rate": 2, "segment_size": 64} | arguments))
 
 
-def test_bad_input():
+def test_input_of_another_width_is_refused():
     layer = DilatedAttention(16, 2, 1, 8)
     with pytest.raises(ValueError, match=r"it must be \(B, N, d_model\) with d_model = 16"):
         layer(torch.zeros(2, 8, 15))
@@ -150,23 +162,23 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("compute", ["none", "selective", "full"])
-def test_what_is_kept_for_the_backward_changes_nothing(compute, offload, device):
-    """Activation checkpointing, and offloading; and a loss from the head in parts."""
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_checkpointing_and_offloading_change_no_gradient(mode, offload, device):
+    """Nor does the loss that computes logits in parts."""
     torch.manual_seed(0)
-    kept = {"activation_checkpointing": compute, "offload_activations": offload}
-    model = LongNetConfig(**SMALL, **kept).build(dtype=torch.float64).to(device)
+    memory = {"activation_checkpointing": mode, "offload_activations": offload}
+    model = LongNetConfig(**SMALL, **memory).build(dtype=torch.float64).to(device)
     tokens = torch.randint(257, (1, 50), generator=torch.Generator().manual_seed(0))
     loss = model(tokens.to(device), labels=next_token_labels(tokens.to(device)))
     grads = [grad.cpu() for grad in torch.autograd.grad(loss, list(model.parameters()))]
     torch.manual_seed(0)
     plain = LongNetConfig(**SMALL).build(dtype=torch.float64)
     expected = torch.autograd.grad(token_loss(plain(tokens), next_token_labels(tokens)), list(plain.parameters()))
-    for mine, right in zip(grads, expected, strict=True):
-        assert_close(mine, right, rtol=0, atol=1e-13)
+    for grad, expected_grad in zip(grads, expected, strict=True):
+        assert_close(grad, expected_grad, rtol=0, atol=1e-13)
 
 
-def test_embeddings_are_tied_by_option():
+def test_tied_embeddings_share_one_parameter():
     assert len(list(LongNetConfig(**SMALL).build().parameters())) + 1 == len(
         list(LongNetConfig(**SMALL, tie_embeddings=False).build().parameters())
     )

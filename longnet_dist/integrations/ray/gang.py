@@ -17,7 +17,7 @@ from torch import Tensor
 from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.crew import Crew, GangError, connect
 from longnet_dist.integrations.ray.rank import Rows, describe_files, mapped
-from longnet_dist.models.decoder import LongNetConfig
+from longnet_dist.models.config import LongNetConfig
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
 

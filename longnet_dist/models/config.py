@@ -1,0 +1,111 @@
+"""The configuration of a language model; importing it does not import torch, so that `--help` is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from longnet_dist.plan.pattern import HEAD_PHASES, Pattern
+
+if TYPE_CHECKING:
+    import torch
+
+    from longnet_dist.models.decoder import LongNet
+
+_CHOICES = {
+    "head_phases": HEAD_PHASES,
+    "position": ("rotary", "xpos", "none"),
+    "activation_checkpointing": ("none", "selective", "full"),
+}
+
+
+@dataclass(frozen=True)
+class LongNetConfig:
+    """The architecture of a `LongNet`.
+
+    Raises:
+        ValueError: if a value is out of range, or is not one of the choices.
+
+    Example:
+        >>> LongNetConfig(d_model=64, num_heads=4).resolved.ffn_dim
+        256
+    """
+
+    vocab_size: int = 257
+    """Number of token ids; the default is the 256 bytes and an end-of-document token."""
+    d_model: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Number of transformer blocks."""
+    num_heads: int = 4
+    """Number of query heads."""
+    num_kv_heads: int | None = None
+    """Number of key/value heads; num_heads by default."""
+    ffn_dim: int | None = None
+    """Hidden width of the feed-forward network; 4 * d_model by default."""
+    segment_lengths: tuple[int, ...] = (1024, 4096, 16384)
+    """Segment length of each branch of the dilated attention, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 4, 16)
+    """Dilation rate of each branch."""
+    head_phases: Literal["interleaved", "blocked"] = "interleaved"
+    """Which rows each head keeps: the paper's rule (interleaved), or that of torchscale's weights (blocked)."""
+    position: Literal["rotary", "xpos", "none"] = "rotary"
+    """Position encoding, by global position."""
+    qk_norm: bool = False
+    """Whether to RMS-normalise the queries and keys of each head."""
+    dropout: float = 0.0
+    """Dropout probability of the outputs of attention and feed-forward networks."""
+    tie_embeddings: bool = True
+    """Whether the output projection shares the embedding's weight."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Which activations the backward recomputes: none, all except attention's (selective), or all (full)."""
+    offload_activations: bool = False
+    """Whether to keep in CPU memory the tensors that the blocks save for the backward."""
+    kernel: str = "auto"
+    """Attention kernel; `longnet-dist doctor` lists them."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, choices in _CHOICES.items():
+            _check_choice(name, getattr(self, name), choices)
+        if self.kernel != "auto":
+            # Imported here because it imports torch.
+            from longnet_dist.attention.kernels import KERNELS
+
+            _check_choice("kernel", self.kernel, ("auto", *KERNELS))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
+        # JSON has lists in place of tuples.
+        for name in ("segment_lengths", "dilation_rates"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def resolved(self) -> LongNetConfig:
+        """The same configuration with the values that depend on others filled in."""
+        return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, ffn_dim=self.ffn_dim or 4 * self.d_model)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The branches of the dilated attention."""
+        return Pattern(self.segment_lengths, self.dilation_rates, self.head_phases)
+
+    def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LongNet:
+        """Build the model, with newly initialised parameters.
+
+        Args:
+            device, dtype: device and dtype of the parameters; torch's defaults if None.
+
+        Raises:
+            ValueError: if the sizes do not fit each other.
+        """
+        # Imported here because the model's module imports this one, and torch.
+        from longnet_dist.models.decoder import LongNet
+
+        return LongNet(self, device, dtype)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")

@@ -1,0 +1,92 @@
+"""The transformer block of LongNet: dilated attention and a feed-forward network, with Magneto's sub-LayerNorm."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.nn.attention import DilatedAttention
+from longnet_dist.nn.rotary import Rotation
+
+
+class FeedForward(nn.Module):
+    """Feed-forward network: linear, GELU, Magneto's sub-LayerNorm, linear, dropout.
+
+    Args:
+        d_model: E, the width of the input and the output.
+        ffn_dim: the hidden width.
+        dropout: dropout probability of the output.
+        device, dtype: device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        ffn_dim: int,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(d_model, ffn_dim, device=device, dtype=dtype)
+        self.inner_norm = nn.LayerNorm(ffn_dim, device=device, dtype=dtype)
+        self.fc2 = nn.Linear(ffn_dim, d_model, device=device, dtype=dtype)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each row, (B, L, E) -> (B, L, E)."""
+        return self.dropout(self.fc2(self.inner_norm(nn.functional.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with sub-LayerNorm (Magneto, arXiv 2210.06423, figure 2).
+
+    Args:
+        attention: the attention layer, which also sets the width E.
+        ffn_dim: the hidden width of the feed-forward network.
+        dropout: dropout probability of the feed-forward network's output.
+        device, dtype: device and dtype of the parameters.
+    """
+
+    def __init__(
+        self,
+        attention: DilatedAttention,
+        ffn_dim: int,
+        dropout: float = 0.0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(attention.d_model, device=device, dtype=dtype)
+        self.attention = attention
+        self.ffn_norm = nn.LayerNorm(attention.d_model, device=device, dtype=dtype)
+        self.ffn = FeedForward(attention.d_model, ffn_dim, dropout, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
+        """Apply the block, (B, L, E) -> (B, L, E); `mesh` and `rotation` are those of `DilatedAttention.forward`."""
+        x = x + self.attention(self.attention_norm(x), mesh, rotation)
+        return x + self.ffn(self.ffn_norm(x))
+
+    @torch.no_grad()
+    def reset_parameters(self, num_layers: int) -> None:
+        """Initialise the weights as Magneto does for a decoder (section 3).
+
+        Weights are Xavier normal, with gain sqrt(log(2 M)) except for the query and key projections. Biases are zero.
+
+        Args:
+            num_layers: M, the number of blocks in the decoder.
+        """
+        gain = math.sqrt(math.log(2 * max(num_layers, 2)))
+        attention, ffn = self.attention, self.ffn
+        for linear in (attention.v_proj, attention.out_proj, ffn.fc1, ffn.fc2):
+            nn.init.xavier_normal_(linear.weight, gain)
+        for linear in (attention.q_proj, attention.k_proj):
+            nn.init.xavier_normal_(linear.weight)
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)

@@ -1,0 +1,107 @@
+"""Rotary position encodings by global position: RoPE and xPos."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary angles of L rows, each tensor (L, D / 2).
+
+    With xPos, queries are also multiplied by `scale`, and keys by its inverse.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    scale: Tensor | None = None
+
+    @classmethod
+    def at(
+        cls,
+        positions: Tensor,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        *,
+        base: float = 10000.0,
+        xpos_length: int | None = None,
+        xpos_scale_base: float = 512.0,
+        xpos_lookahead: int = 0,
+    ) -> Rotation:
+        """Compute the rotation at the given positions.
+
+        The angles are those of RoPE (Su et al. 2021, arXiv 2104.09864). The scales are those of xPos (Sun et al. 2022,
+        arXiv 2212.10554, equation 14).
+
+        Args:
+            positions: global positions, (L,), int64. Angles are computed in float64: at a position of a million,
+                float32 would be off by a twentieth of a radian.
+            head_dim: D, even.
+            dtype: dtype that attention is computed in. xPos scales must stay within its range.
+            base: sets the longest wavelength, about 2 pi * base tokens.
+            xpos_length: global sequence length N, for xPos; None for RoPE alone. Scales are centred on N / 2: they
+                depend on the position and on N, and not on the number of ranks.
+            xpos_scale_base: number of tokens over which the scale of the fastest dimension falls by a factor of 3.5.
+            xpos_lookahead: largest distance, in tokens, of a visible key ahead of its query; 0 for causal attention.
+                xPos lowers the scores of keys behind a query, and *raises* those of keys ahead.
+
+        Returns:
+            The rotation, float32 (float64 if `dtype` is float64).
+
+        Raises:
+            ValueError: if a scale would leave the range of `dtype` at this length.
+
+        Example:
+            >>> rotation = Rotation.at(torch.arange(10), head_dim=8)
+            >>> rotation.queries(torch.randn(1, 10, 4, 8)).shape
+            torch.Size([1, 10, 4, 8])
+        """
+        half = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+        angles = positions.double()[:, None] * base**-half
+        table_dtype = torch.promote_types(dtype, torch.float32)
+        cos, sin = angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+        if xpos_length is None:
+            return cls(cos, sin)
+        _check_xpos_range(max(xpos_length, 2 * min(xpos_length, xpos_lookahead)), dtype, xpos_scale_base)
+        zeta = (half + 0.4) / 1.4
+        power = (positions.double() - xpos_length // 2)[:, None] / xpos_scale_base
+        return cls(cos, sin, (zeta**power).to(table_dtype))
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Rotate the queries, (B, L, H, D), and scale them if this is xPos."""
+        return self._rotate(q, self.scale)
+
+    def keys(self, k: Tensor) -> Tensor:
+        """Rotate the keys, (B, L, G, D), and scale them by the inverse if this is xPos."""
+        return self._rotate(k, None if self.scale is None else 1 / self.scale)
+
+    def _rotate(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        cos, sin = (t if scale is None else t * scale for t in (self.cos, self.sin))
+        cos, sin = cos[:, None, :], sin[:, None, :]
+        a, b = x.to(cos.dtype).chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
+    """Raise ValueError if xPos at this length would scale values beyond the range of `dtype`.
+
+    A row p tokens from the middle is scaled by up to 3.5^(p / scale_base). The score of a key p tokens ahead is scaled
+    as much as a row p tokens from the middle. The middle is half a length away, and so a lookahead counts twice.
+    """
+    limits = torch.finfo(dtype)
+    # A factor of 2^10 is left for the values that are scaled.
+    headroom = min(math.log(limits.max), -math.log(limits.tiny)) - math.log(1024)
+    steepest = math.log(1.4 / 0.4)
+    longest = int(2 * scale_base * headroom / steepest)
+    if length > longest:
+        needed = math.ceil(length * steepest / headroom / 2)
+        raise ValueError(
+            f"xPos at length {length} would scale queries, keys or scores beyond the range of {dtype}: with a scale "
+            f"base of {scale_base:g} it reaches {longest} tokens, or half as many where keys ahead are seen (not "
+            f"causal). Use rotary positions, a scale base of at least {needed}, a dtype with a wider range, or a "
+            "shorter sequence"
+        )
