@@ -1,6 +1,6 @@
-"""The loss of a language model: labels, the mean over the tokens of all ranks, and a head whose logits are never whole.
+"""Losses of a language model: labels, the mean over the tokens of all ranks, and a loss that needs no whole logits.
 
-Why the head is ours, and what else was measured: docs/decisions/loss.md.
+docs/decisions/loss.md says why that loss is our own, and what else was measured.
 """
 
 from __future__ import annotations
@@ -13,14 +13,22 @@ from torch import Tensor, nn
 from longnet_dist.distributed.mesh import SequenceMesh
 
 IGNORED = -100
-"""The label of a token that is not counted."""
-_MOST_ROWS, _MOST_LOGITS = 4096, 1 << 24
+"""The label of tokens that do not count."""
+_MAX_ROWS, _MAX_LOGITS = 4096, 1 << 24
+"""The size of a part: at most this many rows, and at most this many logits (but at least one row)."""
 
 
 def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The labels of whole sequences, (B, N) -> (B, N): the next token, and none for the last.
+    """Return the label of each token of whole sequences: the next token, and `ignore_index` for the last.
 
     Shift first, split after: the label of a chunk's last token is in the next rank's chunk.
+
+    Args:
+        tokens: (B, N), whole sequences.
+        ignore_index: the label of the last token.
+
+    Returns:
+        The labels, (B, N).
 
     Example:
         >>> next_token_labels(torch.tensor([[5, 6, 7]]))
@@ -36,26 +44,29 @@ def token_loss(
     ignore_index: int = IGNORED,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
-    """Mean cross-entropy over the valid labels of all ranks, in nats; each token weighs the same.
+    """Compute the mean cross-entropy over the valid labels of all ranks, in nats.
+
+    Each token has the same weight, whichever rank holds it.
 
     Args:
-        logits: (B, L, vocab), of this rank's rows.
-        labels: (B, L), int64, shifted before they were split; `ignore_index` is not counted.
-        mesh: the ranks that hold the sequence, uneven or empty chunks included; see
-            `SequenceMesh.token_mean` for what the gradients of its ranks are.
-        num_items: what to divide the sum by, in place of the valid labels of this call: those of all calls of a step,
-            where gradients are accumulated over several.
+        logits: (B, L, vocab), the logits of this rank's rows.
+        labels: (B, L), int64, shifted before they were split.
+        mesh: the ranks that hold the sequence; chunks may be uneven or empty. `SequenceMesh.token_mean` says what
+            the gradients of each rank are.
+        ignore_index: the label of tokens that do not count.
+        num_items: divisor of the sum, in place of the number of valid labels. With gradient accumulation, pass the
+            number of valid labels in all calls of a step.
 
     Returns:
-        One number, float32 (float64 for float64), the same on every rank; 0 where no label is valid.
+        A scalar, float32 (float64 for float64 logits), the same on every rank; 0 if no label is valid.
 
     Example:
         >>> round(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).item(), 4)
         1.6094
     """
-    kind = torch.promote_types(logits.dtype, torch.float32)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2).to(kind), labels.flatten(), ignore_index=ignore_index, reduction="none"
+        logits.flatten(0, -2).to(dtype), labels.flatten(), ignore_index=ignore_index, reduction="none"
     )
     if num_items is not None:
         total = losses.sum() if mesh is None else mesh.sum(losses.sum())
@@ -69,14 +80,19 @@ def token_loss(
 def linear_token_loss(
     x: Tensor, weight: Tensor, labels: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """`token_loss(x @ weight.T, labels, ...)`, with logits of a few thousand rows at a time, in the forward alone.
+    """Compute `token_loss(x @ weight.T, labels, ...)` without ever holding all logits.
+
+    The forward computes the logits of a few thousand rows at a time, and the gradients with them.
 
     Differentiable once: a backward with `create_graph=True` raises ValueError.
 
     Args:
-        x: (B, L, E), what the output projection takes.
-        weight: (vocab, E), of the output projection.
+        x: (B, L, E), the features of this rank's rows.
+        weight: (vocab, E), the weight of the output projection.
         labels, mesh, ignore_index: as for `token_loss`.
+
+    Returns:
+        A scalar, as of `token_loss`.
 
     Example:
         >>> x, weight, labels = torch.randn(1, 6, 8), torch.randn(5, 8), torch.randint(5, (1, 6))
@@ -92,40 +108,52 @@ def linear_token_loss(
 
 @torch.no_grad()
 def linear_token_losses(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """The cross-entropy of each token, (B, L, E) and (vocab, E) -> (B, L), in nats, float32; 0 where it is ignored.
+    """Compute the cross-entropy of each token, in nats, without ever holding all logits; not differentiable.
 
-    Not differentiable; no more than a few thousand rows of logits are there at a time.
+    Args:
+        x: (B, L, E), the features that the output projection takes.
+        weight: (vocab, E), the weight of the output projection.
+        labels: (B, L), int64.
+        ignore_index: the label of tokens that do not count.
+
+    Returns:
+        The losses, (B, L), float32 (float64 for float64); 0 for tokens that do not count.
+
+    Example:
+        >>> linear_token_losses(torch.zeros(1, 2, 8), torch.zeros(4, 8), torch.tensor([[3, -100]]))
+        tensor([[1.3863, 0.0000]])
     """
     _, losses = _LinearLoss.apply(x.flatten(0, -2), weight, labels.flatten(), ignore_index, False)
     return losses.view(labels.shape)
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Sum of cross-entropies, and each of them (without a gradient).
+    """The sum of the cross-entropies, and the cross-entropy of each token (without a gradient).
 
-    forward:  logits = x w', rows at a time; with p = softmax(logits) - onehot(label): dx = p w, dw += p' x.
-    backward: dx and dw times the gradient of the sum.
+    forward:  for a part of the rows at a time, logits = x w' and p = softmax(logits) - onehot(label);
+              dx = p w, dw += p' x
+    backward: dx and dw, times the gradient of the sum
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        kind = torch.promote_types(x.dtype, torch.float32)
-        losses = torch.zeros(x.shape[0], dtype=kind, device=x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        losses = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
         dx = torch.zeros_like(x) if with_gradient else None
-        dw = torch.zeros(weight.shape, dtype=kind, device=x.device) if with_gradient else None
-        rows = min(_MOST_ROWS, max(1, _MOST_LOGITS // weight.shape[0]))
+        dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if with_gradient else None
+        rows = min(_MAX_ROWS, max(1, _MAX_LOGITS // weight.shape[0]))
         for first in range(0, x.shape[0], rows):
             part, label = x[first : first + rows], labels[first : first + rows]
-            counted = label != ignore_index
-            label = label.where(counted, 0)[:, None]
-            log_p = nn.functional.linear(part, weight).to(kind).log_softmax(-1)
-            losses[first : first + rows] = torch.where(counted, -log_p.gather(1, label)[:, 0], 0)
+            valid = label != ignore_index
+            label = label.where(valid, 0)[:, None]
+            log_p = nn.functional.linear(part, weight).to(dtype).log_softmax(-1)
+            losses[first : first + rows] = torch.where(valid, -log_p.gather(1, label)[:, 0], 0)
             if dx is not None and dw is not None:
                 p = log_p.exp_()
-                p.scatter_add_(1, label, torch.full_like(label, -1, dtype=kind))
-                p = torch.where(counted[:, None], p, 0).to(weight.dtype)
+                p.scatter_add_(1, label, torch.full_like(label, -1, dtype=dtype))
+                p = torch.where(valid[:, None], p, 0).to(weight.dtype)
                 dx[first : first + rows] = p @ weight
                 dw += p.T @ part
         ctx.mark_non_differentiable(losses)
@@ -135,10 +163,11 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        if torch.is_grad_enabled():  # As `once_differentiable`, which torch.autograd.grad passes by in silence.
+        # torch.autograd.grad silently ignores `once_differentiable`.
+        if torch.is_grad_enabled():
             raise ValueError(
-                "a second derivative of linear_token_loss was asked for (create_graph=True), and it has only first "
-                "ones: use token_loss(x @ weight.T, labels), which has every derivative"
+                "linear_token_loss has no second derivative (create_graph=True): use token_loss(x @ weight.T, labels), "
+                "which has every derivative"
             )
         dx, dw = ctx.saved_tensors
         return (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype), None, None, None

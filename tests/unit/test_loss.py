@@ -1,4 +1,4 @@
-"""A failure here means: what is minimised is not the mean cross-entropy over tokens, or its logits are whole."""
+"""A failure here means: the loss is not the mean cross-entropy over tokens, or it holds all logits at once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_labels_are_the_next_tokens():
     assert next_token_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
 
 
-def test_loss_of_no_label_is_zero():
+def test_loss_without_valid_labels_is_zero():
     logits = torch.randn(1, 3, 5, requires_grad=True)
     loss = token_loss(logits, torch.full((1, 3), -100))
     loss.backward()
@@ -32,36 +32,38 @@ def test_loss_of_no_label_is_zero():
 
 
 @pytest.mark.parametrize(("rows", "ignored"), [(1, 0.0), (7, 0.3), (8, 0.3), (33, 0.3), (9, 1.0), (0, 0.0)])
-def test_the_head_in_parts_is_the_head(rows, ignored, monkeypatch):
-    """Loss, gradients and each token's loss, over row counts that do and do not divide."""
-    monkeypatch.setattr(loss, "_MOST_ROWS", 4)
+def test_linear_token_loss_is_token_loss_of_the_logits(rows, ignored, monkeypatch):
+    """Loss, gradients and each token's loss, with row counts that the size of a part does and does not divide."""
+    monkeypatch.setattr(loss, "_MAX_ROWS", 4)
     x, weight, labels = draw(rows, 6, 11, ignored=ignored)
     expected = token_loss(x @ weight.T, labels)
-    mine = linear_token_loss(x, weight, labels)
-    assert_close(mine, expected, rtol=0, atol=1e-13)
-    for got, right in zip(*(torch.autograd.grad(3 * v, (x, weight)) for v in (mine, expected)), strict=True):
-        assert_close(got, right, rtol=0, atol=1e-13)
-    every = linear_token_losses(x, weight, labels)
-    right = torch.nn.functional.cross_entropy((x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none")
-    assert_close(every, right.detach().view(2, rows), rtol=0, atol=1e-13)
+    actual = linear_token_loss(x, weight, labels)
+    assert_close(actual, expected, rtol=0, atol=1e-13)
+    for grad, expected_grad in zip(*(torch.autograd.grad(3 * v, (x, weight)) for v in (actual, expected)), strict=True):
+        assert_close(grad, expected_grad, rtol=0, atol=1e-13)
+    losses = linear_token_losses(x, weight, labels)
+    expected_losses = torch.nn.functional.cross_entropy(
+        (x @ weight.T).flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    assert_close(losses, expected_losses.detach().view(2, rows), rtol=0, atol=1e-13)
 
 
 def test_bfloat16_is_summed_in_float32():
-    """As near to the float64 loss as bfloat16 logits allow, with a loss that is no bfloat16."""
+    """As close to the float64 loss as bfloat16 logits allow, and a loss in float32."""
     x, weight, labels = draw(5000, 32, 100, torch.bfloat16)
     exact = token_loss(x.double() @ weight.double().T, labels)
-    mine = linear_token_loss(x, weight, labels)
-    assert mine.dtype == torch.float32
-    assert_close(mine.double(), exact, rtol=1e-3, atol=0)
-    for got, right in zip(*(torch.autograd.grad(v, (x, weight)) for v in (mine, exact)), strict=True):
-        assert got.dtype == torch.bfloat16
-        assert (got.double() - right.double()).norm() < 1e-2 * right.double().norm()
+    actual = linear_token_loss(x, weight, labels)
+    assert actual.dtype == torch.float32
+    assert_close(actual.double(), exact, rtol=1e-3, atol=0)
+    for grad, expected_grad in zip(*(torch.autograd.grad(v, (x, weight)) for v in (actual, exact)), strict=True):
+        assert grad.dtype == torch.bfloat16
+        assert (grad.double() - expected_grad.double()).norm() < 1e-2 * expected_grad.double().norm()
 
 
-def test_logits_are_never_whole():
+def test_logits_never_exist_as_a_whole():
     largest = 0
 
-    class Largest(TorchDispatchMode):
+    class LargestTensor(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             out = function(*args, **(kwargs or {}))
@@ -69,13 +71,13 @@ def test_logits_are_never_whole():
             return out
 
     x, weight, labels = draw(12_000, 4, 2000, torch.float32)
-    with Largest():
+    with LargestTensor():
         linear_token_loss(x, weight, labels).backward()
-    assert largest <= loss._MOST_LOGITS < 24_000 * 2000 / 2
+    assert largest <= loss._MAX_LOGITS < 24_000 * 2000 / 2
 
 
 def test_a_second_derivative_is_refused():
-    """Of a sum with another term, torch.autograd.grad would give the other's alone."""
+    """torch.autograd.grad of a sum would silently return the derivative of its other term alone."""
     x, labels = torch.randn(1, 6, 8, requires_grad=True), torch.randint(5, (1, 6))
     loss = linear_token_loss(x, torch.randn(5, 8), labels)
     with pytest.raises(ValueError, match=r"second derivative.*use token_loss"):
