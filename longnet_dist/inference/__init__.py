@@ -1,1 +1,1 @@
-"""What a trained model is asked for: bits per byte by position."""
+"""Uses of a trained model: scores and embeddings of documents, and bits per byte by position."""

@@ -12,19 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from longnet_dist.attention.ops import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.inference.embed import embeddings
+from longnet_dist.inference.score import log_likelihoods
 from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.models.loss import IGNORED, linear_token_losses
 from longnet_dist.plan.pattern import Pattern
 
 _MOST_MESHES = 8
@@ -122,26 +123,16 @@ class Rank:
     def _score(self, num_rows: int, document: Rows, out: str | None) -> Any:
         mesh, model = self._mesh(self._loaded.config.pattern, num_rows), self._loaded
         shard = mesh.shard
-        # The label of the last row here is the first token of the next rank.
-        both = self._tokens(mesh, document, shard.start, min(shard.stop + 1, num_rows))
-        tokens, labels = both[:, : shard.num_rows], both[:, 1:]
-        missing = shard.num_rows - labels.shape[1]
-        labels = nn.functional.pad(labels[:, : shard.num_rows], (0, missing), value=IGNORED)
-        losses = linear_token_losses(model.features(tokens, mesh), model.output.weight, labels)
-        return self._given(-losses[0, : shard.num_rows - missing], out, mesh, dim=0)
+        tokens = self._tokens(mesh, document, shard.start, min(shard.stop + 1, num_rows))
+        return self._given(log_likelihoods(model, tokens, mesh)[0], out, mesh, dim=0)
 
-    def _embed(self, num_rows: int, document: Rows, pooling: str | None, out: str | None) -> Any:
+    def _embed(self, num_rows: int, document: Rows, pooling: Literal["mean", "last"] | None, out: str | None) -> Any:
         mesh, model = self._mesh(self._loaded.config.pattern, num_rows), self._loaded
-        shard = mesh.shard
-        features = model.features(self._tokens(mesh, document, shard.start, shard.stop), mesh)[0]
+        tokens = self._tokens(mesh, document, mesh.shard.start, mesh.shard.stop)
+        result = embeddings(model, tokens, mesh, pooling)[0]
         if pooling is None:
-            return self._given(features, out, mesh, dim=0)
-        last = features[-1:] if shard.stop == num_rows else features[:0]
-        share = (features if pooling == "mean" else last).sum(
-            0, dtype=torch.promote_types(features.dtype, torch.float32)
-        )
-        pooled = mesh.sum(share) / (num_rows if pooling == "mean" else 1)
-        return pooled.to(features.dtype).cpu() if self.rank == 0 else None
+            return self._given(result, out, mesh, dim=0)
+        return result.cpu() if self.rank == 0 else None
 
     def _tokens(self, mesh: SequenceMesh, document: Rows, start: int, stop: int) -> Tensor:
         def read() -> Tensor:
