@@ -1,1 +1,1 @@
-"""Documents in files, tokenizers, shards of tokens, and what a run trains on."""
+"""Data of a run: documents in files, tokenizers, shards of tokens on disk, and the corpus of a run."""

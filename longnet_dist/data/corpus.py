@@ -1,4 +1,4 @@
-"""What is trained on: documents, tokenised once into a folder, in windows whose order a few integers decide."""
+"""The corpus of a run: documents are tokenised once, and read in windows whose order follows from a few integers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,18 @@ from longnet_dist.data.sources import HUGGING_FACE, find_files, read_documents, 
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.paths import local_path
 
-_COUNTED_TOKENS = 1 << 26
+_MAX_COUNTED_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder of tokens; its last part is held out for validation."""
+    """A folder of tokens, the last part of which is held out for validation.
+
+    Args:
+        folder: the folder.
+        index: the folder's index.
+        validation_fraction: fraction of the tokens that is held out, from 0 to 1.
+    """
 
     folder: Path
     index: Index
@@ -40,12 +47,12 @@ class Corpus:
 
     @property
     def train(self) -> TokenStream:
-        """What is trained on."""
+        """The tokens to train on."""
         return TokenStream(self.folder, self.index, 0, self.index.num_tokens - self._num_held_out)
 
     @property
     def validation(self) -> TokenStream:
-        """What is held out."""
+        """The tokens that are held out."""
         return TokenStream(self.folder, self.index, self.index.num_tokens - self._num_held_out, self.index.num_tokens)
 
     @property
@@ -64,65 +71,72 @@ def tokenize(
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Path:
-    """Tokenise `data`, files shuffled by `seed`, into `folder`; what is there of it already is used again.
+    """Tokenise documents into a folder.
+
+    A folder that is complete is used as it is, and an interrupted tokenisation resumes.
 
     Args:
-        data: files, folders, globs and datasets; see `find_files` and `read_documents`. None is the standard library.
-        folder: where to; by default one in `cache`, named by what is tokenised and how.
-        cache: see `folder`.
-        tokenizer: a tokenizer's file; None is bytes.
-        text_field, shard_tokens, progress: see `read_documents` and `write_tokens`.
-        seed: of the order of files.
+        data: files, folders, globs and datasets; see `find_files` and `read_documents`. If empty, Python's standard
+            library.
+        folder: the folder to write; by default one in `cache`, whose name depends on the data and all options.
+        cache: the folder for tokens and checks of all data.
+        tokenizer: file of the tokenizer; None for bytes.
+        text_field: the key or column that holds the text of a row.
+        seed: seed of the order of the files.
+        shard_tokens: approximate number of tokens per shard; see `write_tokens`.
+        progress: called with the number of bytes of text tokenised so far.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: where a file holds what cannot be read, naming the place (see `read_documents`), or is tokenised
-            already, or would be a part of the data the next time.
+        ValueError: if a document cannot be read (see `read_documents`), the data includes tokens, or `folder` lies
+            inside the data.
     """
-    ids = load_tokenizer(tokenizer)
+    loaded_tokenizer = load_tokenizer(tokenizer)
     sources = find_files(data) if data else list(standard_library())
     stats = [(str(s), *((s.stat().st_size, s.stat().st_mtime_ns) if isinstance(s, Path) else ())) for s in sources]
-    source = hashlib.sha256(json.dumps([stats, seed, text_field, ids.name, shard_tokens]).encode()).hexdigest()[:16]
+    source = _digest([stats, seed, text_field, loaded_tokenizer.name, shard_tokens])
     folder = folder or cache / f"tokens-{source}"
-    _check_apart(data, sources, folder)
+    _check_separate(data, sources, folder)
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
+    require_utf8 = not isinstance(loaded_tokenizer, Bytes)
 
     def documents() -> Iterator[bytes]:
         for index in order:
-            yield from read_documents(sources[index], text_field, only_text=not isinstance(ids, Bytes))
+            yield from read_documents(sources[index], text_field, require_utf8=require_utf8)
 
-    write_tokens(documents, ids, folder, source, shard_tokens, progress)
+    write_tokens(documents, loaded_tokenizer, folder, source, shard_tokens, progress)
     return folder
 
 
-def _check_apart(data: Sequence[str], sources: Sequence[Path | str], folder: Path) -> None:
-    """See that tokens are no part of the data: neither those of other data, nor these the next time."""
+def _check_separate(data: Sequence[str], sources: Sequence[Path | str], folder: Path) -> None:
+    """Raise ValueError if the data includes tokens, or would include those in `folder` the next time."""
     for source in sources:
         if isinstance(source, Path) and is_shard(source) and holds_tokens(source.parent):
             raise ValueError(
-                f"{source.parent} is tokenised already: train --data {source.parent}; or leave it out of the data"
+                f"{source.parent} is already tokenised: use train --data {source.parent}, or leave it out of the data"
             )
-    for root in _local(data):
-        path, inside = root.resolve(), folder.resolve()
+    target = folder.resolve()
+    for path in _local_paths(data):
+        root = path.resolve()
         if (
             root.is_dir()
-            and inside.is_relative_to(path)
-            and not any(part.startswith(".") for part in inside.relative_to(path).parts)
+            and target.is_relative_to(root)
+            and not any(part.startswith(".") for part in target.relative_to(root).parts)
         ):
             raise ValueError(
-                f"{folder} lies in --data {root}, and would be a part of it the next time: give another --out or "
-                "--cache, or files of that folder"
+                f"{folder} is inside --data {path}, which would include its tokens the next time: use an --out or "
+                "--cache outside, or name files of that folder"
             )
 
 
-def _local(data: Sequence[str]) -> list[Path]:
+def _local_paths(data: Sequence[str]) -> list[Path]:
     return [local_path(path) for path in data if not path.startswith(HUGGING_FACE)]
 
 
 def num_bytes(data: Sequence[str]) -> int:
-    """Of the files that `data` names, as they are on the disk; datasets that are streamed are not known."""
+    """Return the total size of the files that `data` names, in bytes on disk; datasets count as 0."""
     return sum(p.stat().st_size for p in (find_files(data) if data else standard_library()) if isinstance(p, Path))
 
 
@@ -135,49 +149,78 @@ def open_corpus(
     text_field: str = "text",
     seed: int = 0,
 ) -> Corpus:
-    """The tokens of `data`: a folder that `longnet-dist tokenize` wrote, or what is tokenised into `cache` now.
+    """Open the tokens of `data`, which are tokenised first where necessary.
+
+    Args:
+        data: a folder that `longnet-dist tokenize` wrote; or files, folders, globs and datasets, which are tokenised
+            into `cache`. If empty, Python's standard library.
+        cache: the folder for tokens and checks of all data.
+        validation_fraction: fraction of the tokens to hold out, from 0 to 1.
+        tokenizer: file of the tokenizer; None for bytes, or for the tokenizer of a folder of tokens.
+        text_field: the key or column that holds the text of a row.
+        seed: seed of the order of the files.
 
     Raises:
-        ValueError: where there is something wrong with them, naming file and byte.
+        ValueError: if the data cannot be read, or a token is damaged; the message names the file and the byte.
     """
-    tokenised = [path for path in _local(data) if holds_tokens(path)]
-    if tokenised and len(data) > 1:
+    token_folders = [path for path in _local_paths(data) if holds_tokens(path)]
+    if token_folders and len(data) > 1:
         raise ValueError(
-            f"--data {tokenised[0]} is a folder of tokens, which must be the only one: it cannot be joined"
+            f"--data {token_folders[0]} is a folder of tokens, and must be the only --data: tokens cannot be combined"
         )
-    if tokenised:
-        folder = tokenised[0].resolve()
+    if token_folders:
+        folder = token_folders[0].resolve()
     else:
         folder = tokenize(data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed)
     index = read_index(folder)
-    if tokenised and tokenizer is not None and load_tokenizer(tokenizer).name != index.tokenizer:
-        raise ValueError(f"--data {folder} is tokenised by {index.tokenizer}, and --tokenizer is {tokenizer}")
-    _check_once(folder, index, cache)
+    if token_folders and tokenizer is not None and load_tokenizer(tokenizer).name != index.tokenizer:
+        raise ValueError(
+            f"--data {folder} is tokenised by {index.tokenizer}, and --tokenizer is {tokenizer}: leave --tokenizer out"
+        )
+    _check_tokens_once(folder, index, cache)
     return Corpus(folder, index, validation_fraction)
 
 
-def _check_once(folder: Path, index: Index, cache: Path) -> None:
-    """`check_tokens`, unless these very files have passed it before."""
+def _check_tokens_once(folder: Path, index: Index, cache: Path) -> None:
+    """Call `check_tokens`, unless `cache` records that the same files passed before."""
     files = [folder / shard.name for shard in index.shards]
     stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    checked = cache / f"checked-{hashlib.sha256(json.dumps([stats, index.vocab_size]).encode()).hexdigest()[:16]}"
-    if not checked.exists():
+    record = cache / f"checked-{_digest([stats, index.vocab_size])}"
+    if not record.exists():
         check_tokens(folder, index)
         cache.mkdir(parents=True, exist_ok=True)
-        checked.touch()
+        record.touch()
+
+
+def _digest(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def unigram_bits(stream: TokenStream, tokens: np.ndarray) -> float:
-    """Bits a token of a model that knows only how often each token is in the beginning of `stream`.
+    """Compute the bits per token of a model that knows only the frequency of each token.
 
-    (One is added to each count; no more than 67 million tokens are counted.)
+    Args:
+        stream: tokens to count, of which at most the first 67 million are read. One is added to each count.
+        tokens: the tokens to predict.
+
+    Returns:
+        The mean of -log2(frequency) over `tokens`.
     """
-    counts = np.bincount(stream.tokens(_COUNTED_TOKENS), minlength=stream.index.vocab_size)
+    counts = np.bincount(stream.tokens(_MAX_COUNTED_TOKENS), minlength=stream.index.vocab_size)
     bits = -np.log2((counts + 1.0) / (counts + 1.0).sum())
     return float(bits[tokens].mean())
 
 
 @lru_cache(maxsize=4)
 def window_order(num_windows: int, epoch: int, seed: int) -> Tensor:
-    """The order of an epoch's windows: a few integers say where a run is."""
+    """Return the order of the windows in an epoch; it depends on these integers alone, so that a run can resume.
+
+    Args:
+        num_windows: number of windows of the stream.
+        epoch: number of the epoch, from 0.
+        seed: the run's seed.
+
+    Returns:
+        A permutation of 0 to num_windows - 1, int64.
+    """
     return torch.randperm(num_windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

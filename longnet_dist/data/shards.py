@@ -1,7 +1,7 @@
-"""Tokens on disk: a folder of memory-mapped shards and an index, written so that it can be gone on with.
+"""Tokens on disk: a folder of memory-mapped shards and an index, written so that an interrupted run can resume.
 
-`index.json` is there only when all is. Until then `partial.json` says which shards are whole and how many documents
-they hold, so that a tokenisation that was stopped begins again behind them.
+`index.json` is written last. Until then `partial.json` lists the complete shards and how many documents they hold, and
+an interrupted tokenisation resumes after them.
 """
 
 from __future__ import annotations
@@ -27,49 +27,58 @@ from longnet_dist.data.tokenizers import Tokenizer
 
 INDEX, PARTIAL = "index.json", "partial.json"
 SHARD_TOKENS = 1 << 27
+"""Default number of tokens per shard."""
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 22, 1024
-_AT_A_TIME = 1 << 24
+_CHECKED_TOKENS = 1 << 24
+"""How many tokens `check_tokens` reads at a time."""
 
 
 @dataclass(frozen=True)
-class Shard:
-    """A file of tokens; documents do not cross its ends."""
+class TokenShard:
+    """A file of whole documents, as tokens."""
 
     name: str
+    """Name of the file in the folder."""
     tokens: int
+    """Number of tokens."""
     documents: int
+    """Number of documents."""
     num_bytes: int
-    """Of its documents' text."""
+    """Number of bytes of text in the documents."""
     sha256: str
-    """Of the file, as it was written."""
+    """SHA-256 of the file as it was written."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a folder of tokens holds."""
+    """The content of a folder of tokens."""
 
     source: str
-    """What was tokenised, and how, as a hash of it."""
+    """Hash that identifies the documents, their order and the tokenizer."""
     tokenizer: str
+    """Name of the tokenizer."""
     vocab_size: int
+    """Number of token ids, including the end-of-document id."""
     end_of_document: int
+    """The id that follows each document."""
     dtype: str
-    """Of the shards: uint16, or uint32 for vocabularies beyond it."""
-    shards: tuple[Shard, ...] = ()
+    """NumPy dtype of the shards: uint16, or uint32 if the vocabulary needs it."""
+    shards: tuple[TokenShard, ...] = ()
+    """The shards, in order."""
 
     @property
     def num_tokens(self) -> int:
-        """Of all shards."""
+        """Number of tokens in all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def tokens_per_byte(self) -> float:
-        """Tokens, ends of documents included, a byte of text."""
+        """Number of tokens, including end-of-document ids, per byte of text."""
         return self.num_tokens / max(1, sum(shard.num_bytes for shard in self.shards))
 
 
 def holds_tokens(folder: Path) -> bool:
-    """Whether `write_tokens` wrote in this folder; an `index.json` of something else does not make it one."""
+    """Return whether `write_tokens` wrote into this folder; an `index.json` of another program does not count."""
     indexes = [folder / name for name in (INDEX, PARTIAL) if (folder / name).is_file()]
     return bool(indexes) and (
         any(is_shard(path) for path in folder.glob("tokens-*.bin"))
@@ -78,47 +87,47 @@ def holds_tokens(folder: Path) -> bool:
 
 
 def is_shard(path: Path) -> bool:
-    """Whether a file has the name of a shard."""
+    """Return whether a file has the name of a shard."""
     return re.fullmatch(r"tokens-\d{5,}\.bin", path.name) is not None
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder of tokens.
+    """Read the index of a folder of tokens.
 
     Raises:
-        ValueError: where there is none, it cannot be read, or a shard has not the size it tells of.
+        ValueError: if the index is missing or malformed, or a shard is missing or has another size.
     """
     path = folder / INDEX
     if not path.exists():
-        half = (folder / PARTIAL).exists()
+        unfinished = (folder / PARTIAL).exists()
         raise ValueError(
-            f"{folder} holds a tokenisation that was stopped: start the same `longnet-dist tokenize` again"
-            if half
-            else f"{folder} holds no {INDEX}; give a folder that `longnet-dist tokenize` wrote"
+            f"{folder} holds an unfinished tokenisation: run the same `longnet-dist tokenize` again"
+            if unfinished
+            else f"{folder} has no {INDEX}; give a folder that `longnet-dist tokenize` wrote"
         )
-    return _with_whole_shards(path)
+    return _read_and_check_sizes(path)
 
 
 def check_tokens(folder: Path, index: Index) -> None:
-    """Read all tokens once, to see that each is below the vocabulary's size, and that they are as they were written.
+    """Check all tokens: each is below the vocabulary size, and each shard has the hash that its index records.
 
     Raises:
-        ValueError: naming the file, and the byte of the first that is not below it.
+        ValueError: if a token or a shard is not; the message names the file, and the byte of the first such token.
     """
     for shard in index.shards:
         digest = hashlib.sha256()
         tokens = np.memmap(folder / shard.name, index.dtype, "r")
-        for first in range(0, len(tokens), _AT_A_TIME):
-            part = tokens[first : first + _AT_A_TIME]
+        for first in range(0, len(tokens), _CHECKED_TOKENS):
+            part = tokens[first : first + _CHECKED_TOKENS]
             digest.update(part.tobytes())
             if part.max(initial=0) >= index.vocab_size:
                 at = first + int(np.argmax(part >= index.vocab_size))
                 raise ValueError(
                     f"{folder / shard.name}, byte {at * tokens.itemsize}: token id {tokens[at]}, and the vocabulary "
-                    f"of {index.tokenizer} has {index.vocab_size}; {_again(folder)}"
+                    f"of {index.tokenizer} has {index.vocab_size} ids; {_remedy(folder)}"
                 )
         if digest.hexdigest() != shard.sha256:
-            raise ValueError(f"{folder / shard.name} is not as it was written; {_again(folder)}")
+            raise ValueError(f"{folder / shard.name} has changed since it was written; {_remedy(folder)}")
 
 
 def write_tokens(
@@ -129,42 +138,44 @@ def write_tokens(
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Index:
-    """Tokenise `documents` into `folder`; goes on with what is there of them, and does nothing where all is.
+    """Tokenise documents into a folder; resume if it holds some of them, and return at once if it holds all.
 
     Args:
-        documents: called once, the documents in an order that never changes.
-        tokenizer: makes ids of them.
-        folder: made where it is not there. Another process that writes the same is waited for.
-        source: names the documents, their order and the tokenizer; a folder of another is not touched.
-        shard_tokens: after how many tokens a shard ends, with the batch of documents that reaches them.
-        progress: called with the bytes of documents done so far.
+        documents: returns the documents, always in the same order; called at most once.
+        tokenizer: the tokenizer.
+        folder: the folder to write; created if it is missing. A process that finds another one writing waits for it.
+        source: identifies the documents, their order and the tokenizer. A folder of another source is not changed.
+        shard_tokens: number of tokens after which a shard ends; the batch of documents that reaches it is its last.
+        progress: called with the number of bytes of text tokenised so far.
+
+    Returns:
+        The folder's index.
 
     Raises:
-        ValueError: where the folder holds tokens of another source, there is no text, or a document is not as it
-            should be.
+        ValueError: if the folder holds tokens of another source, there is no text, or a document cannot be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with _lock_folder(folder):
         if (folder / INDEX).exists():
             index = read_index(folder)
             _check_source(folder, index, source)
             return index
         dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
         index = Index(source, tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document, dtype)
-        for left in folder.glob("unfinished-*"):
-            left.unlink()
-        if (folder / PARTIAL).exists() and (partial := _with_whole_shards(folder / PARTIAL)).shards:
+        for leftover in folder.glob("unfinished-*"):
+            leftover.unlink()
+        if (folder / PARTIAL).exists() and (partial := _read_and_check_sizes(folder / PARTIAL)).shards:
             index = partial
             _check_source(folder, index, source)
-        else:  # Before the first shard, too: the folder is one of tokens, and no text.
+        else:  # It marks the folder as one of tokens even before the first shard.
             write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
-        todo = islice(documents(), sum(shard.documents for shard in index.shards), None)
-        batches = _batches(todo)
+        remaining = islice(documents(), sum(shard.documents for shard in index.shards), None)
+        batches = _batches(remaining)
         while (shard := _write_shard(batches, tokenizer, folder, index, shard_tokens, progress)) is not None:
             index = Index(**{**vars(index), "shards": (*index.shards, shard)})
             write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
         if sum(shard.num_bytes for shard in index.shards) == 0:
-            raise ValueError("the data holds no text: every document is empty")
+            raise ValueError("the data has no text: every document is empty")
         write_whole(folder / INDEX, json.dumps(asdict(index), indent=1) + "\n")
         (folder / PARTIAL).unlink()
     return index
@@ -172,7 +183,7 @@ def write_tokens(
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens [start, stop) of a folder of tokens."""
+    """The tokens [start, stop) of a folder, read in windows of equal length."""
 
     folder: Path
     index: Index
@@ -180,23 +191,31 @@ class TokenStream:
     stop: int
 
     def num_windows(self, seq_len: int) -> int:
-        """How many windows of `seq_len` tokens it holds, each with the token after it."""
+        """Return the number of windows of `seq_len` tokens; each needs one more token, the label of its last row."""
         return max(0, (self.stop - self.start - 1) // seq_len)
 
     def read(self, window: int, seq_len: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels of the rows [first, last) of a window, int64 each; no other part is read.
+        """Read the tokens and labels of the rows [first, last) of a window, and nothing else.
 
-        The label of a row is the token after it, so they are shifted before they are split.
+        The label of a row is the token after it: labels are shifted before they are split over ranks.
+
+        Args:
+            window: number of the window, from 0.
+            seq_len: length of a window in tokens.
+            first, last: the rows of the window to read.
+
+        Returns:
+            Tokens and labels, each (last - first,), int64.
         """
         begin = self.start + window * seq_len
-        both = torch.from_numpy(self._between(begin + first, begin + last + (last > first)).astype(np.int64))
-        return both[: last - first], both[1:]
+        ids = torch.from_numpy(self._read_range(begin + first, begin + last + (last > first)).astype(np.int64))
+        return ids[: last - first], ids[1:]
 
     def tokens(self, limit: int) -> np.ndarray:
-        """Up to `limit` tokens from its beginning, as they are on disk."""
-        return self._between(self.start, min(self.stop, self.start + limit))
+        """Read the first tokens of the stream, at most `limit`, in the dtype on disk."""
+        return self._read_range(self.start, min(self.stop, self.start + limit))
 
-    def _between(self, first: int, last: int) -> np.ndarray:
+    def _read_range(self, first: int, last: int) -> np.ndarray:
         parts, begin = [], 0
         for shard in self.index.shards:
             a, b = max(first, begin), min(last, begin + shard.tokens)
@@ -218,8 +237,8 @@ def _write_shard(
     index: Index,
     shard_tokens: int,
     progress: Callable[[int], None],
-) -> Shard | None:
-    """The next shard, written under another name and renamed; None where no document is left."""
+) -> TokenShard | None:
+    """Write the next shard under a temporary name, and rename it; return None if no document is left."""
     documents, num_bytes, before = 0, 0, sum(shard.num_bytes for shard in index.shards)
     digest = hashlib.sha256()
     with tempfile.NamedTemporaryFile(dir=folder, prefix="unfinished-", delete=False) as out:
@@ -227,9 +246,9 @@ def _write_shard(
             for batch in batches:
                 ends = np.array([tokenizer.end_of_document])
                 tokens = [part.astype(index.dtype) for ids in tokenizer.encode(batch) for part in (ids, ends)]
-                written = np.concatenate(tokens).tobytes()
-                out.write(written)
-                digest.update(written)
+                content = np.concatenate(tokens).tobytes()
+                out.write(content)
+                digest.update(content)
                 documents, num_bytes = documents + len(batch), num_bytes + sum(map(len, batch))
                 progress(before + num_bytes)
                 if out.tell() >= shard_tokens * np.dtype(index.dtype).itemsize:
@@ -241,7 +260,7 @@ def _write_shard(
                 os.chmod(out.name, 0o644)
                 os.replace(out.name, folder / name)
                 num_tokens = out.tell() // np.dtype(index.dtype).itemsize
-                return Shard(name, num_tokens, documents, num_bytes, digest.hexdigest())
+                return TokenShard(name, num_tokens, documents, num_bytes, digest.hexdigest())
             os.unlink(out.name)
         except BaseException:
             os.unlink(out.name)
@@ -250,15 +269,15 @@ def _write_shard(
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Enough at a time to keep a tokenizer's threads busy."""
+    """Group documents into batches that are large enough to keep a tokenizer's threads busy."""
     batch: list[bytes] = []
-    weight = 0
+    num_bytes = 0
     for document in documents:
         batch.append(document)
-        weight += len(document)
-        if len(batch) >= _BATCH_DOCUMENTS or weight >= _BATCH_BYTES:
+        num_bytes += len(document)
+        if len(batch) >= _BATCH_DOCUMENTS or num_bytes >= _BATCH_BYTES:
             yield batch
-            batch, weight = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch
 
@@ -266,42 +285,43 @@ def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
 def _check_source(folder: Path, index: Index, source: str) -> None:
     if index.source != source:
         raise ValueError(
-            f"{folder} holds tokens of other data, another order or another tokenizer ({index.tokenizer}); give "
-            "another folder, or remove it"
+            f"{folder} holds tokens of other data, another order or another tokenizer ({index.tokenizer}); use "
+            "another folder, or remove this one"
         )
 
 
-def _with_whole_shards(path: Path) -> Index:
-    """The index in a file, where the shards beside it have the sizes that it tells of."""
+def _read_and_check_sizes(path: Path) -> Index:
+    """Read an index file, and check that the shards next to it have the sizes that it records."""
     folder = path.parent
     try:
-        given = json.loads(path.read_text())
-        index = Index(**{**given, "shards": tuple(Shard(**shard) for shard in given["shards"])})
+        content = json.loads(path.read_text())
+        index = Index(**{**content, "shards": tuple(TokenShard(**shard) for shard in content["shards"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); {_again(folder)}") from None
+        raise ValueError(f"{path} cannot be read ({error!r}); {_remedy(folder)}") from None
     for shard in index.shards:
         file = folder / shard.name
-        have, want = file.stat().st_size if file.exists() else None, shard.tokens * np.dtype(index.dtype).itemsize
-        if have != want:
-            said = "is missing" if have is None else f"ends at byte {have}"
-            raise ValueError(f"{file} {said}, and {path} tells of {want} bytes; {_again(folder)}")
+        size = file.stat().st_size if file.exists() else None
+        expected = shard.tokens * np.dtype(index.dtype).itemsize
+        if size != expected:
+            problem = "is missing" if size is None else f"ends at byte {size}"
+            raise ValueError(f"{file} {problem}, and {path} records {expected} bytes; {_remedy(folder)}")
     return index
 
 
-def _again(folder: Path) -> str:
+def _remedy(folder: Path) -> str:
     return f"remove {folder}, and tokenise the data again"
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Alone among the processes that write into `folder`; the lock of one that ends is gone with it."""
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock for writing into `folder`; the system releases it if the process ends."""
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or not at all."""
+    """Write a text file atomically: the file exists with all of its content, or not at all."""
     out = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False)  # noqa: SIM115
     try:
         with out:

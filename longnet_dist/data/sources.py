@@ -1,4 +1,4 @@
-"""The documents in files: the whole of each, or the rows of JSON lines and Parquet; or of a Hugging Face dataset."""
+"""Sources of documents: whole files, the rows of JSON lines and Parquet files, and Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -18,34 +18,55 @@ from longnet_dist.paths import local_path
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-ROWS_AT_A_TIME = 1024
 HUGGING_FACE = "hf:"
-ROWS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-"""The endings of files that have a document per row."""
-COMPRESSED = (".7z", ".bz2", ".gz", ".lz4", ".lzma", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".z", ".zip", ".zst")
-"""The endings of files that are refused, except those of `ROWS`."""
+"""How the name of a Hugging Face dataset begins."""
+ROW_FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+"""Endings of files that have one document per row."""
+COMPRESSED_FORMATS = (
+    ".7z",
+    ".bz2",
+    ".gz",
+    ".lz4",
+    ".lzma",
+    ".rar",
+    ".tbz2",
+    ".tgz",
+    ".txz",
+    ".xz",
+    ".z",
+    ".zip",
+    ".zst",
+)
+"""Endings of files that are refused, except those in `ROW_FORMATS`."""
+_BATCH_ROWS = 1024
 _COMPRESSED_BYTES = 1 << 14
+"""How much of a compressed file is read at a time."""
 
 
 def standard_library() -> list[Path]:
-    """The source of the running Python's standard library: about 30 MB that every machine has."""
+    """Return the source files of the running Python's standard library: about 30 MB that every machine has."""
     root = Path(sysconfig.get_path("stdlib"))
     return sorted(p for p in root.rglob("*.py") if "site-packages" not in p.parts and "__pycache__" not in p.parts)
 
 
 def find_files(paths: Sequence[str]) -> list[Path | str]:
-    """The files that files, folders and globs (with `**`) name, sorted, each once; hidden ones only by name.
+    """Find the files that the given files, folders and globs name.
 
-    What begins with `hf:` is a Hugging Face dataset, and passed on.
+    Args:
+        paths: files, folders, globs (with `**`), and Hugging Face datasets, which begin with `hf:`. Hidden files of a
+            folder are left out.
+
+    Returns:
+        The files, sorted and without duplicates, and then the names of the datasets.
 
     Raises:
-        ValueError: if one of them names no file, or a file is compressed in a way that is not read.
+        ValueError: if a path matches no file, or a file is compressed in a way that is not supported.
     """
-    found: set[Path] = set()
-    for given in paths:
-        if given.startswith(HUGGING_FACE):
+    matches: set[Path] = set()
+    for name in paths:
+        if name.startswith(HUGGING_FACE):
             continue
-        path = local_path(given)
+        path = local_path(name)
         if path.is_dir():
             files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         elif path.is_file():
@@ -55,43 +76,48 @@ def find_files(paths: Sequence[str]) -> list[Path | str]:
         files = [p for p in files if p.is_file()]
         if not files:
             raise ValueError(
-                f"--data {given}: no file there; give files, folders or globs, for example src/ or 'src/**/*.py'"
+                f"--data {name}: no such file; give files, folders or globs, for example src/ or 'src/**/*.py'"
             )
         for p in files:
-            _ending(p)
-        found.update(p.resolve() for p in files)
-    return [*sorted(found), *sorted({given for given in paths if given.startswith(HUGGING_FACE)})]
+            _row_format(p)
+        matches.update(p.resolve() for p in files)
+    return [*sorted(matches), *sorted({name for name in paths if name.startswith(HUGGING_FACE)})]
 
 
-def read_documents(source: Path | str, text_field: str = "text", only_text: bool = False) -> Iterator[bytes]:
-    """The documents of a file, by its name: one per row for the endings in `ROWS`, one for any other file.
+def read_documents(source: Path | str, text_field: str = "text", require_utf8: bool = False) -> Iterator[bytes]:
+    """Read the documents of a file or dataset.
+
+    A file whose ending is in `ROW_FORMATS` has one document per row. Any other file is one document.
 
     Args:
-        source: the file; or `hf:NAME?name=CONFIG&split=SPLIT`, a Hugging Face dataset (or a folder that the package
-            `datasets` reads), which is streamed: what follows the `?` goes to `datasets.load_dataset`.
-        text_field: the key, or the column, that holds a row's text.
-        only_text: whether a file that is not UTF-8 is an error.
+        source: a file, or `hf:NAME?name=CONFIG&split=SPLIT` for a Hugging Face dataset, which is streamed. NAME may
+            also be a folder that the package `datasets` reads. The options after `?` go to `datasets.load_dataset`.
+        text_field: the key or column that holds the text of a row.
+        require_utf8: whether to refuse a whole-file document that is not UTF-8.
+
+    Yields:
+        Each document, as bytes.
 
     Raises:
-        ValueError: naming the file, and the line and byte or the row, where a row is not as it should be,
-            a file is cut short, damaged or compressed in a way that is not read, or a package is missing.
+        ValueError: if a row is malformed, a file is truncated, damaged or compressed in a way that is not supported,
+            or a package is missing. The message names the file, and the line and byte, or the row.
     """
     if isinstance(source, str):
         yield from _streamed(source, text_field)
         return
     path = source
-    ending = _ending(path)
-    if ending == ".jsonl":
+    row_format = _row_format(path)
+    if row_format == ".jsonl":
         with path.open("rb") as file:
             yield from _json_lines(path, file, text_field)
-    elif ending in (".jsonl.gz", ".jsonl.zst"):
-        with path.open("rb") as file, io.BufferedReader(_Decompressed(path, file, ending)) as plain:
+    elif row_format in (".jsonl.gz", ".jsonl.zst"):
+        with path.open("rb") as file, io.BufferedReader(_DecompressedFile(path, file, row_format)) as plain:
             yield from _json_lines(path, plain, text_field)
-    elif ending == ".parquet":
+    elif row_format == ".parquet":
         yield from _parquet(path, text_field)
     else:
         content = path.read_bytes()
-        if only_text:
+        if require_utf8:
             try:
                 content.decode()
             except UnicodeDecodeError as error:
@@ -101,20 +127,20 @@ def read_documents(source: Path | str, text_field: str = "text", only_text: bool
         yield content
 
 
-def _ending(path: Path) -> str | None:
-    """The one of `ROWS` that a file's name ends in; None for a file that is one document.
+def _row_format(path: Path) -> str | None:
+    """Return the ending in `ROW_FORMATS` that a file's name has; None for a file that is one document.
 
     Raises:
-        ValueError: if it is compressed in another way: training on compressed bytes is what nobody wants.
+        ValueError: if the file is compressed in another way: nobody wants to train on compressed bytes.
     """
     name = path.name.lower()
-    ending = next((ending for ending in ROWS if name.endswith(ending)), None)
-    if ending is None and name.endswith(COMPRESSED):
+    row_format = next((ending for ending in ROW_FORMATS if name.endswith(ending)), None)
+    if row_format is None and name.endswith(COMPRESSED_FORMATS):
         raise ValueError(
             f"{path} is compressed, and only .jsonl.gz, .jsonl.zst and .parquet are decompressed here: decompress it, "
             "or leave it out"
         )
-    return ending
+    return row_format
 
 
 def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]:
@@ -129,30 +155,33 @@ def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path}, line {number}, byte {begin + error.start}: it is not UTF-8") from None
             except (KeyError, TypeError):
-                raise ValueError(f"{path}, line {number}, byte {begin}: it is no object with {text_field!r}") from None
+                raise ValueError(
+                    f"{path}, line {number}, byte {begin}: it is not an object with the key {text_field!r}"
+                ) from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, byte {begin}: {error}") from None
             yield document
         begin += len(line)
 
 
-class _Decompressed(io.RawIOBase):
-    """The content of a gzip or Zstandard file: all its members or frames, and an error unless the last one ends.
+class _DecompressedFile(io.RawIOBase):
+    """The decompressed content of a gzip or Zstandard file, with all its members or frames.
 
-    (The readers of the package zstandard take a file that was cut short for a shorter one.)
+    A truncated file is an error. (The reader of the package zstandard would silently return less.)
     """
 
-    def __init__(self, path: Path, file: IO[bytes], ending: str) -> None:
+    def __init__(self, path: Path, file: IO[bytes], row_format: str) -> None:
         self.path, self.file = path, file
-        self.begin: Callable[[], Any]
+        self.new_decompressor: Callable[[], Any]
         self.error: type[Exception]
-        if ending == ".jsonl.gz":
-            self.begin, self.error = lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), zlib.error
+        if row_format == ".jsonl.gz":
+            self.new_decompressor, self.error = lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), zlib.error
         else:
             with extra("data", path):
                 import zstandard
-            self.begin, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
-        self.frame = self.begin()
+            self.new_decompressor, self.error = zstandard.ZstdDecompressor().decompressobj, zstandard.ZstdError
+        # One decompressor per member or frame.
+        self.frame = self.new_decompressor()
         self.plain = b""
 
     def readable(self) -> bool:
@@ -166,10 +195,10 @@ class _Decompressed(io.RawIOBase):
             compressed = (self.frame.unused_data if self.frame.eof else b"") or self.file.read(_COMPRESSED_BYTES)
             if not compressed:
                 if not self.frame.eof:
-                    raise ValueError(f"{self.path} ends too early, at byte {self.file.tell()}: it is not whole")
+                    raise ValueError(f"{self.path} ends too early, at byte {self.file.tell()}: it is truncated")
                 return 0
             if self.frame.eof:
-                self.frame = self.begin()
+                self.frame = self.new_decompressor()
             try:
                 self.plain = self.frame.decompress(compressed)
             except self.error as error:
@@ -188,7 +217,7 @@ def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
             if text_field not in file.schema_arrow.names:
                 raise ValueError(f"{path} has no column {text_field!r}; it has {', '.join(file.schema_arrow.names)}")
             row = 0
-            for batch in file.iter_batches(ROWS_AT_A_TIME, columns=[text_field]):
+            for batch in file.iter_batches(_BATCH_ROWS, columns=[text_field]):
                 for text in batch.column(0).to_pylist():
                     if not isinstance(text, str):
                         raise ValueError(f"{path}, row {row}: its {text_field!r} is {type(text).__name__}, not text")
@@ -209,7 +238,7 @@ def _streamed(source: str, text_field: str) -> Iterator[bytes]:
     def rows() -> Iterator[dict[str, Any]]:
         try:
             yield from datasets.load_dataset(parts.path, streaming=True, **options)
-        except Exception as error:  # It raises a dozen kinds.
+        except Exception as error:  # It raises exceptions of many types.
             raise ValueError(f"--data {source} cannot be opened or read: {error}") from None
 
     for number, row in enumerate(rows()):

@@ -1,4 +1,4 @@
-"""Documents to token ids: bytes, or any tokenizer file of the packages `tokenizers` and `tiktoken`."""
+"""Tokenizers: bytes, and the tokenizer files of the packages `tokenizers` and `tiktoken`."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from longnet_dist.extras import extra
 
 NUM_BYTES = 256
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-"""What tokenizers call the token at the end of a document; where one has none of them, an id of its own is added."""
+"""Names that tokenizers give to the end-of-document token. A tokenizer with none of them gets an additional id."""
 
 
 class Tokenizer(Protocol):
-    """What turns documents into ids."""
+    """Converts documents to token ids and back."""
 
     name: str
-    """Which it is: a name, and of a file the hash of its content."""
+    """A name that identifies the tokenizer; that of a file includes a hash of its content."""
     vocab_size: int
-    """Ids are below it, the end of a document's included."""
+    """Number of token ids, including the end-of-document id; all ids are below it."""
     end_of_document: int
-    """The id after each document."""
+    """The id that follows each document."""
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """The ids of each document, without an end.
+        """Encode each document, without an end-of-document id.
 
         Raises:
-            UnicodeDecodeError: where a document must be UTF-8 and is not.
+            UnicodeDecodeError: if the tokenizer needs UTF-8 and a document is not.
         """
         ...
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes of some ids."""
+        """Decode token ids, leaving out end-of-document ids."""
         ...
 
 
 class Bytes:
-    """A token a byte; 256 ends a document."""
+    """Byte tokenizer: each byte is a token, and 256 ends a document."""
 
     name = "bytes"
     vocab_size = NUM_BYTES + 1
@@ -58,8 +58,8 @@ class Bytes:
         return bytes(i for i in ids if i < NUM_BYTES)
 
 
-class _HuggingFace:
-    """A `tokenizer.json`."""
+class _HuggingFaceTokenizer:
+    """The tokenizer in a `tokenizer.json` of the package `tokenizers`."""
 
     def __init__(self, path: Path, name: str) -> None:
         from tokenizers import Tokenizer as Fast
@@ -67,8 +67,10 @@ class _HuggingFace:
         self.name = name
         try:
             self._fast = Fast.from_file(str(path))
-        except Exception as error:  # It raises no narrower kind.
-            raise ValueError(f"{path} is no tokenizer.json that the package tokenizers reads: {error}") from None
+        except Exception as error:  # It raises nothing more specific.
+            raise ValueError(
+                f"--tokenizer {path} is not a tokenizer.json that the package tokenizers can read: {error}"
+            ) from None
         self._fast.no_truncation()
         self._fast.no_padding()
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
@@ -83,12 +85,15 @@ class _HuggingFace:
 
     def decode(self, ids: Sequence[int]) -> bytes:
         """See `Tokenizer`."""
-        known = [i for i in ids if i != self.end_of_document]
-        return str(self._fast.decode(known, skip_special_tokens=False)).encode()
+        text_ids = [i for i in ids if i != self.end_of_document]
+        return str(self._fast.decode(text_ids, skip_special_tokens=False)).encode()
 
 
-class _Tiktoken:
-    """A file of ranks, a line each: the bytes in base64, and their rank; the encoding is that of its name."""
+class _TiktokenTokenizer:
+    """The tokenizer in a file of tiktoken's, whose lines are a token in base64 and its rank.
+
+    The file's name says which encoding it is: the rest of an encoding is in the package, and not in the file.
+    """
 
     def __init__(self, path: Path, name: str) -> None:
         import tiktoken
@@ -97,16 +102,16 @@ class _Tiktoken:
         self.name = name
         if path.stem not in openai_public.ENCODING_CONSTRUCTORS:
             raise ValueError(
-                f"--tokenizer {path}: ranks do not say how text is cut before they are used, so the file must be named "
-                f"as tiktoken names its encoding: {', '.join(openai_public.ENCODING_CONSTRUCTORS)}"
+                f"--tokenizer {path}: the file does not say how to split text before its ranks apply, so it must be "
+                f"named as tiktoken names its encoding: {', '.join(openai_public.ENCODING_CONSTRUCTORS)}"
             )
-        ranks = _ranks(path)
+        ranks = _read_ranks(path)
         try:
-            # What it would download is given.
+            # In place of the ranks that it would download.
             with patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks):
                 self._encoding = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[path.stem]())
-        except Exception as error:  # It raises no narrower kind.
-            raise ValueError(f"--tokenizer {path} holds no ranks of {path.stem}: {error!r}") from None
+        except Exception as error:  # It raises nothing more specific.
+            raise ValueError(f"--tokenizer {path} does not hold the ranks of {path.stem}: {error!r}") from None
         self.vocab_size, self.end_of_document = self._encoding.n_vocab, self._encoding.eot_token
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -119,31 +124,38 @@ class _Tiktoken:
         return bytes(self._encoding.decode_bytes([i for i in ids if i != self.end_of_document]))
 
 
-def _ranks(path: Path) -> dict[bytes, int]:
+def _read_ranks(path: Path) -> dict[bytes, int]:
     ranks = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise ValueError(f"--tokenizer {path}, line {number}: it is not bytes in base64 and a rank") from None
+            raise ValueError(f"--tokenizer {path}, line {number}: it is not a token in base64 and a rank") from None
     return ranks
 
 
 def load_tokenizer(path: Path | None) -> Tokenizer:
-    """The tokenizer in a file: `*.json` is of the package `tokenizers`, `*.tiktoken` of `tiktoken`; None is bytes.
+    """Load the tokenizer in a file.
+
+    Args:
+        path: a file `*.json` of the package `tokenizers`, or `*.tiktoken` of the package `tiktoken`; None for bytes.
 
     Raises:
-        ValueError: where the file is missing or not as it should be, or the package is not installed.
+        ValueError: if the file is missing or malformed, or the package is not installed.
+
+    Example:
+        >>> load_tokenizer(None).encode([b"abc"])[0].tolist()
+        [97, 98, 99]
     """
     if path is None:
         return Bytes()
-    kinds: dict[str, Any] = {".json": _HuggingFace, ".tiktoken": _Tiktoken}
-    if path.suffix not in kinds:
+    classes: dict[str, Any] = {".json": _HuggingFaceTokenizer, ".tiktoken": _TiktokenTokenizer}
+    if path.suffix not in classes:
         raise ValueError(f"--tokenizer {path}: give a file named *.json (tokenizers) or *.tiktoken")
     if not path.is_file():
-        raise ValueError(f"--tokenizer {path}: no file there")
+        raise ValueError(f"--tokenizer {path}: no such file")
     name = f"{path.name} {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
     with extra("tokenizers", f"--tokenizer {path}"):
-        made: Tokenizer = kinds[path.suffix](path, name)
-    return made
+        tokenizer: Tokenizer = classes[path.suffix](path, name)
+    return tokenizer

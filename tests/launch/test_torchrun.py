@@ -31,7 +31,7 @@ def test_ranks_train_as_one(tmp_path, ranks, seq_len, options):
 def test_bad_data_is_said_and_fails(tmp_path):
     done = run(2, "-m", "longnet_dist", "train", "--data", "nothing-there/", "--run-folder", tmp_path)
     assert done.returncode != 0
-    assert "longnet-dist: --data nothing-there/: no file there" in done.stderr
+    assert "longnet-dist: --data nothing-there/: no such file" in done.stderr
 
 
 def test_the_example_gives_the_same_numbers_on_any_number_of_ranks():

@@ -1,4 +1,4 @@
-"""A failure here means: what is trained on is not what the files hold, or bad input passes in silence."""
+"""A failure here means: a run trains on something other than its files' content, or silently accepts bad input."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from longnet_dist.data.tokenizers import Bytes
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three files, one of them hidden, one not text, one in a subfolder."""
+    """A folder of three files: one is hidden, one is not text, one is in a subfolder."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.py").write_bytes(b"first\n")
     (tmp_path / "sub" / "b.bin").write_bytes(bytes(range(256)))
@@ -31,15 +31,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_finds_files_folders_and_globs_once(folder):
-    found = find_files([str(folder), str(folder / "a.py"), str(folder / "**" / "*.bin")])
-    assert [p.name for p in found] == ["a.py", "b.bin"]
+def test_files_folders_and_globs_are_found_once(folder):
+    files = find_files([str(folder), str(folder / "a.py"), str(folder / "**" / "*.bin")])
+    assert [p.name for p in files] == ["a.py", "b.bin"]
 
 
 @pytest.mark.parametrize("missing", ["nothing.txt", "*.rs", "empty/"])
-def test_what_matches_nothing_is_an_error(folder, missing):
+def test_a_path_without_files_is_refused(folder, missing):
     (folder / "empty").mkdir()
-    with pytest.raises(ValueError, match="no file there"):
+    with pytest.raises(ValueError, match="no such file"):
         find_files([str(folder / missing)])
 
 
@@ -47,7 +47,7 @@ def corpus_of(data, cache, fraction=0.1):
     return open_corpus([str(data)], cache, fraction)
 
 
-def test_the_stream_is_every_byte_and_an_end_after_each_document(folder, tmp_path_factory):
+def test_the_stream_is_every_byte_and_an_end_of_document_after_each_document(folder, tmp_path_factory):
     corpus = corpus_of(folder, tmp_path_factory.mktemp("cache"))
     tokens = np.concatenate([corpus.train.tokens(10**6), corpus.validation.tokens(10**6)])
     documents = np.split(tokens, np.flatnonzero(tokens == Bytes.end_of_document) + 1)
@@ -55,28 +55,28 @@ def test_the_stream_is_every_byte_and_an_end_after_each_document(folder, tmp_pat
     assert len(corpus.validation.tokens(10**6)) == int(len(tokens) * 0.1)
 
 
-def test_what_is_built_is_used_again_until_a_file_changes(folder, tmp_path_factory):
+def test_tokens_are_reused_until_a_file_changes(folder, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     first = corpus_of(folder, cache)
-    written = (first.folder / "index.json").stat().st_mtime_ns
-    assert (corpus_of(folder, cache).folder / "index.json").stat().st_mtime_ns == written
+    modified = (first.folder / "index.json").stat().st_mtime_ns
+    assert (corpus_of(folder, cache).folder / "index.json").stat().st_mtime_ns == modified
     (folder / "a.py").write_bytes(b"changed\n")
     assert corpus_of(folder, cache).folder != first.folder
 
 
 def test_windows_cover_the_stream_and_labels_are_the_next_tokens(folder, tmp_path_factory):
     stream = corpus_of(folder, tmp_path_factory.mktemp("cache")).train
-    whole = stream.tokens(10**6).astype(np.int64)
-    assert stream.num_windows(50) == (len(whole) - 1) // 50
+    all_tokens = stream.tokens(10**6).astype(np.int64)
+    assert stream.num_windows(50) == (len(all_tokens) - 1) // 50
     for window in range(stream.num_windows(50)):
         for first, last in ((0, 50), (0, 20), (20, 50), (50, 50)):
             tokens, labels = stream.read(window, 50, first, last)
             begin = window * 50 + first
-            assert tokens.tolist() == whole[begin : begin + last - first].tolist()
-            assert labels.tolist() == whole[begin + 1 : begin + 1 + last - first].tolist()
+            assert tokens.tolist() == all_tokens[begin : begin + last - first].tolist()
+            assert labels.tolist() == all_tokens[begin + 1 : begin + 1 + last - first].tolist()
 
 
-def test_an_epoch_is_every_window_once_and_the_next_another_order():
+def test_an_epoch_has_every_window_once_and_the_next_epoch_another_order():
     first, second = (window_order(100, epoch, seed=0) for epoch in (0, 1))
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
     assert first.tolist() != second.tolist()
@@ -84,7 +84,7 @@ def test_an_epoch_is_every_window_once_and_the_next_another_order():
 
 
 def test_unigram_bits_of_two_bytes(tmp_path):
-    """Of 300 a, 100 b and one end, each and every other id once more."""
+    """The stream has 300 a, 100 b and one end of document; one is added to the count of each of the 257 ids."""
     (tmp_path / "text").write_text("aaab" * 100)
     stream = corpus_of(tmp_path / "text", tmp_path, 0.0).train
     total = 401 + 257
@@ -92,7 +92,7 @@ def test_unigram_bits_of_two_bytes(tmp_path):
     assert math.isclose(unigram_bits(stream, np.frombuffer(b"ab", np.uint8)), expected)
 
 
-def test_the_default_corpus_is_there():
+def test_the_default_corpus_is_python_source():
     files = standard_library()
     assert sum(p.stat().st_size for p in files) > 5_000_000
     assert torch.tensor([p.suffix == ".py" for p in files]).all()
@@ -101,23 +101,23 @@ def test_the_default_corpus_is_there():
 TEXTS = ["first", "zweites, mit Umlaut: ü", "", "last\nof two lines"]
 
 
-def _written(folder, kind, texts=TEXTS):
-    path, kind = folder / f"rows.{kind}", kind.lower()
+def write_rows(folder, row_format, texts=TEXTS):
+    path, row_format = folder / f"rows.{row_format}", row_format.lower()
     lines = "".join(json.dumps({"text": text, "other": 1}) + "\n" for text in texts).encode()
-    if kind == "jsonl":
+    if row_format == "jsonl":
         path.write_bytes(lines)
-    elif kind == "jsonl.zst":
+    elif row_format == "jsonl.zst":
         path.write_bytes(zstandard.ZstdCompressor().compress(lines))
-    elif kind == "jsonl.gz":
+    elif row_format == "jsonl.gz":
         path.write_bytes(gzip.compress(lines))
     else:
         parquet.write_table(pyarrow.table({"text": texts, "other": [1] * len(texts)}), path)
     return path
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet", "JSONL", "jsonl.GZ"])
-def test_rows_are_documents(tmp_path, kind):
-    path = _written(tmp_path, kind)
+@pytest.mark.parametrize("row_format", ["jsonl", "jsonl.zst", "jsonl.gz", "parquet", "JSONL", "jsonl.GZ"])
+def test_rows_are_documents(tmp_path, row_format):
+    path = write_rows(tmp_path, row_format)
     assert [d.decode() for d in read_documents(path)] == TEXTS
     tokens = corpus_of(path, tmp_path / "cache").train.tokens(10**6)
     assert bytes(tokens[:5].astype(np.uint8)) == b"first"
@@ -125,30 +125,30 @@ def test_rows_are_documents(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "message"),
     [
         (b"{not json}", r"line 2, byte 18: Expecting property name"),
-        (b'{"other": 1}', r"line 2, byte 18: it is no object with 'text'"),
-        (b"[1]", r"line 2, byte 18: it is no object with 'text'"),
+        (b'{"other": 1}', r"line 2, byte 18: it is not an object with the key 'text'"),
+        (b"[1]", r"line 2, byte 18: it is not an object with the key 'text'"),
         (b'{"text": 5}', r"line 2, byte 18: its 'text' is int, not text"),
         (b'{"text": "\\ud800"}', r"line 2, byte 18: .* surrogates not allowed"),
         (b'{"text": "\xff"}', r"line 2, byte 28: it is not UTF-8"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, line, said):
+def test_a_malformed_line_is_named(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "fine" }\n' + line + b"\n")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         corpus_of(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
 
-def test_bad_archives_are_named(tmp_path):
-    compressed = _written(tmp_path, "jsonl.zst")
+def test_damaged_files_are_named(tmp_path):
+    compressed = write_rows(tmp_path, "jsonl.zst")
     compressed.write_bytes(b"not zstandard")
     with pytest.raises(ValueError, match=r"rows.jsonl.zst cannot be decompressed"):
         list(read_documents(compressed))
-    table = _written(tmp_path, "parquet")
+    table = write_rows(tmp_path, "parquet")
     with pytest.raises(ValueError, match=r"has no column 'body'; it has text, other"):
         list(read_documents(table, "body"))
     table.write_bytes(table.read_bytes()[:-20])
@@ -158,7 +158,7 @@ def test_bad_archives_are_named(tmp_path):
 
 LINES = [json.dumps({"text": f"row {n}"}).encode() + b"\n" for n in range(20)]
 HALVES = [b"".join(LINES[:10]), b"".join(LINES[10:])]
-ZSTD, SKIPPABLE = zstandard.ZstdCompressor(), struct.pack("<II", 0x184D2A50, 5) + b"to be"
+ZSTD, SKIPPABLE = zstandard.ZstdCompressor(), struct.pack("<II", 0x184D2A50, 5) + b"skips"
 UNSIZED = zstandard.ZstdCompressor(write_content_size=False, write_checksum=True)
 ARCHIVES = {
     "one frame": ("zst", [ZSTD.compress(b"".join(LINES))]),
@@ -172,90 +172,90 @@ ARCHIVES = {
 
 @pytest.mark.parametrize("block", [7, 1 << 16])
 @pytest.mark.parametrize("archive", ARCHIVES)
-def test_a_compressed_file_is_read_whole_or_named(tmp_path, monkeypatch, archive, block):
-    """Cut anywhere, also to nothing, other than between frames; damaged; or with something behind it."""
-    monkeypatch.setattr("longnet_dist.documents._COMPRESSED_BYTES", block)
+def test_a_compressed_file_is_read_completely_or_refused(tmp_path, monkeypatch, archive, block):
+    """Truncated anywhere except between frames, even to nothing; damaged; or with trailing bytes."""
+    monkeypatch.setattr("longnet_dist.data.sources._COMPRESSED_BYTES", block)
     ending, frames = ARCHIVES[archive]
-    path, whole = tmp_path / f"rows.jsonl.{ending}", b"".join(frames)
-    path.write_bytes(whole)
+    path, complete = tmp_path / f"rows.jsonl.{ending}", b"".join(frames)
+    path.write_bytes(complete)
     assert [document.decode() for document in read_documents(path)] == [f"row {n}" for n in range(20)]
-    between = {sum(map(len, frames[:n])) for n in range(1, len(frames))}
-    cuts = [whole[:cut] for cut in range(len(whole)) if cut not in between]
-    for content in (*cuts, whole + b"x", whole + b"trailing garbage", b"\x00" + whole):
+    boundaries = {sum(map(len, frames[:n])) for n in range(1, len(frames))}
+    truncated = [complete[:cut] for cut in range(len(complete)) if cut not in boundaries]
+    for content in (*truncated, complete + b"x", complete + b"trailing garbage", b"\x00" + complete):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"rows.jsonl.{ending} (ends too early|cannot be decompressed)"):
             list(read_documents(path))
-    path.write_bytes(whole[:-3])
+    path.write_bytes(complete[:-3])
     with pytest.raises(ValueError, match="ends too early, at byte"):
         corpus_of(path, tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("index.json"))
 
 
-def test_every_truncation_of_parquet_is_named(tmp_path):
-    table = _written(tmp_path, "parquet")
-    whole = table.read_bytes()
-    for cut in range(len(whole)):
-        table.write_bytes(whole[:cut])
+def test_every_truncation_of_parquet_is_refused(tmp_path):
+    path = write_rows(tmp_path, "parquet")
+    complete = path.read_bytes()
+    for cut in range(len(complete)):
+        path.write_bytes(complete[:cut])
         with pytest.raises(ValueError, match=r"rows.parquet cannot be read as Parquet"):
-            list(read_documents(table))
+            list(read_documents(path))
 
 
-def test_damaged_parquet_is_named_or_read(tmp_path):
-    """No byte of it brings an error of another kind."""
-    table = _written(tmp_path, "parquet")
-    whole = table.read_bytes()
-    for at in range(len(whole)):
-        table.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+def test_damaged_parquet_is_read_or_refused(tmp_path):
+    """No damaged byte leads to an exception of another type."""
+    path = write_rows(tmp_path, "parquet")
+    complete = path.read_bytes()
+    for position in range(len(complete)):
+        path.write_bytes(complete[:position] + bytes([complete[position] ^ 255]) + complete[position + 1 :])
         try:
-            said = f"{table}: {list(read_documents(table))}"
+            message = f"{path}: {list(read_documents(path))}"
         except ValueError as error:
-            said = str(error)
-        assert str(table) in said
+            message = str(error)
+        assert str(path) in message
 
 
 @pytest.mark.parametrize(
     "name", ["a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.ZIP", "a.parquet.gz", "a.tgz"]
 )
-def test_what_is_compressed_otherwise_is_refused(folder, tmp_path_factory, name):
+def test_other_compressed_files_are_refused(folder, tmp_path_factory, name):
     (folder / "sub" / name).write_bytes(bz2.compress(b"text"))
-    for given in (folder, folder / "sub" / name):
+    for path in (folder, folder / "sub" / name):
         with pytest.raises(ValueError, match=rf"{name} is compressed, and only .jsonl.gz, .jsonl.zst and .parquet"):
-            corpus_of(given, tmp_path_factory.mktemp("cache"))
+            corpus_of(path, tmp_path_factory.mktemp("cache"))
     with pytest.raises(ValueError, match=f"{name} is compressed"):
         list(read_documents(folder / "sub" / name))
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("name", "message"),
     [
         ("", "names no file or folder"),
         ("~nobody-of-this-name/text", "no home folder"),
         ("s3://bucket/text", "no path on this machine"),
     ],
 )
-def test_a_name_that_names_nothing_is_refused(tmp_path, given, said):
-    for read in (lambda: find_files([given]), lambda: corpus_of(given, tmp_path), lambda: TrainConfig(data=given)):
-        with pytest.raises(ValueError, match=said):
-            read()
+def test_a_name_that_cannot_be_a_path_is_refused(tmp_path, name, message):
+    for call in (lambda: find_files([name]), lambda: corpus_of(name, tmp_path), lambda: TrainConfig(data=name)):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-def test_a_folder_with_an_index_of_its_own_is_text(folder, tmp_path_factory):
+def test_a_folder_with_an_unrelated_index_json_is_text(folder, tmp_path_factory):
     (folder / "index.json").write_text('{"name": "a package"}')
     corpus = corpus_of(folder, tmp_path_factory.mktemp("cache"))
     assert sum(shard.documents for shard in corpus.index.shards) == 3
 
 
 def test_tokens_are_not_tokenised_again(folder, tmp_path_factory):
-    """Given as a folder, as what lies in a folder, as files; or where their folder would become a part of the data."""
+    """As a folder, as part of a folder, as files, or in a folder that would become part of the data."""
     out = tmp_path_factory.mktemp("out")
     tokens = tokenize([str(folder / "a.py")], out / "tokens", out)
-    for given in (tokens, out, tokens / "*", tokens / "tokens-00000.bin"):
-        with pytest.raises(ValueError, match=rf"{tokens} is tokenised already: train --data {tokens}"):
-            tokenize([str(given)], out.parent / "again", out.parent)
-    with pytest.raises(ValueError, match="is tokenised already"):
+    for path in (tokens, out, tokens / "*", tokens / "tokens-00000.bin"):
+        with pytest.raises(ValueError, match=rf"{tokens} is already tokenised: use train --data {tokens}"):
+            tokenize([str(path)], out.parent / "again", out.parent)
+    with pytest.raises(ValueError, match="is already tokenised"):
         corpus_of(out, tmp_path_factory.mktemp("cache"))
     for inside in (folder, folder / "sub" / "tokens"):
-        with pytest.raises(ValueError, match=rf"{inside} lies in --data {folder}"):
+        with pytest.raises(ValueError, match=rf"{inside} is inside --data {folder}"):
             tokenize([str(folder)], inside, inside)
     tokenize([str(folder)], folder / ".cache" / "tokens", folder)
     assert corpus_of(tokens, out).index.num_tokens == 7

@@ -1,4 +1,4 @@
-"""A failure here means: tokens on disk are not those of the documents, or a stopped or damaged tokenisation passes."""
+"""A failure here means: tokens on disk differ from the documents, or an interrupted or damaged tokenisation passes."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in rang
 
 @pytest.fixture
 def hugging_face(tmp_path):
-    """A byte-level BPE of the package tokenizers, trained here."""
+    """The file of a byte-level BPE that the package tokenizers trains here."""
     from tokenizers import ByteLevelBPETokenizer
 
-    trained = ByteLevelBPETokenizer()
-    trained.train_from_iterator([d.decode() for d in DOCUMENTS], vocab_size=300, special_tokens=["<|endoftext|>"])
-    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([d.decode() for d in DOCUMENTS], vocab_size=300, special_tokens=["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"
 
 
 @pytest.fixture
 def tiktoken(tmp_path):
-    """Ranks of the 256 bytes and two merges, under the name of an encoding."""
+    """A file of tiktoken's with the 256 bytes and two merges, named as an encoding."""
     ranks = [bytes([n]) for n in range(256)] + [b"do", b"cu"]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
     (tmp_path / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
     return tmp_path / "cl100k_base.tiktoken"
 
 
-@pytest.mark.parametrize("kind", ["bytes", "hugging_face", "tiktoken"])
-def test_what_is_written_is_what_was_read(kind, tmp_path, request):
-    """Through every tokenizer, in several shards: each document, and an end after it."""
-    tokenizer = load_tokenizer(None if kind == "bytes" else request.getfixturevalue(kind))
+@pytest.mark.parametrize("name", ["bytes", "hugging_face", "tiktoken"])
+def test_tokens_decode_to_the_documents(name, tmp_path, request):
+    """With every tokenizer, in several shards: each document, and an end of document after it."""
+    tokenizer = load_tokenizer(None if name == "bytes" else request.getfixturevalue(name))
     index = write_tokens(lambda: iter(DOCUMENTS), tokenizer, tmp_path / "out", "source", shard_tokens=1)
     assert index == read_index(tmp_path / "out")
-    assert index.dtype == ("uint32" if kind == "tiktoken" else "uint16")
+    assert index.dtype == ("uint32" if name == "tiktoken" else "uint16")
     check_tokens(tmp_path / "out", index)
     tokens = np.concatenate([np.fromfile(tmp_path / "out" / shard.name, index.dtype) for shard in index.shards])
     ends = np.flatnonzero(tokens == tokenizer.end_of_document)
-    read = [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
-    assert read == DOCUMENTS
+    decoded = [tokenizer.decode(part[:-1].tolist()) for part in np.split(tokens, ends + 1)[:-1]]
+    assert decoded == DOCUMENTS
     assert index.num_tokens == len(tokens)
     assert index.tokens_per_byte == len(tokens) / sum(map(len, DOCUMENTS))
 
@@ -63,30 +63,27 @@ def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
     folder = tokenize([str(tmp_path / "text.jsonl")], tmp_path / "out", tmp_path, shard_tokens=50)
     assert len(read_index(folder).shards) > 5
     stream = open_corpus([str(folder)], tmp_path, 0.0).train
-    whole = np.concatenate([np.append(np.frombuffer(d, np.uint8), np.uint16(256)) for d in DOCUMENTS])
-    assert stream.tokens(10**6).tolist() == whole.tolist()
+    all_tokens = np.concatenate([np.append(np.frombuffer(d, np.uint8), np.uint16(256)) for d in DOCUMENTS])
+    assert stream.tokens(10**6).tolist() == all_tokens.tolist()
     for window in range(stream.num_windows(100)):
         tokens, labels = stream.read(window, 100, 20, 90)
-        assert tokens.tolist() == whole[window * 100 + 20 : window * 100 + 90].tolist()
-        assert labels.tolist() == whole[window * 100 + 21 : window * 100 + 91].tolist()
+        assert tokens.tolist() == all_tokens[window * 100 + 20 : window * 100 + 90].tolist()
+        assert labels.tolist() == all_tokens[window * 100 + 21 : window * 100 + 91].tolist()
 
 
-@pytest.mark.parametrize("after", [1, 4, 11])
-def test_it_goes_on_from_the_last_whole_shard(tmp_path, monkeypatch, after):
-    """Stopped after some shards by a failing source: the same files as of one that was not stopped."""
+@pytest.mark.parametrize("num_shards", [1, 4, 11])
+def test_tokenisation_resumes_after_the_last_complete_shard(tmp_path, monkeypatch, num_shards):
+    """Interrupted by a failing source after some shards, it ends with the files of an uninterrupted one."""
     monkeypatch.setattr("longnet_dist.data.shards._BATCH_DOCUMENTS", 3)
-    read = []
 
     def failing():
         for number, document in enumerate(DOCUMENTS):
-            if number == 3 * after + 1:
+            if number == 3 * num_shards + 1:
                 raise OSError("the network is gone")
             yield document
 
-    def whole():
-        for document in DOCUMENTS:
-            read.append(document)
-            yield document
+    def complete():
+        yield from DOCUMENTS
 
     class Counting(Bytes):
         encoded = 0
@@ -95,23 +92,23 @@ def test_it_goes_on_from_the_last_whole_shard(tmp_path, monkeypatch, after):
             self.encoded += len(documents)
             return super().encode(documents)
 
-    expected = write_tokens(whole, Bytes(), tmp_path / "expected", "source", shard_tokens=1)
+    expected = write_tokens(complete, Bytes(), tmp_path / "expected", "source", shard_tokens=1)
     with pytest.raises(OSError, match="network"):
         write_tokens(failing, Bytes(), tmp_path / "out", "source", shard_tokens=1)
-    with pytest.raises(ValueError, match="stopped: start the same"):
+    with pytest.raises(ValueError, match="unfinished tokenisation: run the same"):
         read_index(tmp_path / "out")
     with pytest.raises(ValueError, match="tokens of other data"):
-        write_tokens(whole, Bytes(), tmp_path / "out", "another", shard_tokens=1)
+        write_tokens(complete, Bytes(), tmp_path / "out", "another", shard_tokens=1)
     counting = Counting()
-    assert write_tokens(whole, counting, tmp_path / "out", "source", shard_tokens=1) == expected
-    assert counting.encoded == len(DOCUMENTS) - 3 * after
+    assert write_tokens(complete, counting, tmp_path / "out", "source", shard_tokens=1) == expected
+    assert counting.encoded == len(DOCUMENTS) - 3 * num_shards
     for shard in expected.shards:
         assert (tmp_path / "out" / shard.name).read_bytes() == (tmp_path / "expected" / shard.name).read_bytes()
     assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "expected").iterdir()}
 
 
-def test_killed_it_goes_on(tmp_path):
-    """The real command, SIGKILLed between shards."""
+def test_a_killed_tokenisation_resumes(tmp_path):
+    """The real command, which SIGKILL ends between shards."""
     text = tmp_path / "text.jsonl"
     text.write_text("".join(json.dumps({"text": f"{n} " * 500}) + "\n" for n in range(40_000)))
     command = ["-m", "longnet_dist", "tokenize", str(text), "--shard-tokens", "100000", "--out"]
@@ -119,7 +116,7 @@ def test_killed_it_goes_on(tmp_path):
     partial = tmp_path / "out" / "partial.json"
     deadline = time.monotonic() + 60
     while not (partial.exists() and json.loads(partial.read_text())["shards"]) and time.monotonic() < deadline:
-        time.sleep(0.002)  # Its progress shows in its files alone.
+        time.sleep(0.002)  # Only its files show its progress.
     os.kill(job.pid, signal.SIGKILL)
     job.wait()
     before = len(json.loads(partial.read_text())["shards"])
@@ -131,8 +128,8 @@ def test_killed_it_goes_on(tmp_path):
     assert index == read_index(tmp_path / "expected")
 
 
-def test_stopped_in_its_first_shard_it_is_no_text(tmp_path):
-    """What is left is not trained on as if it were; and gives way to tokens of mended data."""
+def test_a_tokenisation_without_a_shard_is_neither_text_nor_in_the_way(tmp_path):
+    """Interrupted in its first shard, it is not read as text, and other data may replace it."""
 
     def failing():
         yield from DOCUMENTS[:5]
@@ -140,56 +137,58 @@ def test_stopped_in_its_first_shard_it_is_no_text(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_tokens(failing, Bytes(), tmp_path / "out", "source")
-    (tmp_path / "out" / "unfinished-of-a-killed-one").write_bytes(b"half a shard")
-    with pytest.raises(ValueError, match="stopped: start the same"):
+    (tmp_path / "out" / "unfinished-of-a-killed-process").write_bytes(b"part of a shard")
+    with pytest.raises(ValueError, match="unfinished tokenisation: run the same"):
         open_corpus([str(tmp_path / "out")], tmp_path / "cache", 0.1)
     index = write_tokens(lambda: iter(DOCUMENTS), Bytes(), tmp_path / "out", "another")
     assert index == read_index(tmp_path / "out")
 
 
-def _written(tmp_path):
+def write_tokens_of_a_text(tmp_path):
     (tmp_path / "text.txt").write_text("some words again\n" * 50)
     return tokenize([str(tmp_path / "text.txt")], tmp_path / "tokens", tmp_path)
 
 
-def test_damage_is_named_with_its_byte(tmp_path):
-    folder = _written(tmp_path)
+def test_damage_is_named_with_file_and_byte(tmp_path):
+    folder = write_tokens_of_a_text(tmp_path)
     shard = folder / "tokens-00000.bin"
     content = shard.read_bytes()
     shard.write_bytes(content[:100] + b"\xff\xff" + content[102:])
     with pytest.raises(ValueError, match=r"tokens-00000.bin, byte 100: token id 65535, and the vocabulary"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     shard.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    with pytest.raises(ValueError, match=r"tokens-00000.bin is not as it was written; remove .*tokens, and tokenise"):
+    with pytest.raises(
+        ValueError, match=r"tokens-00000.bin has changed since it was written; remove .*tokens, and tokenise"
+    ):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
-    with pytest.raises(ValueError, match=r"which must be the only one"):
+    with pytest.raises(ValueError, match=r"must be the only --data"):
         open_corpus([str(folder), str(tmp_path / "text.txt")], tmp_path / "cache", 0.1)
     shard.write_bytes(content[:99])
-    with pytest.raises(ValueError, match=r"tokens-00000.bin ends at byte 99, and .* tells of 1702 bytes"):
+    with pytest.raises(ValueError, match=r"tokens-00000.bin ends at byte 99, and .* records 1702 bytes"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     shard.unlink()
     with pytest.raises(ValueError, match=r"tokens-00000.bin is missing"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     (folder / "index.json").rename(folder / "partial.json")
-    with pytest.raises(ValueError, match="holds a tokenisation that was stopped"):
+    with pytest.raises(ValueError, match="holds an unfinished tokenisation"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
     (folder / "index.json").write_text("{")
     with pytest.raises(ValueError, match=r"index.json cannot be read"):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
 
 
-def test_bad_tokenizers_and_bad_text_are_named(tmp_path, hugging_face):
-    for name, content, said in (
+def test_bad_tokenizers_and_texts_are_refused(tmp_path, hugging_face):
+    for name, content, message in (
         ("x.model", "", r"give a file named \*.json"),
-        ("x.json", "{}", "is no tokenizer.json"),
+        ("x.json", "{}", "is not a tokenizer.json"),
         ("x.tiktoken", "", "must be named as tiktoken names its encoding"),
-        ("cl100k_base.tiktoken", "YQ== 0\nno\n", r"cl100k_base.tiktoken, line 2: it is not bytes in base64"),
-        ("r50k_base.tiktoken", "YQ== 0\n", r"holds no ranks of r50k_base"),
+        ("cl100k_base.tiktoken", "YQ== 0\nno\n", r"cl100k_base.tiktoken, line 2: it is not a token in base64"),
+        ("r50k_base.tiktoken", "YQ== 0\n", r"does not hold the ranks of r50k_base"),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             load_tokenizer(tmp_path / name)
-    with pytest.raises(ValueError, match="no file there"):
+    with pytest.raises(ValueError, match="no such file"):
         load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin.txt, byte 3: it is not UTF-8"):
@@ -200,7 +199,7 @@ def test_bad_tokenizers_and_bad_text_are_named(tmp_path, hugging_face):
 
 
 def test_a_hugging_face_dataset_is_streamed(tmp_path, monkeypatch):
-    """The package itself, on a folder of JSON lines."""
+    """The package datasets streams a folder of JSON lines."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     (tmp_path / "rows").mkdir()
     rows = [{"text": d.decode(), "n": n} for n, d in enumerate(DOCUMENTS)]

@@ -76,7 +76,7 @@ def test_it_learns(config):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"data": ("nothing-there/",)}, "no file there"),
+        ({"data": ("nothing-there/",)}, "no such file"),
         ({"seq_len": 10**6}, "one sequence with the token after it is 1000001"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"validation_fraction": 1.5}, "must lie between 0 and 1"),
