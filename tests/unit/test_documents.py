@@ -1,4 +1,4 @@
-"""A failure here means: the README shows something that does not run, or points nowhere."""
+"""A failure here means: a document shows code that does not run, or has a broken link or an outdated list."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
-RUN = README + (ROOT / "docs" / "integrations.md").read_text()
+DOCUMENTS_WITH_CODE = README + (ROOT / "docs" / "integrations.md").read_text()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", RUN, re.DOTALL))
-def test_what_is_shown_runs(block):
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DOCUMENTS_WITH_CODE, re.DOTALL))
+def test_code_blocks_run(block):
     exec(compile(block, "a document", "exec"), {})
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_tests_named_are_there(document):
+def test_links_and_named_tests_exist(document):
     text = document.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (document.parent / link).exists(), link
