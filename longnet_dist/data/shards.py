@@ -109,10 +109,10 @@ def read_index(folder: Path) -> Index:
 
 
 def check_tokens(folder: Path, index: Index) -> None:
-    """Check all tokens: each is below the vocabulary size, and each shard has the hash that its index records.
+    """Check that all tokens are below the vocabulary size, and that each shard has the hash that its index records.
 
     Raises:
-        ValueError: if a token or a shard is not; the message names the file, and the byte of the first such token.
+        ValueError: if a check fails; the message names the file, and the byte of the first token that is too large.
     """
     for shard in index.shards:
         digest = hashlib.sha256()
@@ -167,7 +167,7 @@ def write_tokens(
         if (folder / PARTIAL).exists() and (partial := _read_and_check_sizes(folder / PARTIAL)).shards:
             index = partial
             _check_source(folder, index, source)
-        else:  # It marks the folder as one of tokens even before the first shard.
+        else:  # This file marks the folder as one of tokens, even before the first shard.
             write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
         remaining = islice(documents(), sum(shard.documents for shard in index.shards), None)
         batches = _batches(remaining)

@@ -127,7 +127,7 @@ class DilatedAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
-        """Attend within x.
+        """Apply dilated attention to x, between the projections.
 
         Args:
             x: (B, N, E), any N; with a mesh (B, L, E), this rank's rows.

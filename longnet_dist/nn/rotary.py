@@ -101,7 +101,7 @@ def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> Non
         needed = math.ceil(length * steepest / headroom / 2)
         raise ValueError(
             f"xPos at length {length} would scale queries, keys or scores beyond the range of {dtype}: with a scale "
-            f"base of {scale_base:g} it reaches {longest} tokens, or half as many where keys ahead are seen (not "
-            f"causal). Use rotary positions, a scale base of at least {needed}, a dtype with a wider range, or a "
+            f"base of {scale_base:g} it reaches {longest} tokens, or half as many if queries see keys ahead of them "
+            f"(not causal). Use rotary positions, a scale base of at least {needed}, a dtype with a wider range, or a "
             "shorter sequence"
         )

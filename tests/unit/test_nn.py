@@ -95,7 +95,7 @@ def test_xpos_without_causal_reaches_half_as_far():
         if in_range:
             assert layer(torch.randn(1, num_tokens, 8)).isfinite().all()
         else:
-            with pytest.raises(ValueError, match="half as many where keys ahead are seen"):
+            with pytest.raises(ValueError, match="half as many if queries see keys ahead"):
                 layer(torch.randn(1, num_tokens, 8))
 
 
