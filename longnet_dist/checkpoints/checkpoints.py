@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 
+from longnet_dist import internals
 from longnet_dist.best_effort import BestEffort
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
@@ -176,8 +177,7 @@ class Checkpoints:
             with self._alone(), self.patience.waiting(f"write its files of checkpoint {name}"):
                 writer = _Writer(temporary, self.patience)
                 save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            written = [path.name for path in temporary.glob(f"__{self.rank}_*")]
-            written += [".metadata"] if self.rank == 0 else []
+            written = internals.checkpoint_files(temporary, self.rank)
             described = {file: _described(temporary / file) for file in written}
             self.storage.put(name, temporary, written)
         except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.

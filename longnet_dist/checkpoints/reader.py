@@ -14,6 +14,8 @@ from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
 
+from longnet_dist import internals
+
 
 class TensorsOnlyReader(FileSystemReader):
     """Reads a checkpoint without trusting it: its metadata is a pickle, and here it can name nothing but metadata."""
@@ -28,7 +30,7 @@ class TensorsOnlyReader(FileSystemReader):
         Raises:
             pickle.UnpicklingError: where it names anything but torch's own descriptions of tensors.
         """
-        metadata: Metadata = _AllowList(io.BytesIO((self.folder / ".metadata").read_bytes())).load()
+        metadata: Metadata = _AllowList(io.BytesIO((self.folder / internals.CHECKPOINT_METADATA).read_bytes())).load()
         if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
             raise pickle.UnpicklingError(f"checkpoint {self.path} holds pickled objects, and only tensors are read")
         if getattr(metadata, "storage_meta", None) is None:
@@ -57,11 +59,9 @@ class _AllowList(pickle.Unpickler):
     METADATA = "torch.distributed.checkpoint.metadata"
     NAMES = frozenset(
         {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+            *internals.CHECKPOINT_METADATA_NAMES,
             ("torch", "Size"),
             ("torch", "device"),
-            ("torch.serialization", "_get_layout"),
             ("collections", "OrderedDict"),
             ("pathlib", "PosixPath"),
             ("pathlib", "WindowsPath"),

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from longnet_dist import internals
+
 # torch 2.13 deprecates the names that 2.11 has.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -164,7 +166,7 @@ def communicators(
 
 def groups_made() -> int:
     """How many process groups this process has, by which torch names the next one."""
-    return len(dist.distributed_c10d._world.pg_names)
+    return internals.num_process_groups()
 
 
 def level_groups_made(most: int) -> None:

@@ -19,6 +19,7 @@ from typing import IO, Any
 import torch
 import torch.distributed as dist
 
+from longnet_dist import internals
 from longnet_dist.best_effort import print_note
 from longnet_dist.checkpoints.storage import Figures, in_store, place, problem_with
 from longnet_dist.data.corpus import Corpus, open_corpus
@@ -40,9 +41,9 @@ def processes(config: TrainConfig) -> Iterator[torch.device]:
         restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         if restarts:
             warn_of_no_checkpoint(config)
-        if restarts and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in os.environ:
+        if restarts and internals.UNSHARED_RENDEZVOUS not in os.environ:
             warnings.warn(
-                "most restarts of torchrun fail unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 is set: set it, or use "
+                f"most restarts of torchrun fail unless {internals.UNSHARED_RENDEZVOUS}=1 is set: set it, or use "
                 "launchers/torchrun.sh, which does",
                 stacklevel=2,
             )

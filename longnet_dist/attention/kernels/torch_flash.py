@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longnet_dist import internals
+
 _MOST_BATCHES = 65_535
 """What CUDA's grid allows in the dimension of batches."""
 _CUDA_ALIGNMENT = 16
@@ -43,11 +45,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias
     if q.is_cuda:
         q, k, v = _aligned(q, k, v)
         # Its causal mask is bottom-right aligned, which on a square is the diagonal too.
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        out, lse, *_ = internals.cuda_flash_attention(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
         return out, lse
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = internals.cpu_flash_attention(
         *_heads_second(q, k, v), 0.0, causal, scale=scale
     )
     return out.transpose(1, 2), lse
@@ -74,12 +76,12 @@ def backward(
     if q.is_cuda:
         dout, q, k, v, out = _aligned(dout, q, k, v, out)
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dq, dk, dv = internals.cuda_flash_attention_backward(
             dout, q, k, v, out, lse.contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal,
             no_dropout, no_dropout.new_empty(0), scale=scale,
         )  # fmt: skip
         return dq, dk, dv, None
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    grads = internals.cpu_flash_attention_backward(
         *_heads_second(dout, q, k, v, out), lse, 0.0, causal, scale=scale
     )
     dq, dk, dv = _heads_second(*grads)

@@ -13,12 +13,13 @@ from typing import Any
 
 import ray
 import torch.distributed as dist
-from ray import cloudpickle
-from torch._C._distributed_c10d import Store
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+from longnet_dist import internals
 
 _SIOCGIFADDR = 0x8915
 # A StoreActor is sent as it is: its process starts without this package and torch, which take seconds to import.
-cloudpickle.register_pickle_by_value(sys.modules[__name__])
+internals.pickle_by_value(sys.modules[__name__])
 
 
 class StoreActor:

@@ -1,0 +1,151 @@
+"""The private parts of other packages that longnet_dist uses, each with the reason for using it.
+
+Private names may change in any release. So no other module accesses one, and `tests/unit/test_internals.py` checks
+each of them in the installed versions. Packages that not every user has are imported inside the functions.
+
+Three private names must be spelled where they are used, in subclasses:
+
+- `ParallelStyle._apply` is what torch's `parallelize_module` calls (torch 2.13).
+- `torch.distributed.Store` calls the methods of a subclass that is written in Python (torch 2.13).
+- `FileSystemReader` reads through its attributes `fs`, `path` and `load_id` (torch 2.13).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+UNSHARED_RENDEZVOUS = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+"""The environment variable that gives each round of torchrun a store of its own when it is "1".
+
+Without it, a restarted round reads stale keys and most restarts fail. It is not documented. Seen in torch 2.13.
+"""
+
+CHECKPOINT_METADATA = ".metadata"
+"""The file in which `torch.distributed.checkpoint` describes a checkpoint. Seen in torch 2.13."""
+
+CHECKPOINT_METADATA_NAMES = frozenset(
+    {
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+        ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+        ("torch.serialization", "_get_layout"),
+    }
+)
+"""The private names, as (module, name), in the pickled metadata of every checkpoint.
+
+Our reader unpickles nothing but allowed names, so it must list them. Seen in torch 2.13.
+"""
+
+
+def num_process_groups() -> int:
+    """Return the number of process groups that this process has made.
+
+    torch derives the name of the next group from it, so ranks must have made equally many before they make one
+    together. No public function tells. Seen in torch 2.13.
+    """
+    return len(dist.distributed_c10d._world.pg_names)
+
+
+def cpu_flash_attention(*args: Any, **options: Any) -> Any:
+    """Call the forward of flash attention on CPU, which returns (out, lse).
+
+    The public `scaled_dot_product_attention` returns no lse. Seen in torch 2.13.
+    """
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **options)
+
+
+def cpu_flash_attention_backward(*args: Any, **options: Any) -> Any:
+    """Call the backward of flash attention on CPU, which takes an out and lse that were merged. Seen in torch 2.13."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **options)
+
+
+def cuda_flash_attention(*args: Any, **options: Any) -> Any:
+    """Call the forward of flash attention on CUDA, which returns (out, lse, ...).
+
+    The public functions return no lse, or take only sequences of variable lengths. Seen in torch 2.13.
+    """
+    return torch.ops.aten._flash_attention_forward(*args, **options)
+
+
+def cuda_flash_attention_backward(*args: Any, **options: Any) -> Any:
+    """Call the backward of flash attention on CUDA, which takes an out and lse that were merged. Seen in torch 2.13."""
+    return torch.ops.aten._flash_attention_backward(*args, **options)
+
+
+def checkpoint_files(folder: Path, rank: int) -> list[str]:
+    """Return the names of the files that a rank wrote into a checkpoint of `torch.distributed.checkpoint`.
+
+    Its writer does not return them, and our manifest lists them. Seen in torch 2.13.
+
+    Args:
+        folder: The checkpoint's folder.
+        rank: The rank in the group that wrote it; rank 0 also wrote the metadata.
+    """
+    names = [path.name for path in folder.glob(f"__{rank}_*")]
+    return [*names, CHECKPOINT_METADATA] if rank == 0 else names
+
+
+def pickle_by_value(module: ModuleType) -> None:
+    """Have Ray send what `module` defines as code, not as a reference to the module.
+
+    An actor of such a class starts without importing this package and torch, which takes seconds. Ray documents
+    neither its copy of cloudpickle nor this function. Seen in Ray 2.60.
+    """
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(module)
+
+
+def attention_implementation(config: Any) -> str | None:
+    """Return the name of the attention that a transformers model with this config calls.
+
+    A model can be given one by a public method, but not asked for it. Seen in transformers 5.24.
+    """
+    return config._attn_implementation
+
+
+def add_data_loader(accelerator: Any, loader: Any) -> None:
+    """Add a prepared data loader to the ones whose state an `Accelerator` saves and whose end it notices.
+
+    Only `Accelerator.prepare_data_loader` does so, and it would give each rank sequences of its own. Seen in
+    accelerate 1.15.
+    """
+    accelerator._dataloaders.append(loader)
+
+
+def mark_as_unprepared(model: Any) -> None:
+    """Remove the mark by which an `Accelerator` takes a model to be prepared already.
+
+    `Trainer.evaluate` prepares a model without DDP; a model with the mark would then be trained without DDP too. Seen
+    in accelerate 1.15.
+    """
+    vars(model).pop("_is_accelerate_prepared", None)
+
+
+def fill_tensor_parallel_axis(strategy: Any) -> None:
+    """Give the axis "tensor_parallel" of a Lightning `ModelParallelStrategy` all ranks that the other axis leaves.
+
+    Lightning takes "auto" for the number of devices per node instead. Seen in Lightning 2.6.
+    """
+    if strategy._tensor_parallel_size == "auto":
+        strategy._tensor_parallel_size = strategy.world_size // int(strategy._data_parallel_size)
+
+
+def set_sharding(module: Any, config: Any) -> None:
+    """Set the `ShardingConfig` by which a torchtitan module is parallelized.
+
+    A module's own config can only hold one that is known before the mesh is. Seen in torchtitan 0.3.
+    """
+    module._sharding_config = config
+
+
+def configured_class(config: Any) -> Any:
+    """Return the class that a torchtitan config builds.
+
+    Building an instance, which may be large, is the only public way to learn it. Seen in torchtitan 0.3.
+    """
+    return config._owner
