@@ -1,4 +1,4 @@
-"""Packages that only some users need: named, with how to install them, where an import fails."""
+"""Packages that only some users need, and the message that says how to install a missing one."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, what: object) -> Iterator[None]:
-    """Import inside: `what` was asked for, and needs the extra `name` of this package.
+    """Import optional packages inside this context, so that a missing one is reported with its remedy.
+
+    Args:
+        name: The extra of longnet-dist that installs the package, as in `pip install 'longnet-dist[name]'`.
+        what: The option or value that needs the package, as the user knows it.
 
     Raises:
-        ValueError: where a package is not installed.
+        ValueError: If the package is not installed.
     """
     try:
         yield

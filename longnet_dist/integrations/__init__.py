@@ -1,1 +1,1 @@
-"""Other software that runs longnet_dist, or in which it runs: each has a file or folder, which alone imports it."""
+"""Integrations with other frameworks: one module or folder for each, which alone imports that framework."""

@@ -5,8 +5,8 @@
     parallelize_module(model, device_mesh["sp"], plan)
     logits = model(mesh.split(tokens), mesh.positions())
 
-The rest of the model works on its rows alone, so it needs no style; what it knows of positions must be global. It goes
-with FSDP2, torch.compile, and tensor parallelism, which spreads heads over other ranks.
+The rest of the model works on each row alone, so it needs no style. Whatever uses positions must get global ones. The
+style works together with FSDP2, with torch.compile, and with tensor parallelism, which spreads heads over other ranks.
 """
 
 from __future__ import annotations
@@ -26,19 +26,23 @@ from longnet_dist.nn.attention import DilatedAttention
 
 
 class SequenceParallelAttention(ParallelStyle):
-    """Dilated attention over the ranks that hold a sequence.
+    """A style under which a module computes dilated attention across the ranks that hold a sequence.
 
-    The module that it is given to is a `longnet_dist.DilatedAttention`, or one without parameters that is called as
-    `scaled_dot_product_attention` is, with (B, heads, L, D): from then on it attends by the mesh's pattern.
+    The module can be:
+
+    - a `longnet_dist.DilatedAttention` of the mesh's pattern;
+    - a module without parameters that is called as `scaled_dot_product_attention` is, with (B, heads, L, D). Its
+      forward is replaced by dilated attention.
 
     Args:
-        mesh: of the ranks of the DeviceMesh that `parallelize_module` is given.
-        causal: whether a query sees only keys at or before it; a `DilatedAttention` has its own.
-        head_mesh: one axis, over whose ranks heads are spread in order, where the projections are parallel
-            (`ColwiseParallel` with its plain output). DTensors that are sharded by head need none.
+        mesh: The ranks that hold each sequence, made from the DeviceMesh that `parallelize_module` gets.
+        causal: Whether a query sees only keys at or before it. A `DilatedAttention` keeps its own setting.
+        head_mesh: The axis over whose ranks heads are spread in order, where the projections are parallel and return
+            plain tensors (`ColwiseParallel`). DTensors that are sharded by head need none.
 
     Raises:
-        ValueError: for a module or a mesh that does not fit; in its calls, for masks, dropout, or rows of other ranks.
+        ValueError: If the module or a mesh does not fit. A call of the module raises for masks, for dropout, and for
+            another number of rows than this rank's.
     """
 
     def __init__(self, mesh: SequenceMesh, *, causal: bool = False, head_mesh: DeviceMesh | None = None) -> None:
@@ -49,16 +53,16 @@ class SequenceParallelAttention(ParallelStyle):
         self.mesh, self.causal, self.head_mesh = mesh, causal, head_mesh
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Called by `parallelize_module`."""
-        ours = [0] if self.mesh.group is None else dist.get_process_group_ranks(self.mesh.group)
-        given = device_mesh.mesh.flatten().tolist()
-        if self.mesh.group is not None and ours != given:
+        """Change a module in place; `parallelize_module` calls this."""
+        mesh_ranks = [0] if self.mesh.group is None else dist.get_process_group_ranks(self.mesh.group)
+        device_ranks = device_mesh.mesh.flatten().tolist()
+        if self.mesh.group is not None and mesh_ranks != device_ranks:
             raise ValueError(
-                f"the sequence is held by ranks {ours}, and parallelize_module is given ranks {given}: give it "
-                "the DeviceMesh of which the SequenceMesh was made"
+                f"the sequence is held by ranks {mesh_ranks}, and parallelize_module is given ranks {device_ranks}: "
+                "give it the DeviceMesh of which the SequenceMesh was made"
             )
         if isinstance(module, DilatedAttention):
-            self._give_mesh(module)
+            self._parallelize_layer(module)
         elif any(True for _ in module.parameters()):
             raise ValueError(
                 f"{type(module).__name__} has parameters, so it does more than attend: name the module in it that is "
@@ -68,22 +72,28 @@ class SequenceParallelAttention(ParallelStyle):
             module.forward = _Attention(self)
         return module
 
-    def _give_mesh(self, module: DilatedAttention) -> None:
+    def _parallelize_layer(self, module: DilatedAttention) -> None:
         if module.pattern != self.mesh.pattern:
             raise ValueError(f"the layer's pattern is {module.pattern}, and the mesh's {self.mesh.pattern}")
-        # Their statistics, or gradients, would be of a part of the heads.
-        over_heads = {"inner_norm": module.inner_norm, "qk_norm": module.q_norm}
-        kept = [name for name, norm in over_heads.items() if not isinstance(norm, nn.Identity)]
-        kept += [] if module.rel_pos_bias is None else ["use_rel_pos_bias"]
-        if self.head_mesh is not None and kept:
-            raise ValueError(f"heads cannot be spread over ranks in a layer with {' and '.join(kept)}: leave it out")
+        # With a part of the heads, these would have other statistics or gradients.
+        norms = {"inner_norm": module.inner_norm, "qk_norm": module.q_norm}
+        across_heads = [name for name, norm in norms.items() if not isinstance(norm, nn.Identity)]
+        across_heads += [] if module.rel_pos_bias is None else ["use_rel_pos_bias"]
+        if self.head_mesh is not None and across_heads:
+            raise ValueError(
+                f"heads cannot be spread over ranks in a layer with {' and '.join(across_heads)}: leave it out"
+            )
         module.head_mesh = self.head_mesh
-        module.register_forward_pre_hook(_with_mesh(self.mesh), with_kwargs=True)
+        module.register_forward_pre_hook(_mesh_hook(self.mesh), with_kwargs=True)
 
 
-def _with_mesh(mesh: SequenceMesh) -> Any:
-    def hook(_: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments, given | ({} if len(arguments) > 1 else {"mesh": mesh})
+def _mesh_hook(mesh: SequenceMesh) -> Any:
+    """Make a hook that passes the mesh to a layer, unless its caller does so by position."""
+
+    def hook(
+        _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments, options | ({} if len(arguments) > 1 else {"mesh": mesh})
 
     return hook
 
@@ -105,7 +115,7 @@ class _Attention:
         scale: float | None = None,
         enable_gqa: bool = True,
     ) -> Tensor:
-        """(B, H, L, D), (B, G, L, D) -> (B, H, L, D)."""
+        """Compute dilated attention: (B, H, L, D), (B, G, L, D) -> (B, H, L, D)."""
         style = self.style
         if key is None or value is None:
             refuse(

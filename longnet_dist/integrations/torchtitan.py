@@ -1,13 +1,16 @@
-"""torchtitan 0.3: its decoders with dilated attention, each sequence over the ranks of the mesh axis "cp".
+"""torchtitan 0.3: decoders with dilated attention, each sequence split across the ranks of the mesh axis "cp".
 
     def llama3_longnet() -> Trainer.Config:          # a function of your config registry, as torchtitan's own are
         return apply(llama3_8b(), Pattern((2048, 8192, 32768), (1, 4, 16)))
 
     torchrun ... -m torchtitan.train --module yours --config llama3_longnet --parallelism.context_parallel_degree 8
 
-torchtitan shards the inputs, labels and positions of a sequence evenly; FSDP (`dp_shard`) sums the gradients of the
-ranks of "cp" with those of the others. What cannot be exact is refused, with the reason: load balancers, masks,
-windows and sinks, positions that restart or are missing, pipelines, and CUDA graphs.
+torchtitan shards the inputs, labels and positions of a sequence evenly. FSDP (`dp_shard`) sums gradients over the ranks
+of "cp" together with all others. What cannot be exact raises a ValueError with the reason:
+
+- load balancers, pipelines and CUDA graphs;
+- masks, windows and sinks;
+- positions that restart or are missing.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torchtitan.models.common.decoder_sharding import dense_activation_placement
 from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
+from longnet_dist import internals
 from longnet_dist.attention.ops import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Pattern
@@ -43,22 +47,22 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
     from torchtitan.trainer import Trainer
 
-_REFUSED = {
-    "attention_masks": "the pattern says who sees whom",
+_UNSUPPORTED = {
+    "attention_masks": "the pattern says which keys a query sees",
     "score_mod": "scores are not modified here",
     "out_transform": "it is of sinks or gates on the log-sum-exp, which are not computed here",
 }
 
 
 class DilatedInnerAttention(Module):  # type: ignore[misc]
-    """What a `GQAttention` of torchtitan calls, with dilated attention inside; causal.
+    """The causal dilated attention that a `GQAttention` of torchtitan calls.
 
-    It attends over the mesh that the `parallelize_fn` of `apply` gives it, and without one not at all.
+    It needs the mesh that the `parallelize_fn` of `apply` gives it, also on one process.
     """
 
     @dataclass(kw_only=True, slots=True)
     class Config(Module.Config):  # type: ignore[misc]
-        """The branches, and the kernel as for `dilated_attention`."""
+        """The arguments of `dilated_attention`: the branches, and the name of the kernel."""
 
         pattern: Pattern
         kernel: str = "auto"
@@ -70,31 +74,32 @@ class DilatedInnerAttention(Module):  # type: ignore[misc]
         self.has_mesh = False
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
-        """As torchtitan calls it: heads over "tp", rows over "cp"; q, k and v stay where they are."""
+        """Declare that heads are sharded over "tp" and rows over "cp", and that q, k and v stay as they are."""
         rows = dense_activation_placement(tp=spmd.S(2))
-        # torchtitan's own would gather all k and v over "cp".
-        self._sharding_config = ShardingConfig(
+        # torchtitan's own declaration would gather all k and v over "cp".
+        sharding = ShardingConfig(
             in_src_shardings={"q": rows, "k": rows, "v": rows},
             in_dst_shardings={"q": rows, "k": rows, "v": rows},
             out_src_shardings=rows,
             local_map=LocalMapConfig(in_grad_placements=(rows, rows, rows)),
         )
+        internals.set_sharding(self, sharding)
         super().parallelize(parallel_dims)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options: Any
     ) -> Tensor:
-        """(B, L, H, D), (B, L, G, D) -> (B, L, H, D), of this rank's rows and heads.
+        """Attend from and to this rank's rows and heads: (B, L, H, D), (B, L, G, D) -> (B, L, H, D).
 
         Raises:
-            ValueError: for what a mask or an option asks beyond causal attention.
+            ValueError: If the module has no mesh yet, or a mask or option asks for more than causal attention.
         """
         if not self.has_mesh:
             raise ValueError(
                 "the model has no mesh: parallelize it, also on one process, by config.model_spec.parallelize_fn of "
                 "the config that longnet_dist.integrations.torchtitan.apply returned"
             )
-        for name, reason in _REFUSED.items():
+        for name, reason in _UNSUPPORTED.items():
             if options.get(name) is not None:
                 refuse(f"the attention is called with {name}, and {reason}", self.mesh)
         if not is_causal:
@@ -111,20 +116,23 @@ class DilatedInnerAttention(Module):  # type: ignore[misc]
 def apply(
     config: Trainer.Config, pattern: Pattern, *, join_documents: bool = False, kernel: str = "auto"
 ) -> Trainer.Config:
-    """Have the model of `config` attend by `pattern`, over the ranks of its context parallelism.
+    """Make the model of `config` use dilated attention, across the ranks of its context parallelism.
 
-    Also sets `parallelism.context_parallel_load_balancer` to None, as each rank holds contiguous rows, and
+    This also sets `parallelism.context_parallel_load_balancer` to None, as each rank holds contiguous rows, and
     `training.disable_cuda_graphs` to True.
 
     Args:
-        config: of torchtitan's trainer, with its `model_spec`; it is changed, and returned.
-        pattern: the branches.
-        join_documents: attend sequences in which documents are packed, as torchtitan's data loaders of text pack
-            them, as one text each, with positions from its start; else such sequences are refused.
-        kernel: as for `dilated_attention`.
+        config: The config of torchtitan's Trainer, with its `model_spec`; it is changed in place.
+        pattern: The branches.
+        join_documents: Treat a sequence in which documents are packed, as torchtitan's data loaders of text do, as one
+            text with positions from its start. By default such a sequence raises.
+        kernel: The name of the kernel, as for `dilated_attention`.
+
+    Returns:
+        `config`.
 
     Raises:
-        ValueError: where the model is not one that this can be exact for.
+        ValueError: If dilated attention would not be exact for this model.
     """
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern")
@@ -141,10 +149,10 @@ def apply(
 
 
 def _attentions(model: Any) -> list[GQAttention.Config]:
-    """The config of the attention of each layer; all must be plain, causal, and over the whole sequence."""
+    """Return the config of each layer's attention, which must be plain, causal, and over the whole sequence."""
     if not isinstance(model, Decoder.Config):
         raise ValueError(f"the model is {type(model).__qualname__}; it must be a decoder, such as llama3 or qwen3")
-    owner: Any = model._owner
+    owner: Any = internals.configured_class(model)
     if owner.get_attention_masks is not Decoder.get_attention_masks:
         raise ValueError(f"{owner.__name__} makes attention masks of its own (windows), which are not computed here")
     attentions: list[Any] = [getattr(layer, "attention", None) for layer in model.layers]
@@ -176,7 +184,7 @@ def _parallelize(
     parallelism: ParallelismConfig,
     **others: Any,
 ) -> nn.Module:
-    """The model's own `parallelize_fn`, after the mesh is made and given to the attention."""
+    """Make the mesh, give it to the attention, and call the model's own `parallelize_fn`."""
     mesh = None
     if parallel_dims.cp > 1:
         chunk = -(-training.seq_len // parallel_dims.cp)
@@ -189,9 +197,9 @@ def _parallelize(
     for module in model.modules():
         if isinstance(module, DilatedInnerAttention):
             module.mesh, module.has_mesh = mesh, True
-    model.register_forward_pre_hook(_Rows(mesh, join_documents), with_kwargs=True)
-    given = {"parallel_dims": parallel_dims, "training": training, "parallelism": parallelism}
-    return parallelize_fn(model, **given, **others)
+    model.register_forward_pre_hook(_CheckInputs(mesh, join_documents), with_kwargs=True)
+    settings = {"parallel_dims": parallel_dims, "training": training, "parallelism": parallelism}
+    return parallelize_fn(model, **settings, **others)
 
 
 def _problem(
@@ -201,7 +209,7 @@ def _problem(
     training: TrainingConfig,
     parallelism: ParallelismConfig,
 ) -> str | None:
-    """What of the final settings, those of the command line included, does not work."""
+    """Return what does not work in the final settings, with those of the command line; None if all does."""
     if dims.pp > 1:
         return f"pipeline_parallel_degree is {dims.pp}; pipelines are not supported: use 1"
     if parallelism.spmd_backend == "partial_dtensor":
@@ -219,17 +227,17 @@ def _problem(
 
 
 def _heads_problem(model: Any, pattern: Pattern, tp: int) -> str | None:
-    """Under "tp" a rank numbers its heads from 0; each must have the phase that it has among all."""
+    """Return why heads would change their phases under "tp", where each rank counts its heads from 0; None if not."""
     attention = model.config.first_attention
     heads = attention.n_kv_heads or attention.n_heads
-    mine = heads // tp
+    local_heads = heads // tp
     for branch in pattern.branches:
-        among_all = [pattern.phase(head, heads, branch) for head in range(heads)]
-        if among_all != [pattern.phase(head, mine, branch) for head in range(mine)] * tp:
+        phases = [pattern.phase(head, heads, branch) for head in range(heads)]
+        if phases != [pattern.phase(head, local_heads, branch) for head in range(local_heads)] * tp:
             return (
-                f"tensor_parallel_degree = {tp} leaves {mine} of {heads} key/value heads on a rank, and their phases "
-                f"in the branch {branch} {pattern.head_phases} would not be those of the whole: every dilation rate "
-                'must divide the heads of a rank, and head_phases be "interleaved"'
+                f"tensor_parallel_degree = {tp} leaves {local_heads} of {heads} key/value heads on a rank, and their "
+                f"phases in the branch {branch} {pattern.head_phases} would not be those of the whole: every dilation "
+                'rate must divide the heads of a rank, and head_phases be "interleaved"'
             )
     return None
 
@@ -238,18 +246,18 @@ def _local(x: Any) -> Any:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-class _Rows:
-    """Before the model: a refusal of rows and positions that would be silently wrong."""
+class _CheckInputs:
+    """A hook before the model, which raises for rows and positions that would be silently wrong."""
 
     def __init__(self, mesh: SequenceMesh | None, join_documents: bool) -> None:
         self.mesh, self.join_documents = mesh, join_documents
 
     @spmd.no_typecheck()
     def __call__(
-        self, module: nn.Module, arguments: tuple[Any, ...], given: dict[str, Any]
+        self, module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        given = dict(zip(("tokens", "positions", "attention_masks"), arguments, strict=False)) | given
-        tokens, positions = _local(given["tokens"]), _local(given.get("positions"))
+        inputs = dict(zip(("tokens", "positions", "attention_masks"), arguments, strict=False)) | inputs
+        tokens, positions = _local(inputs["tokens"]), _local(inputs.get("positions"))
         start = 0 if self.mesh is None else self.mesh.shard.start
         expected = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
         problem = self._problem(tokens, positions, expected)
@@ -258,12 +266,13 @@ class _Rows:
         elif problem:
             raise ValueError(problem)
         if positions is not None and self.join_documents:
-            # A copy, so that it is a DTensor, or of the type, that torchtitan made of it.
-            given["positions"] = joined = given["positions"].clone()
+            # A copy keeps what torchtitan made of the positions: a DTensor, or an annotated type.
+            inputs["positions"] = joined = inputs["positions"].clone()
             _local(joined).copy_(expected)
-        return (), given
+        return (), inputs
 
     def _problem(self, tokens: Tensor, positions: Tensor | None, expected: Tensor) -> str | None:
+        """Return why these rows cannot be attended at these positions; None if they can."""
         mesh = self.mesh
         if mesh is not None and tokens.shape[1] != mesh.shard.num_rows:
             return mesh.wrong_rows("tokens", tokens.shape[1]).replace("mesh.split(x)", "what cp_shard returns")

@@ -114,7 +114,7 @@ def test_what_asks_for_more_than_causal_attention_is_refused():
 
     model = build(apply(debug(), PATTERN))
     tokens, positions = draw()
-    with pytest.raises(ValueError, match="attention_masks, and the pattern says who sees whom"):
+    with pytest.raises(ValueError, match="attention_masks, and the pattern says which keys a query sees"):
         model(tokens, positions, object())
     attention = model.layers["0"].attention.inner_attention
     q = torch.zeros(1, SEQ_LEN, 2, 8)

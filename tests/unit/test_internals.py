@@ -34,9 +34,7 @@ def flash_attention():
 
 def cuda_flash_attention():
     """Without a GPU: the operators are there, with the arguments that are passed by name."""
-    schemas = [
-        getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")
-    ]
+    schemas = [getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")]
     return all("scale" in [argument.name for argument in schema.arguments] for schema in schemas)
 
 

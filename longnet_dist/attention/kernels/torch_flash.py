@@ -49,9 +49,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
         return out, lse
-    out, lse = internals.cpu_flash_attention(
-        *_heads_second(q, k, v), 0.0, causal, scale=scale
-    )
+    out, lse = internals.cpu_flash_attention(*_heads_second(q, k, v), 0.0, causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -81,9 +79,7 @@ def backward(
             no_dropout, no_dropout.new_empty(0), scale=scale,
         )  # fmt: skip
         return dq, dk, dv, None
-    grads = internals.cpu_flash_attention_backward(
-        *_heads_second(dout, q, k, v, out), lse, 0.0, causal, scale=scale
-    )
+    grads = internals.cpu_flash_attention_backward(*_heads_second(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
     dq, dk, dv = _heads_second(*grads)
     return dq, dk, dv, None
 
