@@ -1,6 +1,9 @@
-"""The same with Accelerate, which holds the model and takes the mean of gradients over ranks.
+"""Train a Llama of transformers with Accelerate and dilated attention, each sequence split across all ranks.
 
-accelerate launch --num_processes 2 --cpu examples/accelerate_train.py    # or: python examples/accelerate_train.py
+python examples/accelerate_train.py                                       # one process
+accelerate launch --num_processes 2 --cpu examples/accelerate_train.py    # two processes, with the same losses
+
+Accelerate wraps the model in DDP, which takes the mean of gradients over ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longnet_dist import Pattern, SequenceMesh
 from longnet_dist.integrations.transformers import apply, split_batch
 
-SEQ_LEN, STEPS, ACCUMULATED = 500, 5, 2
+SEQ_LEN, STEPS, MICRO_BATCHES = 500, 5, 2
 PATTERN = Pattern((64, 512), (1, 4))
 
 
 def main() -> None:
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=ACCUMULATED)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=MICRO_BATCHES)
     mesh = SequenceMesh(dist.group.WORLD if dist.is_initialized() else None, PATTERN, SEQ_LEN)
     set_seed(0)
     config = LlamaConfig(
@@ -29,18 +32,18 @@ def main() -> None:
     model = apply(LlamaForCausalLM(config).double(), PATTERN, mesh)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     for step in range(1, STEPS + 1):
-        batches = [(torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256 for _ in range(ACCUMULATED)]
-        batches[0][0, 300:] = -1  # A sequence that is shorter: its padding is no label, so tokens are counted.
+        batches = [(torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256 for _ in range(MICRO_BATCHES)]
+        batches[0][0, 300:] = -1  # A shorter sequence, whose padding is not counted as labels.
         batches = [{"input_ids": x.clamp(min=0), "labels": x.masked_fill(x < 0, -100)} for x in batches]
-        # Of all ranks and forwards of the step: each token weighs the same.
-        count = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        # The labels of all ranks and micro-batches of the step, so that each token weighs the same.
+        num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
             with accelerator.accumulate(model):
                 local = {name: x.to(accelerator.device) for name, x in split_batch(batch, mesh).items()}
-                loss = model(**local, num_items_in_batch=count).loss
-                # DDP takes the mean over ranks, of which each holds a part; Accelerate divides by the forwards.
-                accelerator.backward(loss * mesh.size * ACCUMULATED)
+                loss = model(**local, num_items_in_batch=num_labels).loss
+                # DDP takes the mean over ranks of what must be summed; Accelerate divides by the micro-batches.
+                accelerator.backward(loss * mesh.size * MICRO_BATCHES)
                 optimizer.step()
                 optimizer.zero_grad()
             total += loss.item()

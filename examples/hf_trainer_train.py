@@ -1,7 +1,8 @@
-"""Hugging Face's Trainer with dilated attention, each sequence split over all ranks.
+"""Train with Hugging Face's Trainer and dilated attention, each sequence split across all ranks.
 
 python examples/hf_trainer_train.py                                     # one process
-torchrun --standalone --nproc-per-node 2 examples/hf_trainer_train.py   # the same losses, on two; or accelerate launch
+torchrun --standalone --nproc-per-node 2 examples/hf_trainer_train.py   # two processes, with the same losses
+accelerate launch --num_processes 2 --cpu examples/hf_trainer_train.py  # the same, started by Accelerate
 """
 
 from __future__ import annotations
@@ -16,29 +17,30 @@ from longnet_dist import Pattern, SequenceMesh
 from longnet_dist.integrations.hf_trainer import DilatedTrainer
 from longnet_dist.integrations.transformers import apply
 
-SEQ_LEN, STEPS, ACCUMULATED = 500, 5, 2
+SEQ_LEN, STEPS, MICRO_BATCHES = 500, 5, 2
 PATTERN = Pattern((64, 512), (1, 4))
 
 
 def sequences(number: int, seed: int) -> list[dict[str, torch.Tensor]]:
-    """As any dataset's: whole, labels not shifted. Every third is shorter: its padding is no label."""
+    """Make whole sequences, with labels that are not shifted; every third is shorter, and its padding has no labels."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    samples = []
     for n in range(number):
         tokens = (torch.randint(16, (1,), generator=generator) + torch.arange(SEQ_LEN) * 7) % 256
         labels = tokens.masked_fill(torch.arange(SEQ_LEN) >= (200 if n % 3 == 0 else SEQ_LEN), -100)
-        made.append({"input_ids": tokens, "labels": labels})
-    return made
+        samples.append({"input_ids": tokens, "labels": labels})
+    return samples
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, max_steps=STEPS, learning_rate=1e-2, lr_scheduler_type="constant", per_device_train_batch_size=2,
-            per_device_eval_batch_size=2, gradient_accumulation_steps=ACCUMULATED, logging_steps=1, save_strategy="no",
-            ddp_find_unused_parameters=False, disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
+            per_device_eval_batch_size=2, gradient_accumulation_steps=MICRO_BATCHES, logging_steps=1,
+            save_strategy="no", ddp_find_unused_parameters=False, disable_tqdm=True,
+            use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        # Over all ranks here. Of a part of them, data-parallel: init_device_mesh(...)["sp"] in place of the world.
+        # Across all ranks. For data parallelism too, pass init_device_mesh(...)["sp"] in place of the world.
         mesh = SequenceMesh(dist.group.WORLD if dist.is_initialized() else None, PATTERN, SEQ_LEN)
         set_seed(0)
         config = LlamaConfig(

@@ -1,8 +1,8 @@
-"""Train a LongNet with Lightning, each sequence split over all ranks; Lightning starts the other processes itself.
+"""Train a LongNet with Lightning, each sequence split across all ranks.
 
-python examples/lightning_train.py --devices 1
-python examples/lightning_train.py --devices 2                                          # the same losses, on two
-torchrun --standalone --nproc-per-node 2 examples/lightning_train.py --devices 2        # or so
+python examples/lightning_train.py --devices 1    # one process
+python examples/lightning_train.py --devices 2    # two, of which Lightning starts the second, with the same losses
+torchrun --standalone --nproc-per-node 2 examples/lightning_train.py --devices 2    # two, started by torchrun
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Language(LightningModule):
         self.model: LongNet | None = None
 
     def configure_model(self) -> None:
-        if self.model is None:  # Lightning may call it again, for example before a test.
+        if self.model is None:  # Lightning may call this again, for example before a test.
             self.mesh = sequence_mesh(self, CONFIG.pattern, SEQ_LEN)
             self.model = CONFIG.build(dtype=torch.float64)
             for part in (*self.model.blocks, self.model):
                 fully_shard(part, mesh=self.device_mesh)
 
     def training_step(self, tokens: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        labels = next_token_labels(tokens)  # Shift first, split after.
+        labels = next_token_labels(tokens)  # Shift the labels before they are split.
         loss = self.model(self.mesh.split(tokens), self.mesh, self.mesh.split(labels))
         self.print(f"step {index + 1}  loss {loss.item():.9f}")
         return {"loss": loss, "tokens": (labels != -100).sum()}

@@ -1,8 +1,8 @@
-"""A plain PyTorch model whose sequences are spread over ranks by `parallelize_module`, with FSDP2 and torch.compile.
+"""Train a plain PyTorch model with `parallelize_module`, FSDP2 and torch.compile, each sequence split across ranks.
 
 python examples/parallelize.py                                       # one process
-torchrun --standalone --nproc-per-node 2 examples/parallelize.py     # the same losses, on two
-torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # and on four, each sequence's heads over two
+torchrun --standalone --nproc-per-node 2 examples/parallelize.py     # two processes, with the same losses
+torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # four: two parts of a sequence, two of its heads
 """
 
 import os
@@ -53,11 +53,11 @@ def main() -> None:
     grid = dist.init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]) // tp, tp), mesh_dim_names=("sp", "tp"))
     mesh = SequenceMesh(grid["sp"], PATTERN, SEQ_LEN)
     attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"])
-    torch.manual_seed(0)  # Every rank makes the same model, and sees the same batches.
+    torch.manual_seed(0)  # Every rank makes the same model and the same batches.
     model = Model().double()
     for layer in model.layers:
-        spread = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
-        parallelize_module(layer, grid["tp"], spread if tp > 1 else {})
+        projections = {"q": ColwiseParallel(), "k": ColwiseParallel(), "v": ColwiseParallel(), "out": RowwiseParallel()}
+        parallelize_module(layer, grid["tp"], projections if tp > 1 else {})
         parallelize_module(layer, grid["sp"], {"attend": attention})
         layer.compile(fullgraph=True)
         fully_shard(layer, mesh=grid["sp"])
@@ -65,9 +65,9 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, STEPS + 1):
         tokens = (torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256
-        labels = mesh.split(next_token_labels(tokens))  # Shift first, split after.
+        labels = mesh.split(next_token_labels(tokens))  # Shift the labels before they are split.
         loss = token_loss(model(mesh.split(tokens), mesh.positions()), labels, mesh)
-        (loss * mesh.size).backward()  # FSDP takes the mean over ranks, of which each holds a part.
+        (loss * mesh.size).backward()  # FSDP takes the mean over ranks of what must be summed.
         optimizer.step()
         optimizer.zero_grad()
         if dist.get_rank() == 0:

@@ -1,9 +1,9 @@
-"""The paper's table 2 in small: LongNet, dense attention and local windows, at equal steps and tokens.
+"""Compare LongNet, dense attention and local windows at equal steps and tokens: the paper's table 2, in small.
 
     OMP_NUM_THREADS=2 python examples/quality.py --steps 400
 
-Three models, alike but for who sees whom, are trained on sequences of 16k bytes of the default corpus, and asked for
-the held-out part in sequences of 2k, 4k, 8k and 16k. Started again, it goes on from the runs' checkpoints.
+Three models that differ only in their attention are trained on sequences of 16k bytes of the default corpus. They are
+evaluated on its held-out part, in sequences of 2k, 4k, 8k and 16k. If it is interrupted, the same command resumes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longnet_dist.training.job import corpus_of
 LONGEST = 16384
 LENGTHS = (2048, 4096, 8192, LONGEST)
 PATTERNS = {
-    "LongNet": ((2048, 4096, 8192, LONGEST), (1, 2, 4, 6)),  # The paper's, up to 16k.
+    "LongNet": ((2048, 4096, 8192, LONGEST), (1, 2, 4, 6)),  # The paper's branches up to 16k.
     "dense": ((LONGEST,), (1,)),
     "local windows": ((2048,), (1,)),
 }
@@ -30,14 +30,14 @@ PATTERNS = {
 def main(
     steps: int = 400, d_model: int = 64, num_layers: int = 2, held_out: int = 16, runs: Path = Path("runs/quality")
 ) -> None:
-    """Train, evaluate, and write table and picture.
+    """Train and evaluate the models, and write a table and a picture.
 
     Args:
-        steps: Optimizer steps of each model.
+        steps: Optimizer steps per model.
         d_model: Width of the models.
-        num_layers: Layers of the models.
-        held_out: Sequences of 16k that are evaluated.
-        runs: Where the runs, the table and the picture go.
+        num_layers: Number of layers of the models.
+        held_out: Number of held-out sequences of 16k bytes to evaluate.
+        runs: Folder for the runs, the table and the picture.
     """
     rows = {}
     for name, (segment_lengths, dilation_rates) in PATTERNS.items():
@@ -52,8 +52,8 @@ def main(
             ),
         )
         if train(config).step < steps:
-            return  # Stopped by a signal.
-        rows[name] = _by_length(config, held_out * LONGEST)
+            return  # A signal stopped the run.
+        rows[name] = _bits_by_length(config, held_out * LONGEST)
     table = [f"| {'attention':13} | " + " | ".join(f"{length // 1024}k" for length in LENGTHS) + " |"]
     table += ["|---" * (len(LENGTHS) + 1) + "|"]
     table += [f"| {name:13} | " + " | ".join(f"{bits:.3f}" for bits in row) + " |" for name, row in rows.items()]
@@ -62,8 +62,8 @@ def main(
     _draw(rows, runs / "quality.png")
 
 
-def _by_length(config: TrainConfig, num_tokens: int) -> list[float]:
-    """Bits per byte of the same held-out tokens, cut into sequences of each length."""
+def _bits_by_length(config: TrainConfig, num_tokens: int) -> list[float]:
+    """Return the bits per byte of the same held-out tokens, cut into sequences of each length."""
     assert config.run_folder is not None
     model, stream = load_model(config.run_folder).eval(), corpus_of(config).validation
     return [bits_by_position(model, stream, length, num_tokens // length, ())[0][2] for length in LENGTHS]

@@ -1,7 +1,7 @@
-"""Train a Llama of transformers with dilated attention, each sequence split over all ranks.
+"""Train a Llama of transformers with dilated attention, each sequence split across all ranks.
 
 python examples/transformers_train.py                                     # one process
-torchrun --standalone --nproc-per-node 2 examples/transformers_train.py   # the same losses, on two
+torchrun --standalone --nproc-per-node 2 examples/transformers_train.py   # two processes, with the same losses
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def main() -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group("gloo")
     mesh = SequenceMesh(dist.group.WORLD if dist.is_initialized() else None, PATTERN, SEQ_LEN)
-    torch.manual_seed(0)  # Every rank makes the same model, and sees the same batches.
+    torch.manual_seed(0)  # Every rank makes the same model and the same batches.
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
@@ -35,7 +35,7 @@ def main() -> None:
         loss = model(**split_batch({"input_ids": tokens, "labels": tokens}, mesh)).loss
         loss.backward()
         with torch.no_grad():
-            for parameter in model.parameters():  # DDP and FSDP take the mean instead: scale the loss by mesh.size.
+            for parameter in model.parameters():  # With DDP or FSDP, multiply the loss by mesh.size instead.
                 parameter.grad = mesh.sum(parameter.grad)
         optimizer.step()
         optimizer.zero_grad()

@@ -13,8 +13,10 @@ README = (ROOT / "README.md").read_text()
 DOCUMENTS_WITH_CODE = README + (ROOT / "docs" / "integrations.md").read_text()
 
 
+@pytest.mark.filterwarnings("ignore")  # Those of the frameworks, when they are imported.
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DOCUMENTS_WITH_CODE, re.DOTALL))
-def test_code_blocks_run(block):
+def test_code_blocks_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(block, "a document", "exec"), {})
 
 
