@@ -1,4 +1,4 @@
-"""A failure here means: attention by `parallelize_module` is not the oracle's, or a mistake passes in silence."""
+"""A failure here means: attention under `parallelize_module` differs from the oracle, or a mistake passes in silence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from examples.parallelize import PATTERN as OF_EXAMPLE
+from examples.parallelize import PATTERN as EXAMPLE_PATTERN
 from examples.parallelize import SEQ_LEN, Model
 from longnet_dist import (
     DilatedAttention,
@@ -41,35 +41,39 @@ class Attend(nn.Module):
 
 
 def spread_heads(group, phases):
-    """Two of four heads, or three of six, a rank; the sequence over four: out and gradients of the oracle."""
+    """Compare with the oracle: two of four heads, or three of six, per rank, and each sequence over four ranks."""
     grid = DeviceMesh("cpu", torch.arange(8).view(4, 2), mesh_dim_names=("sp", "tp"))
     pattern = Pattern(PATTERN.segment_lengths, PATTERN.dilation_rates, phases)
     for H, G in ((4, 4), (6, 6), (12, 6)):
         case = Case(pattern, N=61, H=H, G=G, B=2, D=8, causal=True)
         mesh = SequenceMesh(grid["sp"], pattern, case.N)
-        tp, here = grid["tp"], grid["tp"].get_local_rank()
-        local = {name: mesh.split(x).detach().chunk(2, 2)[here] for name, x in case.tensors().items()}
+        tp, tp_rank = grid["tp"], grid["tp"].get_local_rank()
+        local = {name: mesh.split(x).detach().chunk(2, 2)[tp_rank] for name, x in case.tensors().items()}
         dout = mesh.split(case.dout())
-        exact = [mesh.split(x.detach()).chunk(2, 2)[here] for x in case.oracle()]
+        expected = [mesh.split(x.detach()).chunk(2, 2)[tp_rank] for x in case.oracle()]
         # DTensors, sharded by head.
         inputs = [DTensor.from_local(x, tp, [Shard(2)]).requires_grad_() for x in local.values()]
         out = dilated_attention(*inputs, pattern, causal=True, mesh=mesh)
         assert isinstance(out, DTensor)
-        found = [out, *torch.autograd.grad(out, inputs, DTensor.from_local(dout.chunk(2, 2)[here], tp, [Shard(2)]))]
-        for mine, right in zip(found, exact, strict=True):
-            assert_close(mine.to_local(), right, rtol=0, atol=1e-12)
-        # Plain tensors, as ColwiseParallel gives them, in the layout of torch's own attention.
+        results = [
+            out,
+            *torch.autograd.grad(out, inputs, DTensor.from_local(dout.chunk(2, 2)[tp_rank], tp, [Shard(2)])),
+        ]
+        for actual, reference in zip(results, expected, strict=True):
+            assert_close(actual.to_local(), reference, rtol=0, atol=1e-12)
+        # Plain tensors, as ColwiseParallel returns them, in the layout of torch's own attention.
         attend = parallelize_module(Attend(), grid["sp"], SequenceParallelAttention(mesh, causal=True, head_mesh=tp))
         plain = attend(*(x.transpose(1, 2) for x in local.values())).transpose(1, 2)
-        assert_close(plain, exact[0], rtol=0, atol=1e-12)
+        assert_close(plain, expected[0], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("phases", ["interleaved", "blocked"])
-def test_heads_over_ranks_beside_the_sequence(pool, phases):
+def test_heads_spread_over_ranks_match_the_oracle(pool, phases):
     pool.run(8, spread_heads, phases)
 
 
-def refusals(group):
+def errors(group):
+    """Each wrong use raises on every rank, also where one rank alone is wrong."""
     grid = DeviceMesh("cpu", torch.arange(8).view(4, 2), mesh_dim_names=("sp", "tp"))
     mesh = SequenceMesh(grid["sp"], PATTERN, 64)
     style = SequenceParallelAttention(mesh, causal=True)
@@ -78,9 +82,9 @@ def refusals(group):
     q = torch.randn(1, 4, mesh.shard.num_rows, 8)
     whole = torch.randn(1, 4, 64, 8)
     normed = DilatedAttention(8, 2, PATTERN.dilation_rates, PATTERN.segment_lengths, qk_norm=True)
-    alone_wrong = {"attn_mask": torch.ones(1, 1, 16, 64)} if mesh.rank == 0 else {}
+    wrong_on_one_rank = {"attn_mask": torch.ones(1, 1, 16, 64)} if mesh.rank == 0 else {}
     cases = [
-        (lambda: attend(q, q, q, **alone_wrong), "attn_mask must be None"),
+        (lambda: attend(q, q, q, **wrong_on_one_rank), "attn_mask must be None"),
         (lambda: parallelize_module(normed, grid["sp"], spread), "heads cannot be spread .* with qk_norm"),
         (lambda: attend(whole, whole, whole), "pass mesh.split"),
         (lambda: attend(q, q, q, torch.ones(1, 1, 16, 64)), "attn_mask must be None"),
@@ -93,17 +97,17 @@ def refusals(group):
         (lambda: dilated_attention(*[DTensor.from_local(q, grid["tp"], [Shard(1)])] * 3, PATTERN), "heads .* may be"),
         (lambda: dilated_attention(DTensor.from_local(q, grid["tp"], [Replicate()]), q, q, PATTERN), "or none"),
     ]
-    for call, said in cases:
-        with pytest.raises(ValueError, match=said):
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
             call()
 
 
-def test_what_would_be_silently_wrong_is_refused_on_every_rank(pool):
-    pool.run(8, refusals)
+def test_what_would_be_silently_wrong_raises_on_every_rank(pool):
+    pool.run(8, errors)
 
 
-def compiled(group):
-    """Our own layer, compiled whole, over three steps: the eager numbers, and no recompilation."""
+def compile_layer(group):
+    """Compile our own layer as a whole: over three steps it has the eager results, and is not recompiled."""
     mesh = SequenceMesh(group, PATTERN, 61)
     torch.manual_seed(0)
     layer = DilatedAttention(16, 4, (1, 3, 5), (8, 24, 64), causal=True, use_rotary=True).double()
@@ -118,16 +122,16 @@ def compiled(group):
         assert_close(out, expected[step], rtol=0, atol=1e-12)
 
 
-def test_our_layer_compiled_is_not_compiled_again(pool):
-    pool.run(2, compiled, limit=200)
+def test_our_layer_is_compiled_once(pool):
+    pool.run(2, compile_layer, limit=200)
 
 
-def alone(model, tokens):
-    """(loss, gradients by name) of the example's model by the oracle, on one process."""
+def reference_of(model, tokens):
+    """Return the loss and the gradients by name of the example's model with the oracle, on one process."""
 
     def attend(q, k, v):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return dense_reference(q, k, v, OF_EXAMPLE, causal=True).transpose(1, 2)
+        return dense_reference(q, k, v, EXAMPLE_PATTERN, causal=True).transpose(1, 2)
 
     for layer in model.layers:
         layer.attend.forward = attend
@@ -140,51 +144,51 @@ GRIDS = {}
 
 
 def make_grid(group, shape):
-    """On all ranks that there are, as their groups are."""
+    """Make a DeviceMesh; all ranks of the pool must take part, as its groups are made over all of them."""
     GRIDS[shape] = DeviceMesh("cpu", torch.arange(math.prod(shape)).view(shape), mesh_dim_names=("dp", "sp", "tp"))
 
 
-def trained(group, shape, checkpointed, compiled):
-    """The gradients of a global batch over (dp, sp, tp) ranks: by DDP, or where heads are spread by FSDP2."""
+def train_step(group, shape, checkpointed, compiled):
+    """Compare the gradients of a global batch over (dp, sp, tp) ranks, by DDP or, if heads are spread, by FSDP2."""
     grid = GRIDS[shape]
     dp, _, tp = shape
-    mesh = SequenceMesh(grid["sp"], OF_EXAMPLE, SEQ_LEN)
+    mesh = SequenceMesh(grid["sp"], EXAMPLE_PATTERN, SEQ_LEN)
     torch.manual_seed(0)
     tokens = torch.randint(256, (2 * dp, SEQ_LEN))
     model = Model().double()
-    right_loss, right = alone(copy.deepcopy(model), tokens)
+    expected_loss, expected = reference_of(copy.deepcopy(model), tokens)
     attention = SequenceParallelAttention(mesh, causal=True, head_mesh=grid["tp"] if tp > 1 else None)
     for number, layer in enumerate(model.layers):
         if tp > 1:
-            spread = {name: ColwiseParallel() for name in "qkv"} | {"out": RowwiseParallel()}
-            parallelize_module(layer, grid["tp"], spread)
+            projections = {name: ColwiseParallel() for name in "qkv"} | {"out": RowwiseParallel()}
+            parallelize_module(layer, grid["tp"], projections)
         parallelize_module(layer, grid["sp"], {"attend": attention})
         if checkpointed:
             model.layers[number] = layer = checkpoint_wrapper(layer)
         if compiled:
-            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Of dynamo's own looks.
+            warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Dynamo looks at it.
             layer.compile(fullgraph=True, backend="aot_eager")
         if tp > 1:
             fully_shard(layer, mesh=grid["dp", "sp"])
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # Of the view that a linear layer returns.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # A linear layer returns a view.
     if tp > 1:
         fully_shard(model, mesh=grid["dp", "sp"])
         wrapped = model
     else:
         wrapped = DistributedDataParallel(model, process_group=group)
-    mine = tokens.chunk(dp)[grid["dp"].get_local_rank()]
-    labels = mesh.split(next_token_labels(mine))
-    for step in range(2):  # Again, with what the first step has cached.
+    local_tokens = tokens.chunk(dp)[grid["dp"].get_local_rank()]
+    labels = mesh.split(next_token_labels(local_tokens))
+    for step in range(2):  # The second step uses what the first has cached.
         model.zero_grad()
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):
-            loss = token_loss(wrapped(mesh.split(mine), mesh.positions()), labels, mesh)
+            loss = token_loss(wrapped(mesh.split(local_tokens), mesh.positions()), labels, mesh)
             (loss * mesh.size).backward()
     total = loss.detach().clone()
     dist.all_reduce(total, group=group)
-    assert_close(total / group.size(), right_loss, rtol=0, atol=1e-12)
+    assert_close(total / group.size(), expected_loss, rtol=0, atol=1e-12)
     for name, parameter in model.named_parameters():
         grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        assert_close(grad, right[name.replace("_checkpoint_wrapped_module.", "")], rtol=0, atol=1e-12, msg=name)
+        assert_close(grad, expected[name.replace("_checkpoint_wrapped_module.", "")], rtol=0, atol=1e-12, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def trained(group, shape, checkpointed, compiled):
     [((2, 4, 1), False, False), ((2, 2, 1), True, True), ((2, 2, 2), True, False), ((1, 2, 2), False, True)],
     ids=["DDP", "DDP, checkpointing, compile", "HSDP x TP, checkpointing", "FSDP x TP, compile"],
 )
-def test_it_goes_with_what_trains_a_model(pool, shape, checkpointed, compiled):
-    """Also compiled for real, as users do: examples/parallelize.py, in tests/launch."""
+def test_it_works_together_with_data_and_tensor_parallelism(pool, shape, checkpointed, compiled):
+    """The example in tests/launch also compiles with the real compiler, as users do."""
     pool.run(8, make_grid, shape)
-    pool.run(math.prod(shape), trained, shape, checkpointed, compiled, limit=200)
+    pool.run(math.prod(shape), train_step, shape, checkpointed, compiled, limit=200)

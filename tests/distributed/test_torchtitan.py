@@ -1,4 +1,4 @@
-"""A failure here means: torchtitan's model with dilated attention is, on one process, not what was asked for."""
+"""A failure here means: on one process, a torchtitan model does not compute the dilated attention of its pattern."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch.testing import assert_close
 from longnet_dist import Pattern
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"  # When torchtitan imports torch's pipelines.
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"  # torchtitan imports torch's pipelines.
 )
 PATTERN, SEQ_LEN = Pattern((8, 32), (1, 4)), 40
 
 
-def debug(family="llama3"):
+def make_config(family="llama3"):
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
     from torchtitan.models.qwen3.config_registry import qwen3_debugmodel
 
@@ -28,7 +28,7 @@ def debug(family="llama3"):
 
 
 def build(config, **degrees):
-    """The model as its `parallelize_fn` leaves it, here of one process."""
+    """Build the model on one process, and call its `parallelize_fn`."""
     from torchtitan.distributed import ParallelDims
 
     sizes = {"dp_replicate": 1, "dp_shard": 1, "cp": 1, "tp": 1, "pp": 1, "ep": 1} | degrees
@@ -48,42 +48,42 @@ def draw():
 
 
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
-def test_with_one_dense_branch_it_is_torchtitans_own(family):
-    """A branch as long as the sequence, w = N and r = 1: logits and gradients of ScaledDotProductAttention."""
+def test_one_dense_branch_is_torchtitans_own_attention(family):
+    """A branch with w >= N and r = 1 has the logits and gradients of ScaledDotProductAttention."""
     from torchtitan.models.common.attention import ScaledDotProductAttention
 
     from longnet_dist.integrations.torchtitan import apply
 
-    theirs = debug(family)
-    for layer in theirs.model_spec.model.layers:
+    dense = make_config(family)
+    for layer in dense.model_spec.model.layers:
         layer.attention.inner_attention = ScaledDotProductAttention.Config()
-    models = build(apply(debug(family), Pattern((64,), (1,)))), build(theirs)
+    models = build(apply(make_config(family), Pattern((64,), (1,)))), build(dense)
     tokens, positions = draw()
-    mine, right = (model(tokens, positions=positions) for model in models)
-    assert_close(mine, right, rtol=0, atol=1e-11)
-    weights = torch.randn_like(mine)
-    (mine * weights).sum().backward()
-    (right * weights).sum().backward()
+    logits, expected = (model(tokens, positions=positions) for model in models)
+    assert_close(logits, expected, rtol=0, atol=1e-11)
+    weights = torch.randn_like(logits)
+    (logits * weights).sum().backward()
+    (expected * weights).sum().backward()
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         assert_close(a.grad, b.grad, rtol=0, atol=1e-9)
 
 
-def test_it_attends_by_the_pattern():
+def test_the_pattern_decides_what_a_token_sees():
     from longnet_dist.integrations.torchtitan import apply
 
     tokens, _ = draw()
-    logits = [build(apply(debug(), pattern))(tokens) for pattern in (PATTERN, Pattern((64,), (1,)))]
+    logits = [build(apply(make_config(), pattern))(tokens) for pattern in (PATTERN, Pattern((64,), (1,)))]
     assert_close(logits[0][:, :8], logits[1][:, :8], rtol=0, atol=2)  # The same weights.
     assert (logits[0][:, 8:] - logits[1][:, 8:]).abs().max() > 1e-3
 
 
-def test_documents_that_are_packed_are_refused_or_joined_as_was_asked():
+def test_packed_documents_raise_unless_they_are_joined():
     from longnet_dist.integrations.torchtitan import apply
 
     tokens, positions = draw()
     with pytest.raises(ValueError, match=r"packed documents would see each other.*join_documents=True"):
-        build(apply(debug(), PATTERN))(tokens, positions=positions % 13)
-    joined = build(apply(debug(), PATTERN, join_documents=True))
+        build(apply(make_config(), PATTERN))(tokens, positions=positions % 13)
+    joined = build(apply(make_config(), PATTERN, join_documents=True))
     packed = positions % 13
     assert_close(joined(tokens, positions=packed), joined(tokens, positions=positions), rtol=0, atol=0)
     assert torch.equal(packed, positions % 13)
@@ -93,10 +93,10 @@ def test_documents_that_are_packed_are_refused_or_joined_as_was_asked():
         joined(tokens, positions=positions[:, 1:])
 
 
-def test_settings_that_do_not_work_are_refused():
+def test_settings_that_do_not_work_raise():
     from longnet_dist.integrations.torchtitan import apply
 
-    config = apply(debug(), PATTERN)
+    config = apply(make_config(), PATTERN)
     assert config.parallelism.context_parallel_load_balancer is None
     with pytest.raises(ValueError, match="pipeline_parallel_degree is 2"):
         build(config, pp=2)
@@ -109,10 +109,10 @@ def test_settings_that_do_not_work_are_refused():
         build(config)
 
 
-def test_what_asks_for_more_than_causal_attention_is_refused():
+def test_more_than_causal_attention_raises():
     from longnet_dist.integrations.torchtitan import apply
 
-    model = build(apply(debug(), PATTERN))
+    model = build(apply(make_config(), PATTERN))
     tokens, positions = draw()
     with pytest.raises(ValueError, match="attention_masks, and the pattern says which keys a query sees"):
         model(tokens, positions, object())
@@ -125,12 +125,12 @@ def test_what_asks_for_more_than_causal_attention_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             attention(q, q, q, **option)
-    apart = apply(debug(), PATTERN).model_spec.model.build()
+    without_mesh = apply(make_config(), PATTERN).model_spec.model.build()
     with pytest.raises(ValueError, match=r"has no mesh.*model_spec.parallelize_fn"):
-        apart(tokens)
+        without_mesh(tokens)
 
 
-def test_models_that_are_not_plain_are_refused():
+def test_models_that_are_not_plain_raise():
     from torchtitan.models.common.attention import VarlenAttention
     from torchtitan.models.deepseek_v3.config_registry import deepseek_v3_debugmodel
     from torchtitan.models.flux.config_registry import flux_debugmodel
@@ -138,18 +138,18 @@ def test_models_that_are_not_plain_are_refused():
 
     from longnet_dist.integrations.torchtitan import apply
 
-    windowed, bare = debug(), debug()
+    windowed, without_model = make_config(), make_config()
     windowed.model_spec.model.layers[0].attention.inner_attention = VarlenAttention.Config(window_size=(8, 0))
-    bare.model_spec = None
+    without_model.model_spec = None
     for config, message in (
         (deepseek_v3_debugmodel(), "each must be GQAttention"),
         (flux_debugmodel(), "must be a decoder"),
         (gpt_oss_debugmodel(), "masks of its own"),
         (windowed, "a sliding window is another pattern"),
-        (apply(debug(), PATTERN), "DilatedInnerAttention.Config; it must be one of torchtitan's own"),
-        (bare, "no model_spec"),
+        (apply(make_config(), PATTERN), "DilatedInnerAttention.Config; it must be one of torchtitan's own"),
+        (without_model, "no model_spec"),
     ):
         with pytest.raises(ValueError, match=message):
             apply(config, PATTERN)
     with pytest.raises(ValueError, match=r"must be a longnet_dist\.Pattern"):
-        apply(debug(), (64, 1))
+        apply(make_config(), (64, 1))

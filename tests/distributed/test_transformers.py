@@ -1,4 +1,4 @@
-"""A failure here means: a transformers model over ranks is not that model on one process, or attends otherwise."""
+"""A failure here means: a transformers model across ranks differs from one process, or its attention is wrong."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ PATTERN = Pattern((8, 64), (1, 4))
 FAMILIES = ("llama", "qwen3", "gpt_neox")
 
 
-def make(family, pattern=PATTERN, mesh=None, **changes):
-    """A tiny model of a family, from its config, in float64."""
+def make_model(family, pattern=PATTERN, mesh=None, **changes):
+    """Make a tiny model of a family from its config, in float64."""
     import transformers
 
     from longnet_dist.integrations.transformers import apply
@@ -25,9 +25,9 @@ def make(family, pattern=PATTERN, mesh=None, **changes):
     sizes |= {"num_attention_heads": 4, "max_position_embeddings": 256, "use_cache": False}
     kv = {} if family == "gpt_neox" else {"num_key_value_heads": 2}
     head = {"head_dim": 4} if family == "qwen3" else {}
-    kind = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "gpt_neox": "GPTNeoXConfig"}[family]
+    config_class = {"llama": "LlamaConfig", "qwen3": "Qwen3Config", "gpt_neox": "GPTNeoXConfig"}[family]
     torch.manual_seed(0)
-    config = getattr(transformers, kind)(**(sizes | kv | head | changes))
+    config = getattr(transformers, config_class)(**(sizes | kv | head | changes))
     model = transformers.AutoModelForCausalLM.from_config(config).double()
     return model if pattern is None else apply(model, pattern, mesh)
 
@@ -43,97 +43,96 @@ def draw(rows, padded=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_one_dense_branch_it_is_transformers_own(family):
-    """A branch as long as the sequence, w = N and r = 1: the logits and the loss of eager attention."""
+def test_one_dense_branch_is_transformers_own_attention(family):
+    """A branch with w >= N and r = 1 has the logits and the loss of eager attention."""
     batch = draw(40)
-    mine, theirs = make(family, Pattern((64,), (1,))), make(family, None)
-    theirs.set_attn_implementation("eager")
-    a, b = mine(**batch), theirs(**batch)
-    assert_close(a.logits, b.logits, rtol=0, atol=1e-6)  # GPT-NeoX's eager softmax is in float32.
-    assert_close(a.loss.double(), b.loss.double(), rtol=0, atol=1e-6)
+    dilated, dense = make_model(family, Pattern((64,), (1,))), make_model(family, None)
+    dense.set_attn_implementation("eager")
+    result, expected = dilated(**batch), dense(**batch)
+    assert_close(result.logits, expected.logits, rtol=0, atol=1e-6)  # GPT-NeoX's eager softmax is in float32.
+    assert_close(result.loss.double(), expected.loss.double(), rtol=0, atol=1e-6)
 
 
-def over_ranks(group, family, rows, padded, compiled=False):
-    """Logits, loss and the sum of gradients, against one process."""
+def compare_with_one_process(group, family, rows, padded, compiled=False):
+    """Compare logits, loss and the sum of gradients."""
     from longnet_dist.integrations.transformers import split_batch
 
     batch = draw(rows, padded)
-    whole = make(family)
+    whole = make_model(family)
     expected = whole(**split_batch(batch, None))
     expected.loss.backward()
     mesh = SequenceMesh(group, PATTERN, rows)
-    model = make(family, PATTERN, mesh)
+    model = make_model(family, PATTERN, mesh)
     if compiled:
-        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Of dynamo's own looks.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # Dynamo looks at it.
         for layer in model.model.layers:
             layer.compile(fullgraph=True, backend="aot_eager")
     local = split_batch(batch, mesh)
-    for given in (local, {name: x for name, x in local.items() if name != "position_ids"}):
+    for inputs in (local, {name: x for name, x in local.items() if name != "position_ids"}):
         model.zero_grad()
-        found = model(**given)
-        found.loss.backward()
+        result = model(**inputs)
+        result.loss.backward()
         valid = batch["attention_mask"].bool()
-        assert_close(mesh.join(found.logits)[valid], expected.logits[valid], rtol=0, atol=1e-11)
-        assert_close(found.loss, expected.loss, rtol=0, atol=1e-11)
-        for (name, mine), right in zip(model.named_parameters(), whole.parameters(), strict=True):
-            assert_close(
-                mesh.sum(mine.grad), right.grad, rtol=0, atol=1e-11, msg=lambda said, name=name: f"{name}: {said}"
-            )
+        assert_close(mesh.join(result.logits)[valid], expected.logits[valid], rtol=0, atol=1e-11)
+        assert_close(result.loss, expected.loss, rtol=0, atol=1e-11)
+        for (name, parameter), reference in zip(model.named_parameters(), whole.parameters(), strict=True):
+            grad = mesh.sum(parameter.grad)
+            assert_close(grad, reference.grad, rtol=0, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize(("world", "rows", "padded"), [(1, 40, 0), (2, 61, 0), (2, 64, 9), (4, 50, 30)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_ranks_are_one_process(pool, family, world, rows, padded):
-    pool.run(world, over_ranks, family, rows, padded)
+def test_ranks_compute_what_one_process_does(pool, family, world, rows, padded):
+    pool.run(world, compare_with_one_process, family, rows, padded)
 
 
-def test_compiled_layers_are_the_same(pool):
-    pool.run(2, over_ranks, "llama", 61, 0, True, limit=200)
+def test_compiled_layers_compute_the_same(pool):
+    pool.run(2, compare_with_one_process, "llama", 61, 0, True, limit=200)
 
 
-def refusals(group):
-    """Each raises the documented error on every rank, and none hangs."""
+def errors(group):
+    """Each wrong use raises the documented error on every rank, and none hangs."""
     from longnet_dist.integrations.transformers import split_batch
 
     mesh = SequenceMesh(group, PATTERN, 40)
-    model, batch = make("llama", PATTERN, mesh), draw(40)
+    model, batch = make_model("llama", PATTERN, mesh), draw(40)
     local = split_batch(batch, mesh)
     left = draw(40)
     left["attention_mask"][0, :5] = 0
-    alone_wrong = mesh.positions()[None] + int(mesh.rank == 0)
+    wrong_on_one_rank = mesh.positions()[None] + int(mesh.rank == 0)
     cases = [
         (batch, "split_batch"),  # Not split.
-        (local | {"position_ids": alone_wrong}, "must be global and without restarts"),
+        (local | {"position_ids": wrong_on_one_rank}, "must be global and without restarts"),
         (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "must be global and without restarts"),
         (local | {"attention_mask": mesh.split(left["attention_mask"])}, "padding before tokens"),
         ({name: x for name, x in local.items() if name != "shift_labels"}, "shifted before they are split"),
         (local | {"attention_mask": torch.ones(2, 1, 40, 40)}, r"must be \(B, N\)"),
     ]
-    for given, said in cases:
-        with pytest.raises(ValueError, match=said):
-            model(**given)
+    for inputs, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**inputs)
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
-        make("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
+        make_model("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
     restarts = {"position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
-    of_rank = {"input_ids": batch["input_ids"] + int(mesh.rank == 1)}
-    for spoilt, said in (
+    of_another_rank = {"input_ids": batch["input_ids"] + int(mesh.rank == 1)}
+    for wrong_batch, message in (
         (batch | restarts, "position_ids restart"),
         (batch | (restarts if mesh.rank == 0 else {}), "position_ids restart"),
-        (batch | of_rank, "the ranks of one sequence disagree.*the batch"),
+        (batch | of_another_rank, "the ranks of one sequence disagree.*the batch"),
         (left, "padding before tokens"),
         (draw(41), "the batch is of 41 tokens, and the mesh of seq_len = 40"),
         (batch | {"cu_seq_lens_q": torch.tensor([0, 40])}, "cu_seq_lens_q: packed documents"),
     ):
-        with pytest.raises(ValueError, match=said):
-            split_batch(spoilt, mesh)
+        with pytest.raises(ValueError, match=message):
+            split_batch(wrong_batch, mesh)
 
 
-def test_what_cannot_be_exact_is_refused_on_every_rank(pool):
-    pool.run(2, refusals)
+def test_what_cannot_be_exact_raises_on_every_rank(pool):
+    pool.run(2, errors)
 
 
-def models(group):
-    """What over ranks would see a rank's rows alone."""
+def unsupported_models(group):
+    """Models with a part that, across ranks, would see only one rank's rows."""
     import transformers
 
     from longnet_dist.integrations.transformers import apply
@@ -149,47 +148,50 @@ def models(group):
         ("Mixtral", {"output_router_logits": True, "num_local_experts": 2}, "adds a loss of its routers"),
         ("Lfm2", {"layer_types": ["conv", "full_attention"]}, r"has layers \(conv\) that would see"),
     ]
-    for kind, options, said in cases:
-        config = getattr(transformers, f"{kind}Config")(**(sizes | options))
-        model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, options, message in cases:
+        config = getattr(transformers, f"{name}Config")(**(sizes | options))
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
         apply(model, PATTERN)  # On one process it is exact.
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             apply(model, PATTERN, mesh)
     with pytest.raises(ValueError, match=r"a rank that holds no rows, .*chunk=20"):
-        make("llama", PATTERN, SequenceMesh(group, PATTERN, 40, chunk=40))
-    model = make("llama", PATTERN, SequenceMesh(group, PATTERN, 30))
-    apply(model, PATTERN, mesh)(**{"input_ids": mesh.split(draw(40)["input_ids"])})  # Nothing is left of the first.
+        make_model("llama", PATTERN, SequenceMesh(group, PATTERN, 40, chunk=40))
+    model = make_model("llama", PATTERN, SequenceMesh(group, PATTERN, 30))
+    apply(model, PATTERN, mesh)(
+        **{"input_ids": mesh.split(draw(40)["input_ids"])}
+    )  # The second mesh replaces the first.
 
 
-def test_models_that_ranks_would_not_compute_as_one_are_refused(pool):
-    pool.run(2, models)
+def test_models_that_cannot_be_split_raise(pool):
+    pool.run(2, unsupported_models)
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "said"),
+    ("name", "options", "message"),
     [
         ("Gemma2", {"head_dim": 4}, "softcap = 50.0, and scores are not capped"),
         ("GptOss", {"head_dim": 4, "num_local_experts": 2}, "s_aux, and attention sinks are not computed"),
         ("Mistral", {}, "sliding_window = 8, and a sliding window is another pattern"),
     ],
 )
-def test_what_a_model_asks_of_its_attention_is_refused(kind, options, said, monkeypatch):
-    """Each by its own reason: the mask, which refuses windows before, is left out."""
+def test_unsupported_options_of_an_attention_raise(name, options, message, monkeypatch):
+    """Each for its own reason. The mask, which would raise for windows first, is replaced."""
     import transformers
 
     from longnet_dist.integrations.transformers import apply
 
     sizes = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "sliding_window": 8}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
-    if kind != "Mistral":
+    if name != "Mistral":
         sizes |= {"layer_types": ["full_attention"] * 2}
-    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**(sizes | options)))
+    config = getattr(transformers, f"{name}Config")(**(sizes | options))
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     monkeypatch.setattr("longnet_dist.integrations.transformers._mask", lambda *_, **__: None)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         apply(model, PATTERN)(draw(40)["input_ids"])
 
 
-def test_refusals_on_one_process():
+def test_wrong_uses_raise_on_one_process():
     import transformers
 
     from longnet_dist.integrations.transformers import apply, register
@@ -197,38 +199,38 @@ def test_refusals_on_one_process():
     batch = draw(40)
     packed = {"input_ids": batch["input_ids"], "position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
     with pytest.raises(ValueError, match="without restarts"):
-        make("llama")(**packed)
+        make_model("llama")(**packed)
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     mistral = transformers.MistralConfig(**sizes, vocab_size=50, num_hidden_layers=1, sliding_window=8)
     with pytest.raises(ValueError, match="sliding window"):
         apply(transformers.MistralForCausalLM(mistral), PATTERN)(batch["input_ids"])
     with pytest.raises(ValueError, match=r"cu_seq_lens_q, .*not known here"):
-        make("llama")(batch["input_ids"], cu_seq_lens_q=torch.tensor([0, 20, 40]), max_length_q=20)
+        make_model("llama")(batch["input_ids"], cu_seq_lens_q=torch.tensor([0, 20, 40]), max_length_q=20)
     falcon = transformers.FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
     with pytest.raises(ValueError, match="does not call transformers' attention interface"):
         apply(transformers.FalconForCausalLM(falcon), PATTERN)
-    tagger = transformers.LlamaForTokenClassification(make("llama", None).config)
+    tagger = transformers.LlamaForTokenClassification(make_model("llama", None).config)
     with pytest.raises(ValueError, match="is not the causal language model of its kind"):
         apply(tagger, PATTERN)
     with pytest.raises(ValueError, match="is no PreTrainedModel"):
-        apply(torch.nn.Sequential(make("llama", None)), PATTERN)
+        apply(torch.nn.Sequential(make_model("llama", None)), PATTERN)
     register()
-    plain = make("llama", None)
+    plain = make_model("llama", None)
     plain.set_attn_implementation("longnet_dist")
     with pytest.raises(ValueError, match=r"has no pattern: call .*apply\(model, pattern\)"):
         plain(batch["input_ids"])
     with pytest.raises(ValueError, match="the mesh is of the pattern"):
-        apply(make("llama", None), PATTERN, SequenceMesh(None, Pattern((16,), (1,)), 40))
+        apply(make_model("llama", None), PATTERN, SequenceMesh(None, Pattern((16,), (1,)), 40))
 
 
-def test_generate_without_a_cache_is_exact_and_with_one_is_refused():
-    model = make("llama").eval()
+def test_generate_is_exact_without_a_cache_and_raises_with_one():
+    model = make_model("llama").eval()
     tokens = draw(20)["input_ids"][:1]
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(tokens)}
-    made = model.generate(tokens, use_cache=False, **options)
+    generated = model.generate(tokens, use_cache=False, **options)
     expected = tokens
     for _ in range(5):
         expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
-    assert made.tolist() == expected.tolist()
+    assert generated.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(tokens, use_cache=True, **options)

@@ -1,6 +1,6 @@
-"""Trainer over four ranks, as one mesh and as two of two ranks; and what it refuses there. Under torchrun.
+"""The job of test_hf_trainer.py: Trainer on four ranks, as one mesh and as two meshes of two ranks; and its errors.
 
-python -m tests.launch.hf_trainer_job FOLDER
+python -m tests.launch.hf_trainer_job FOLDER    # under torchrun; each rank writes its results into FOLDER
 """
 
 from __future__ import annotations
@@ -27,91 +27,94 @@ def make_model(mesh=None):
     return apply(LlamaForCausalLM(config).double(), PATTERN, mesh)
 
 
-def sequences(number, rows=SEQ_LEN, seed=0):
-    """Of uneven numbers of labels, with padding at their ends."""
+def make_sequences(num_sequences, rows=SEQ_LEN, seed=0):
+    """Make sequences with uneven numbers of labels, and padding at their ends."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    for n in range(number):
+    samples = []
+    for n in range(num_sequences):
         tokens = torch.randint(50, (rows,), generator=generator)
-        there = torch.arange(rows) < (rows - 11 * n % rows)
-        made.append({"input_ids": tokens, "labels": tokens.where(there, -100), "attention_mask": there.long()})
-    return made
+        valid = torch.arange(rows) < (rows - 11 * n % rows)
+        samples.append({"input_ids": tokens, "labels": tokens.where(valid, -100), "attention_mask": valid.long()})
+    return samples
 
 
-def make(folder, mesh=None, kind=DilatedTrainer, dp=1, number=13, rows=SEQ_LEN, **options):
-    """A trainer of two sequences a forward over all meshes; of those in `number`, some only in a last, ragged batch."""
-    given = {"max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True}
-    given |= {"gradient_accumulation_steps": 2, "use_cpu": True, "ddp_find_unused_parameters": False, "seed": 7}
-    given |= {"per_device_train_batch_size": 2 // dp, "per_device_eval_batch_size": 2 // dp}
-    data = {"train_dataset": sequences(number, rows), "eval_dataset": sequences(number // 2 + number % 2, rows, seed=1)}
-    of_trainer = {} if kind is Trainer else {"mesh": mesh}
-    of_trainer |= {name: options.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in options}
+def make_trainer(
+    folder, mesh=None, trainer_class=DilatedTrainer, num_meshes=1, num_sequences=13, rows=SEQ_LEN, **options
+):
+    """Make a trainer with two sequences per forward over all meshes, and with 13 a ragged last batch."""
+    defaults = {"max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True}
+    defaults |= {"gradient_accumulation_steps": 2, "use_cpu": True, "ddp_find_unused_parameters": False, "seed": 7}
+    defaults |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 2 // num_meshes)
+    held_out = make_sequences(num_sequences // 2 + num_sequences % 2, rows, seed=1)
+    data = {"train_dataset": make_sequences(num_sequences, rows), "eval_dataset": held_out}
+    trainer_options = {} if trainer_class is Trainer else {"mesh": mesh}
+    trainer_options |= {name: options.pop(name) for name in ("compute_metrics", "compute_loss_func") if name in options}
     model = options.pop("model", None) or make_model(mesh)
-    return kind(model, TrainingArguments(str(folder), **(given | options)), **data, **of_trainer)
+    return trainer_class(model, TrainingArguments(str(folder), **(defaults | options)), **data, **trainer_options)
 
 
 def train(folder, *args, **options):
-    """What of a run is as on one process: it evaluates, trains, evaluates, and is resumed from its middle."""
-    first = make(folder, *args, **options)
-    before = first.evaluate()["eval_loss"]
+    """Evaluate, train, evaluate, and resume from the middle; return what must be as on one process."""
+    first = make_trainer(folder, *args, **options)
+    loss_before = first.evaluate()["eval_loss"]
     first.train()
-    resumed = make(folder, *args, **options)
+    resumed = make_trainer(folder, *args, **options)
     resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}")
     assert resumed.state.global_step == STEPS
     pairs = zip(first.model.named_parameters(), resumed.model.parameters(), strict=True)
     for (name, a), b in pairs:
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda said, name=name: f"resumed, {name}: {said}")
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, msg=lambda text, name=name: f"resumed, {name}: {text}")
     logs = [log for log in first.state.log_history if "loss" in log]
     return {
         "losses": [log["loss"] for log in logs],
         "gradient norms": [log["grad_norm"] for log in logs],
-        "eval losses": [before, first.evaluate()["eval_loss"]],
+        "eval losses": [loss_before, first.evaluate()["eval_loss"]],
         "amounts": [first.state.epoch, first.state.total_flos, first.get_total_train_batch_size(first.args)],
         "parameters": torch.cat([p.detach().flatten() for p in first.model.parameters()]).tolist(),
     }
 
 
-def refusals(folder, mesh):
-    """Each is said on every rank, and none hangs."""
+def errors(folder, mesh):
+    """Return the error of each wrong use, by the message that is expected. Every rank must raise, and none hang."""
     rank = dist.get_rank()
 
-    def said(work):
+    def error_of(call):
         try:
-            work()
+            call()
         except ValueError as error:
             return str(error)
-        return "nothing"
+        return "no error"
 
     halves = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"]
     half = SequenceMesh(halves, PATTERN, SEQ_LEN)
-    by_rank = make(folder, mesh)
-    by_rank.train_dataset = sequences(13, seed=rank)
-    longer = make(folder, mesh)
-    longer.train_dataset = sequences(13 + 8 * rank)
-    one_short = make(folder, half, dp=2, number=12)
-    one_short.train_dataset = sequences(12, rows=SEQ_LEN - (rank > 1))
-    padded = make(folder, half, dp=2, number=12)
-    padded.train_dataset = sequences(12)
-    if rank > 1:  # One mesh alone.
-        for sequence in padded.train_dataset:
+    different_data = make_trainer(folder, mesh)
+    different_data.train_dataset = make_sequences(13, seed=rank)
+    different_length = make_trainer(folder, mesh)
+    different_length.train_dataset = make_sequences(13 + 8 * rank)
+    short_in_one_mesh = make_trainer(folder, half, num_meshes=2, num_sequences=12)
+    short_in_one_mesh.train_dataset = make_sequences(12, rows=SEQ_LEN - (rank > 1))
+    padded_in_one_mesh = make_trainer(folder, half, num_meshes=2, num_sequences=12)
+    padded_in_one_mesh.train_dataset = make_sequences(12)
+    if rank > 1:
+        for sequence in padded_in_one_mesh.train_dataset:
             sequence["attention_mask"] = sequence["attention_mask"].flip(0).clone()
             sequence["attention_mask"][0] = 0
-    bare = make(folder, mesh)
-    bare.evaluate()
+    without_ddp = make_trainer(folder, mesh)
+    without_ddp.evaluate()
     return {
-        "the ranks of one sequence disagree, and every rank must pass the same: seed": said(
-            lambda: make(folder, mesh, seed=rank)
+        "the ranks of one sequence disagree, and every rank must pass the same: seed": error_of(
+            lambda: make_trainer(folder, mesh, seed=rank)
         ),
-        "the ranks of a sequence were given different batches": said(by_rank.train),
-        "number of batches": said(longer.train),
-        "the batch is of 44 tokens, and the mesh of seq_len = 45": said(one_short.train),
-        "padding before tokens": said(padded.train),
-        "the model was applied with the mesh": said(lambda: make(folder, mesh, model=make_model(half))),
-        "the meshes are over the ranks (0, 1), (2,), (3,): every rank of the job": said(
-            lambda: make(folder, half if rank < 2 else None)
+        "the ranks of a sequence were given different batches": error_of(different_data.train),
+        "number of batches": error_of(different_length.train),
+        "the batch is of 44 tokens, and the mesh of seq_len = 45": error_of(short_in_one_mesh.train),
+        "padding before tokens": error_of(padded_in_one_mesh.train),
+        "the model was applied with the mesh": error_of(lambda: make_trainer(folder, mesh, model=make_model(half))),
+        "the meshes are over the ranks (0, 1), (2,), (3,): every rank of the job": error_of(
+            lambda: make_trainer(folder, half if rank < 2 else None)
         ),
-        "the model is not in DDP": said(lambda: Trainer.train(bare)),
-        "predict() is not supported": said(lambda: make(folder, mesh).predict(sequences(2))),
+        "the model is not in DDP": error_of(lambda: Trainer.train(without_ddp)),
+        "predict() is not supported": error_of(lambda: make_trainer(folder, mesh).predict(make_sequences(2))),
     }
 
 
@@ -120,9 +123,12 @@ def main():
     TrainingArguments(str(folder), use_cpu=True)
     whole = SequenceMesh(dist.group.WORLD, PATTERN, SEQ_LEN)
     half = SequenceMesh(init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "sp"))["sp"], PATTERN, SEQ_LEN)
-    found = {"one mesh": train(folder / "one", whole), "two meshes": train(folder / "two", half, dp=2, number=12)}
-    found["refusals"] = refusals(folder / "refused", whole)
-    torch.save(found, folder / f"{dist.get_rank()}.pt")
+    results = {
+        "one mesh": train(folder / "one", whole),
+        "two meshes": train(folder / "two", half, num_meshes=2, num_sequences=12),
+        "errors": errors(folder / "errors", whole),
+    }
+    torch.save(results, folder / f"{dist.get_rank()}.pt")
     dist.destroy_process_group()
 
 

@@ -1,4 +1,7 @@
-"""The job of test_lightning.py: many small fits on the ranks that there are; each rank writes down what it saw."""
+"""The job of test_lightning.py: many small fits, on two or four ranks.
+
+python -m tests.launch.lightning_job FOLDER    # under torchrun; each rank writes its results into FOLDER
+"""
 
 from __future__ import annotations
 
@@ -14,16 +17,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
-from tests.launch.test_lightning import CLIP, CONFIG, N, data
+from tests.launch.test_lightning import CLIP, CONFIG, N, make_sequences
 
 
 class Language(LightningModule):
-    """What a user writes; each case of the tests spoils one thing."""
+    """The module that a user writes, with the one mistake that `case` names."""
 
-    def __init__(self, weigh, case):
+    def __init__(self, weighting, case):
         super().__init__()
-        self.weigh, self.case, self.model, self.seen = weigh, case, None, []
-        self.automatic_optimization = weigh != "manual"
+        self.weighting, self.case, self.model, self.losses = weighting, case, None, []
+        self.automatic_optimization = weighting != "manual"
         if case == "parameters":
             self.extra = torch.nn.Parameter(torch.full((3,), float(dist.get_rank())))
 
@@ -32,9 +35,9 @@ class Language(LightningModule):
             return
         self.mesh = sequence_mesh(self, CONFIG.pattern, N)
         self.model = CONFIG.build(dtype=torch.float64)
-        over = self.device_mesh["tensor_parallel"] if self.case == "half" else self.device_mesh
-        for part in (*self.model.blocks, *([] if self.case == "loose" else [self.model])):
-            fully_shard(part, mesh=over)
+        mesh = self.device_mesh["tensor_parallel"] if self.case == "half" else self.device_mesh
+        for part in (*self.model.blocks, *([] if self.case == "unsharded" else [self.model])):
+            fully_shard(part, mesh=mesh)
 
     def loss(self, batch):
         tokens, labels = (batch[name] if self.case == "unsplit" else self.mesh.split(batch[name]) for name in batch)
@@ -44,14 +47,14 @@ class Language(LightningModule):
 
     def training_step(self, batch, index):
         loss, count = self.loss(batch), int((batch["labels"] != -100).sum())
-        self.seen.append((loss.item(), count))
+        self.losses.append((loss.item(), count))
         self.log("loss", loss, on_epoch=True, on_step=False, sync_dist=True)
-        if self.weigh == "manual":
+        if self.weighting == "manual":
             self.optimizers().zero_grad()
             self.manual_backward(loss)
             self.optimizers().step()
             return {"tokens": count} if self.case == "manual tokens" else None
-        if self.weigh == "by batch" or (self.case == "some tokens" and index == 1):
+        if self.weighting == "by batch" or (self.case == "some tokens" and index == 1):
             return loss
         if self.case == "local tokens":
             count = int((self.mesh.split(batch["labels"]) != -100).sum())
@@ -69,19 +72,21 @@ class Language(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-def fit(case="", weigh="by token", groups=1, loader=None, held_out=None, strategy=None, path=None, seed=0, **options):
-    """(module, trainer) after a fit of two epochs of five batches."""
+def fit(
+    case="", weighting="by token", groups=1, loader=None, held_out=None, strategy=None, path=None, seed=0, **options
+):
+    """Fit for two epochs of five batches, and return (module, trainer)."""
     seed_everything(seed)
-    model = Language(weigh, case)
-    if weigh != "manual":
-        options |= {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP if weigh == "by token" else None}
+    model = Language(weighting, case)
+    if weighting != "manual":
+        options |= {"accumulate_grad_batches": 2, "gradient_clip_val": CLIP if weighting == "by token" else None}
     trainer = Trainer(
         accelerator="cpu", devices=dist.get_world_size(), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
         strategy=strategy or SequenceParallelStrategy(data_parallel_size=groups), **({"max_epochs": 2} | options),
     )  # fmt: skip
-    loader = loader or DataLoader(data(), batch_size=2 // groups)
-    held_out = held_out or DataLoader(data(4), batch_size=2 // groups)
+    loader = loader or DataLoader(make_sequences(), batch_size=2 // groups)
+    held_out = held_out or DataLoader(make_sequences(4), batch_size=2 // groups)
     if case == "test":
         trainer.test(model, held_out)
     else:
@@ -89,77 +94,82 @@ def fit(case="", weigh="by token", groups=1, loader=None, held_out=None, strateg
     return model, trainer
 
 
-def curves(groups):
+def losses_of_fits(groups):
     model, trainer = fit(groups=groups)
-    found = {"by token": model.seen, "logged": trainer.callback_metrics["loss"].item()}
-    found["validated"] = trainer.callback_metrics["validation"].item()
-    again = trainer.validate(model, DataLoader(data(4), batch_size=2 // groups), verbose=False)
-    found["validated again"] = again[0]["validation"]
+    results = {
+        "by token": model.losses,
+        "logged": trainer.callback_metrics["loss"].item(),
+        "validated": trainer.callback_metrics["validation"].item(),
+    }
+    again = trainer.validate(model, DataLoader(make_sequences(4), batch_size=2 // groups), verbose=False)
+    results["validated again"] = again[0]["validation"]
     if groups == 1:
-        found["by batch"] = fit(weigh="by batch")[0].seen
-        found["manual"] = fit(weigh="manual")[0].seen
-    return found
+        results["by batch"] = fit(weighting="by batch")[0].losses
+        results["manual"] = fit(weighting="manual")[0].losses
+    return results
 
 
-def resumed(folder, groups):
-    """Losses of the second epoch, from a checkpoint of the first by two ranks."""
-    found = {}
-    for kind in ("folder", "file"):
-        options = {"save_distributed_checkpoint": kind == "folder", "data_parallel_size": groups}
-        path = folder / kind
+def losses_after_resuming(folder, groups):
+    """The losses of the second epoch, from a checkpoint that two ranks wrote after the first."""
+    results = {}
+    for layout in ("folder", "file"):
+        options = {"save_distributed_checkpoint": layout == "folder", "data_parallel_size": groups}
+        path = folder / layout
         if groups == 1:
             _, trainer = fit(max_epochs=1, strategy=SequenceParallelStrategy(**options))
             trainer.save_checkpoint(path)
-        found[f"from a {kind}"] = fit(path=path, groups=groups, strategy=SequenceParallelStrategy(**options))[0].seen
-    return found
+        strategy = SequenceParallelStrategy(**options)
+        results[f"from a {layout}"] = fit(path=path, groups=groups, strategy=strategy)[0].losses
+    return results
 
 
-def refused(case="", **options):
-    """What the fit said."""
+def error_of(case="", **options):
+    """The error of a fit."""
     try:
         fit(case, **options)
     except (ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
-    return "nothing"
+    return "no error"
 
 
-def sampled():
-    """By a sampler that takes every rank for one with samples of its own."""
-    return DataLoader(data(), batch_size=1, sampler=DistributedSampler(data()))
+def sampled_per_rank():
+    """A loader whose sampler gives every rank samples of its own."""
+    return DataLoader(make_sequences(), batch_size=1, sampler=DistributedSampler(make_sequences()))
 
 
-def uneven(first):
-    return DataLoader(data(4 + 2 * (dist.get_rank() >= first)), batch_size=1)
+def longer_from(first):
+    """A loader with two more batches on the ranks from `first` on."""
+    return DataLoader(make_sequences(4 + 2 * (dist.get_rank() >= first)), batch_size=1)
 
 
-def refusals(groups):
+def errors(groups):
     rank = dist.get_rank()
     if groups == 2:
         return {
-            "same": refused(groups=2, use_distributed_sampler=False),
-            "half": refused("half", groups=2),
-            "sizes": refused(strategy=SequenceParallelStrategy(data_parallel_size=3)),
-            "sampler": refused(groups=2, loader=sampled()),
-            "seeds": refused(groups=2, seed=rank // 2),
-            "number": refused(groups=2, loader=uneven(2)),
+            "same": error_of(groups=2, use_distributed_sampler=False),
+            "half": error_of("half", groups=2),
+            "sizes": error_of(strategy=SequenceParallelStrategy(data_parallel_size=3)),
+            "sampler": error_of(groups=2, loader=sampled_per_rank()),
+            "seeds": error_of(groups=2, seed=rank // 2),
+            "number": error_of(groups=2, loader=longer_from(2)),
         }
     return {
-        "ddp": refused(strategy=DDPStrategy()),
-        "plain": refused(strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)),
-        "seeds": refused(seed=rank),
-        "parameters": refused("parameters"),
-        "sampler": refused(loader=sampled()),
-        "number": refused(loader=uneven(1)),
-        "number to validate": refused(held_out=uneven(1)),
-        "number to test": refused("test", held_out=uneven(1)),
-        "loose": refused("loose"),
-        "unsplit": refused("unsplit"),
-        "length": refused(loader=DataLoader(data(rows=60), batch_size=2)),
-        "local tokens": refused("local tokens"),
-        "some tokens": refused("some tokens"),
-        "one token more": refused("one token more"),
-        "local loss": refused("local loss", weigh="by batch"),
-        "manual tokens": refused("manual tokens", weigh="manual"),
+        "ddp": error_of(strategy=DDPStrategy()),
+        "plain": error_of(strategy=ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2)),
+        "seeds": error_of(seed=rank),
+        "parameters": error_of("parameters"),
+        "sampler": error_of(loader=sampled_per_rank()),
+        "number": error_of(loader=longer_from(1)),
+        "number to validate": error_of(held_out=longer_from(1)),
+        "number to test": error_of("test", held_out=longer_from(1)),
+        "unsharded": error_of("unsharded"),
+        "unsplit": error_of("unsplit"),
+        "length": error_of(loader=DataLoader(make_sequences(rows=60), batch_size=2)),
+        "local tokens": error_of("local tokens"),
+        "some tokens": error_of("some tokens"),
+        "one token more": error_of("one token more"),
+        "local loss": error_of("local loss", weighting="by batch"),
+        "manual tokens": error_of("manual tokens", weighting="manual"),
     }
 
 
@@ -167,8 +177,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     dist.init_process_group("gloo")
     groups = dist.get_world_size() // 2
-    found = {**curves(groups), **resumed(folder, groups), "refused": refusals(groups)}
-    (folder / f"{groups}-{dist.get_rank()}.json").write_text(json.dumps(found))
+    results = {**losses_of_fits(groups), **losses_after_resuming(folder, groups), "errors": errors(groups)}
+    (folder / f"{groups}-{dist.get_rank()}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 
 

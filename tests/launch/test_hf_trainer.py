@@ -1,48 +1,49 @@
-"""A failure here means: what Hugging Face's Trainer learns or logs over ranks is not what it does on one process."""
+"""A failure here means: what Hugging Face's Trainer learns or logs across ranks differs from one process."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from tests.launch.jobs import by_accelerate, forked
-from tests.launch.test_integrations import curve
+from tests.launch.examples import losses_in, outputs_with_accelerate
+from tests.launch.jobs import forked
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
 
-def test_the_example(tmp_path):
-    """On one process, and by accelerate on two (which the job below is not started by)."""
-    alone = forked(1, "examples/hf_trainer_train.py")
-    assert alone.returncode == 0, alone.stderr
-    said = (alone.stdout, by_accelerate(2, tmp_path, "examples/hf_trainer_train.py"))
-    one, two = ([*curve(text), float(text.split("evaluated  loss ")[1])] for text in said)
+def test_the_example_has_the_losses_of_one_process_on_two(tmp_path):
+    """Started by accelerate; the job below is not."""
+    one, two = (
+        [*losses_in(output), float(output.split("evaluated  loss ")[1])]
+        for output in outputs_with_accelerate("hf_trainer_train.py", tmp_path)
+    )
     assert two == pytest.approx(one, abs=2e-9)
 
 
 @pytest.fixture(scope="module")
-def of_four_ranks(tmp_path_factory):
+def job_results(tmp_path_factory):
+    """The results of each of four ranks."""
     folder = tmp_path_factory.mktemp("job")
-    done = forked(4, "-m", "tests.launch.hf_trainer_job", folder)
-    assert done.returncode == 0, done.stderr
+    job = forked(4, "-m", "tests.launch.hf_trainer_job", folder)
+    assert job.returncode == 0, job.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
-@pytest.mark.parametrize(("meshes", "number"), [("one mesh", 13), ("two meshes", 12)])
-def test_ranks_train_as_one_process_of_the_stock_trainer(of_four_ranks, tmp_path, meshes, number):
-    """Accumulation, uneven labels, a ragged last batch, evaluation before and after, a run resumed."""
+@pytest.mark.parametrize(("meshes", "num_sequences"), [("one mesh", 13), ("two meshes", 12)])
+def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, meshes, num_sequences):
+    """With accumulation, uneven labels, a ragged last batch, evaluation before and after, and a resumed run."""
     from transformers import Trainer
 
     from tests.launch.hf_trainer_job import train
 
-    expected = train(tmp_path, kind=Trainer, number=number)
-    for found in of_four_ranks:
-        for name, right in expected.items():
-            limit = 5e-7 if name == "losses" else 1e-10  # Trainer sums what it logs in float32.
-            assert found[meshes][name] == pytest.approx(right, abs=limit), name
+    expected = train(tmp_path, trainer_class=Trainer, num_sequences=num_sequences)
+    for results in job_results:
+        for name, value in expected.items():
+            tolerance = 5e-7 if name == "losses" else 1e-10  # Trainer sums the losses that it logs in float32.
+            assert results[meshes][name] == pytest.approx(value, abs=tolerance), name
 
 
-def test_what_would_be_wrong_is_said_on_every_rank(of_four_ranks):
-    for rank, found in enumerate(of_four_ranks):
-        for expected, said in found["refusals"].items():
-            assert expected in said, f"rank {rank}"
+def test_what_would_be_wrong_raises_on_every_rank(job_results):
+    for rank, results in enumerate(job_results):
+        for expected, message in results["errors"].items():
+            assert expected in message, f"rank {rank}"

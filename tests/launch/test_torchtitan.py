@@ -1,7 +1,7 @@
-"""A failure here means: a torchtitan model over a mesh of ranks is not that model on one process, or a rank hangs.
+"""A failure here means: a torchtitan model across ranks differs from that model on one process, or a rank hangs.
 
-torchtitan's parts are its own: models, meshes, FSDP, tensor parallelism, sharding of inputs, Trainer. The program that
-the ranks run is at the end of this file.
+Models, meshes, FSDP, tensor parallelism, the sharding of inputs and the Trainer are torchtitan's own. The ranks run the
+`main` at the end of this file.
 """
 
 from __future__ import annotations
@@ -18,39 +18,34 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from longnet_dist import Pattern
-from tests.launch.jobs import forked, run
+from tests.launch.examples import losses_in, output_of
+from tests.launch.jobs import forked
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
-CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "refusals")
+CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "errors")
 MESHES: dict[str, object] = {}
-"""ParallelDims by their settings: DTensor's caches take one mesh for another of the same ranks."""
+"""ParallelDims by their settings, each made once: DTensor's caches confuse meshes of the same ranks."""
 
 
 def test_the_example_has_the_losses_of_one_process_on_two():
-    curves = []
-    for ranks in (1, 2):
-        done = (run if ranks == 2 else forked)(ranks, "examples/torchtitan_train.py")
-        assert done.returncode == 0, done.stderr
-        curves.append([float(loss) for loss in re.findall(r"step \d+  loss ([\d.]+)", done.stdout)])
-        assert len(curves[-1]) == 5, done.stdout
-        assert curves[-1][4] < curves[-1][0]
-    assert curves[1] == pytest.approx(curves[0], abs=2e-9)
+    one, two = (losses_in(output_of("torchtitan_train.py", ranks, forks=ranks == 1)) for ranks in (1, 2))
+    assert two == pytest.approx(one, abs=2e-9)
 
 
-def test_ranks_are_one_process():
-    """See the functions of the names in `CASES`."""
-    done = forked(RANKS, "-m", "tests.launch.test_torchtitan")
-    assert done.returncode == 0, done.stderr
-    assert sorted(re.findall(r"(\w+): as it must be", done.stdout)) == sorted(CASES * RANKS), done.stdout
+def test_ranks_compute_what_one_process_does():
+    """Each case is the function of that name."""
+    job = forked(RANKS, "-m", "tests.launch.test_torchtitan")
+    assert job.returncode == 0, job.stderr
+    assert sorted(re.findall(r"(\w+): passed", job.stdout)) == sorted(CASES * RANKS), job.stdout
 
 
-def on_a_cpu():
-    """Tell torchtitan, which looks for an accelerator, before the rest of it is imported."""
+def use_the_cpu():
+    """Make torchtitan, which looks for an accelerator, use the CPU; call this before importing the rest of it."""
     from torchtitan.tools import utils
 
     utils.device_type = "cpu"
-    utils.device_module = types.SimpleNamespace(  # With what the Trainer asks of an accelerator.
+    utils.device_module = types.SimpleNamespace(  # What the Trainer asks of an accelerator.
         set_device=lambda device: None,
         device_count=lambda: 1,
         current_device=lambda: 0,
@@ -65,8 +60,8 @@ def on_a_cpu():
     TORCH_DTYPE_MAP["float64"] = torch.float64
 
 
-def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_fn=None, join=False, **degrees):
-    """The debug config of a family, of two layers, in float64."""
+def make_config(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_fn=None, join=False, **degrees):
+    """Make the debug config of a family, with two layers, in float64."""
     from torchtitan.models.llama3.config_registry import llama3_debugmodel
     from torchtitan.models.qwen3.config_registry import qwen3_debugmodel
 
@@ -74,7 +69,7 @@ def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_
 
     config = {"llama3": llama3_debugmodel, "qwen3": qwen3_debugmodel}[family]()
     del config.model_spec.model.layers[2:]
-    config.model_spec.model.enable_weight_tying = False  # It is lost where a model was not made on the meta device.
+    config.model_spec.model.enable_weight_tying = False  # Only models made on the meta device keep the tie.
     if parallelize_fn is not None:
         config.model_spec = dataclasses.replace(config.model_spec, parallelize_fn=parallelize_fn)
     training = config.training
@@ -87,7 +82,7 @@ def small(family="llama3", pattern=PATTERN, backend="full_dtensor", parallelize_
 
 
 def build(config, world):
-    """The model and its ParallelDims; every rank makes the same one."""
+    """Build the model, the same on every rank, and its ParallelDims."""
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed.utils import set_spmd_backend
 
@@ -106,37 +101,37 @@ def build(config, world):
     return model, dims
 
 
-def alone(model, **_):
+def do_not_parallelize(model, **_):
     return model
 
 
-def draw(batch):
-    generator = torch.Generator().manual_seed(batch)
-    tokens = torch.randint(2048, (batch, SEQ_LEN + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:], torch.arange(SEQ_LEN).repeat(batch, 1)
+def draw(batch_size):
+    generator = torch.Generator().manual_seed(batch_size)
+    tokens = torch.randint(2048, (batch_size, SEQ_LEN + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:], torch.arange(SEQ_LEN).repeat(batch_size, 1)
 
 
 def shard(config, dims, inputs, labels, positions, balancer=None):
-    """This rank's part, as the Trainer makes it."""
+    """Return this rank's part of a batch, as the Trainer makes it."""
     from torchtitan.distributed import full_dtensor
     from torchtitan.distributed.context_parallel import prepare_context_parallel_input
 
     if dims.dp_enabled:
         mesh = dims.get_mesh("batch")
         inputs, labels, positions = (x.chunk(mesh.size())[mesh.get_local_rank()] for x in (inputs, labels, positions))
-    given = {"positions": positions}
+    extra_inputs = {"positions": positions}
     if dims.cp_enabled:
-        where = dims.get_mesh("cp"), inputs.device, balancer
-        inputs, labels, given = prepare_context_parallel_input(inputs, labels, given, *where)
+        sharding = dims.get_mesh("cp"), inputs.device, balancer
+        inputs, labels, extra_inputs = prepare_context_parallel_input(inputs, labels, extra_inputs, *sharding)
     if config.parallelism.spmd_backend == "full_dtensor":
-        return full_dtensor.parallelize_inputs(dims, inputs, labels, given)
-    return inputs, labels, given
+        return full_dtensor.parallelize_inputs(dims, inputs, labels, extra_inputs)
+    return inputs, labels, extra_inputs
 
 
-def reference(batch, family="llama3"):
-    """The model of one process, the logits and the loss; its gradients are there."""
-    whole, _ = build(small(family, parallelize_fn=alone), 1)
-    inputs, labels, positions = draw(batch)
+def reference(batch_size, family="llama3"):
+    """Return the model of one process with its gradients, the logits and the loss."""
+    whole, _ = build(make_config(family, parallelize_fn=do_not_parallelize), 1)
+    inputs, labels, positions = draw(batch_size)
     logits = whole(inputs, positions=positions)
     loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward(retain_graph=True)
@@ -144,23 +139,22 @@ def reference(batch, family="llama3"):
 
 
 def compare(family="llama3", join=False, **degrees):
-    """Logits, loss and gradients over the mesh of all ranks, against one process."""
-    config = small(family, join=join, **degrees)
+    """Compare logits, loss and gradients across all ranks with one process."""
+    config = make_config(family, join=join, **degrees)
     whole, expected, _ = reference(4, family)
     model, dims = build(config, RANKS)
     inputs, labels, positions = draw(4)
     positions = positions % 20 if join else positions
-    local, _, given = shard(config, dims, inputs, labels, positions)
-    logits = model(local, **given).full_tensor()  # A DTensor: what ranks hold of it is as torchtitan says.
+    local, _, extra_inputs = shard(config, dims, inputs, labels, positions)
+    logits = model(local, **extra_inputs).full_tensor()  # A DTensor of torchtitan's own placements.
     assert_close(logits, expected, rtol=0, atol=1e-10)
     cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-    right = dict(whole.named_parameters())
-    for name, mine in model.named_parameters():
+    expected_parameters = dict(whole.named_parameters())
+    for name, parameter in model.named_parameters():
         name = name.replace("_checkpoint_wrapped_module.", "")
-        assert_close(
-            mine.grad.full_tensor(), right.pop(name).grad, rtol=0, atol=1e-10, msg=lambda said, name=name: name + said
-        )
-    assert not right
+        grad, expected_grad = parameter.grad.full_tensor(), expected_parameters.pop(name).grad
+        assert_close(grad, expected_grad, rtol=0, atol=1e-10, msg=lambda text, name=name: name + text)
+    assert not expected_parameters
 
 
 def long():
@@ -168,12 +162,12 @@ def long():
 
 
 def data():
-    """FSDP beside it, over other sequences."""
+    """With FSDP, over other sequences."""
     compare(context_parallel=2, data_parallel_shard=2)
 
 
 def grouped():
-    """Qwen3: grouped queries, and norms of heads; documents that are packed, and attended as one text."""
+    """Qwen3, with grouped queries and norms per head; packed documents are treated as one text."""
     compare("qwen3", join=True, context_parallel=4)
 
 
@@ -182,12 +176,12 @@ def typed():
 
 
 def heads():
-    """Tensor parallelism beside it, in which torchtitan splits heads and, between the attentions, rows."""
+    """With tensor parallelism, in which torchtitan splits heads and, between the attentions, rows."""
     compare_typed(context_parallel=2, tensor_parallel=2)
 
 
 def compare_typed(**degrees):
-    """torchtitan's default backend, with its checks of types; torch 2.13's FSDP does not know it, so without."""
+    """Compare under torchtitan's default backend with its type checks; without FSDP, whose torch 2.13 lacks it."""
     from torchtitan.distributed.spmd_types import annotate_input_spmd_types
     from torchtitan.distributed.utils import get_spmd_context
 
@@ -199,28 +193,28 @@ def compare_typed(**degrees):
     weights = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
     whole.zero_grad()
     (expected * weights).sum().backward()
-    config = small(backend="spmd_types", parallelize_fn=parallelize, **degrees)
+    config = make_config(backend="spmd_types", parallelize_fn=parallelize, **degrees)
     model, dims = build(config, RANKS)
-    inputs, _, given = annotate_input_spmd_types(dims, *shard(config, dims, *draw(2)))
+    inputs, _, extra_inputs = annotate_input_spmd_types(dims, *shard(config, dims, *draw(2)))
     with get_spmd_context(parallel_dims=dims, spmd_typechecking=True)():
-        logits = model(inputs, **given)
-    mine = [x.chunk(dims.cp, 1)[dist.get_rank() // dims.tp] for x in (expected, weights)]
-    mine = [x.chunk(dims.tp, 2)[dist.get_rank() % dims.tp] for x in mine]  # Of the vocabulary it has a part.
-    assert_close(logits.detach(), mine[0].detach(), rtol=0, atol=1e-10)
+        logits = model(inputs, **extra_inputs)
+    parts = [x.chunk(dims.cp, 1)[dist.get_rank() // dims.tp] for x in (expected, weights)]
+    parts = [x.chunk(dims.tp, 2)[dist.get_rank() % dims.tp] for x in parts]  # "tp" splits the vocabulary.
+    assert_close(logits.detach(), parts[0].detach(), rtol=0, atol=1e-10)
     with get_spmd_context(parallel_dims=dims)():
-        (logits * mine[1]).sum().backward()
+        (logits * parts[1]).sum().backward()
     cp = dims.get_mesh("cp").get_group()
-    for (name, parameter), right in zip(model.named_parameters(), whole.parameters(), strict=True):
-        grad, expected = parameter.grad.clone(), right.grad
+    for (name, parameter), reference_parameter in zip(model.named_parameters(), whole.parameters(), strict=True):
+        grad, expected = parameter.grad.clone(), reference_parameter.grad
         split = [d for d in range(grad.dim()) if grad.shape[d] != expected.shape[d]]
-        dist.all_reduce(grad, group=cp if split else None)  # Norms see a part of the rows under "tp", too.
+        dist.all_reduce(grad, group=cp if split else None)  # Norms see a part of the rows under "tp" too.
         for d in split:
             expected = expected.chunk(dims.tp, d)[dist.get_rank() % dims.tp]
-        assert_close(grad, expected, rtol=0, atol=1e-9, msg=lambda said, name=name: name + said)
+        assert_close(grad, expected, rtol=0, atol=1e-9, msg=lambda text, name=name: name + text)
 
 
 def trainer():
-    """A step of its Trainer, with selective checkpointing and its loss in chunks, which is in float32."""
+    """A step of torchtitan's Trainer, with selective checkpointing and a loss in chunks, which is in float32."""
     from torch.distributed.tensor import distribute_tensor
     from torchtitan.distributed import ParallelDims
 
@@ -229,53 +223,53 @@ def trainer():
         return [({"input": inputs, "positions": positions}, labels)]
 
     whole, _, loss = reference(4)
-    config = small(context_parallel=2, data_parallel_shard=2)
+    config = make_config(context_parallel=2, data_parallel_shard=2)
     config.debug.seed, config.debug.enable_structured_logging, config.comm.trace_buf_size = 0, False, 0
     config.dataloader, config.tokenizer = (types.SimpleNamespace(build=build) for build in (load, lambda **_: None))
-    made = config.build()
-    with torch.no_grad():  # On a CPU, DTensor draws each rank's part alike.
-        for mine, right in zip(made.model_parts[0].parameters(), whole.parameters(), strict=True):
-            mine.copy_(distribute_tensor(right.detach(), mine.device_mesh, mine.placements))
-    said = {}
-    made.metrics_processor.log = lambda step, mean, most, norm, **_: said.update(mean=mean, norm=norm)
-    made.step = 1
-    made.train_step(made.batch_generator(made.dataloader))
-    # torchtitan 0.3.0 sums the loss, which full_dtensor has already summed, once more over the ranks.
-    assert_close(said["mean"] / RANKS, loss.item(), rtol=1e-6, atol=0)
+    trainer = config.build()
+    with torch.no_grad():  # On CPU, DTensor would initialize each rank's part to the same values.
+        for parameter, expected in zip(trainer.model_parts[0].parameters(), whole.parameters(), strict=True):
+            parameter.copy_(distribute_tensor(expected.detach(), parameter.device_mesh, parameter.placements))
+    logged = {}
+    trainer.metrics_processor.log = lambda step, mean, most, norm, **_: logged.update(mean=mean, norm=norm)
+    trainer.step = 1
+    trainer.train_step(trainer.batch_generator(trainer.dataloader))
+    # full_dtensor already sums the loss over ranks, and torchtitan 0.3.0 does so again.
+    assert_close(logged["mean"] / RANKS, loss.item(), rtol=1e-6, atol=0)
     norm = torch.stack([p.grad.norm() for p in whole.parameters()]).norm()
-    assert_close(said["norm"], norm.item(), rtol=1e-6, atol=0)
-    MESHES[repr(ParallelDims.from_config(config.parallelism, RANKS))] = made.parallel_dims
-    made.close()
+    assert_close(logged["norm"], norm.item(), rtol=1e-6, atol=0)
+    MESHES[repr(ParallelDims.from_config(config.parallelism, RANKS))] = trainer.parallel_dims
+    trainer.close()
 
 
-def refusals():
-    """Each a ValueError on every rank, also where one alone is wrong."""
-    balanced, odd = small(context_parallel=4), small(context_parallel=4)
+def errors():
+    """Wrong uses raise ValueError on every rank, also where one rank alone is wrong."""
+    balanced, odd = make_config(context_parallel=4), make_config(context_parallel=4)
     balanced.parallelism.context_parallel_load_balancer = "headtail"
     odd.training.seq_len = 63
     degrees = {"context_parallel": 2, "tensor_parallel": 2}
     for config, message in (
         (balanced, r"context_parallel_load_balancer is 'headtail'.*contiguous"),
         (odd, "seq_len is 63; context_parallel_degree = 4 must divide it"),
-        (small(pattern=Pattern((64,), (16,)), **degrees), r"leaves 8 of 16 .* in the branch \(w=64, r=16\)"),
-        (small(pattern=Pattern((64,), (2,), "blocked"), **degrees), r"tensor_parallel_degree = 2 .* blocked"),
+        (make_config(pattern=Pattern((64,), (16,)), **degrees), r"leaves 8 of 16 .* in the branch \(w=64, r=16\)"),
+        (make_config(pattern=Pattern((64,), (2,), "blocked"), **degrees), r"tensor_parallel_degree = 2 .* blocked"),
     ):
         with pytest.raises(ValueError, match=message):
             build(config, RANKS)
-    config = small(context_parallel=4)
+    config = make_config(context_parallel=4)
     model, dims = build(config, RANKS)
     inputs, labels, positions = draw(2)
 
-    def refused(message, positions, balancer=None):
-        local, _, given = shard(config, dims, inputs, labels, positions, balancer)
+    def check(message, positions, balancer=None):
+        local, _, extra_inputs = shard(config, dims, inputs, labels, positions, balancer)
         with pytest.raises(ValueError, match=message):
-            model(local, **given)
+            model(local, **extra_inputs)
 
-    refused("positions are not contiguous", positions, balancer="headtail")
-    refused(r"positions must be global.*join_documents=True", positions % 20)
-    alone_wrong = positions.clone()
-    alone_wrong[:, -1] = 0
-    refused("positions must be global", alone_wrong)
+    check("positions are not contiguous", positions, balancer="headtail")
+    check(r"positions must be global.*join_documents=True", positions % 20)
+    wrong_on_one_rank = positions.clone()
+    wrong_on_one_rank[:, -1] = 0
+    check("positions must be global", wrong_on_one_rank)
     local, _, _ = shard(config, dims, inputs, labels, positions)
     with pytest.raises(ValueError, match="positions are missing"):
         model(local)
@@ -285,14 +279,14 @@ def refusals():
 
 
 def main():
-    on_a_cpu()
+    use_the_cpu()
     from torchtitan.config import CommConfig
     from torchtitan.distributed.utils import init_distributed
 
     init_distributed(CommConfig(trace_buf_size=0))
     for name in sys.argv[1:] or CASES:
         globals()[name]()
-        print(f"{name}: as it must be", flush=True)
+        print(f"{name}: passed", flush=True)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""A failure here means: Trainer takes an option or a batch with which it would not train as on one process."""
+"""A failure here means: DilatedTrainer accepts an option or a batch with which it would not train as one process."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def job():
-    """Its functions; transformers' import is slow, and warns."""
+    """The module with the trainers; importing transformers is slow, and warns."""
     from tests.launch import hf_trainer_job
 
     return hf_trainer_job
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices must be True"),
@@ -35,66 +35,64 @@ def job():
         ({"compute_metrics": print}, "compute_metrics must be None: logits would be"),
     ],
 )
-def test_options(job, tmp_path, options, said):
-    with pytest.raises(ValueError, match=said):
-        job.make(tmp_path, **options)
+def test_an_option_that_changes_training_is_an_error(job, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        job.make_trainer(tmp_path, **options)
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "said"),
+    ("name", "value", "message"),
     [
         ("is_deepspeed_enabled", True, "DeepSpeed and FSDP"),
         ("is_fsdp_enabled", True, "DeepSpeed and FSDP"),
         ("model_accepts_loss_kwargs", False, "LlamaForCausalLM takes no num_items_in_batch"),
     ],
 )
-def test_what_a_launcher_or_a_model_sets(job, tmp_path, name, value, said):
-    trainer = job.make(tmp_path)
+def test_what_a_launcher_or_a_model_sets_is_an_error(job, tmp_path, name, value, message):
+    trainer = job.make_trainer(tmp_path)
     assert trainer._problem() is None
     setattr(trainer, name, value)
-    assert said in trainer._problem()
+    assert message in trainer._problem()
 
 
-def test_several_gpus_in_one_process(job, tmp_path):
-    trainer = job.make(tmp_path)
+def test_several_gpus_in_one_process_are_an_error(job, tmp_path):
+    trainer = job.make_trainer(tmp_path)
     trainer.args._n_gpu = 2
     assert "start one process for each" in trainer._problem()
 
 
-def test_models(job, tmp_path):
+def test_a_model_without_the_trainers_mesh_is_an_error(job, tmp_path):
     from transformers import LlamaForCausalLM
 
-    other = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
+    other_mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
     plain = LlamaForCausalLM(job.make_model().config)
     with pytest.raises(ValueError, match=r"does not attend by a pattern: apply\(model, pattern, mesh\) first"):
-        job.make(tmp_path, model=plain)
+        job.make_trainer(tmp_path, model=plain)
     changed = job.make_model()
     changed.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match="does not attend by a pattern"):
-        job.make(tmp_path, model=changed)
+        job.make_trainer(tmp_path, model=changed)
     with pytest.raises(ValueError, match="was applied with the mesh None, and the trainer has SequenceMesh"):
-        job.make(tmp_path, other, model=job.make_model())
+        job.make_trainer(tmp_path, other_mesh, model=job.make_model())
 
 
-def test_a_model_that_is_made_by_the_trainer_is_looked_at(job, tmp_path):
+def test_a_model_that_the_trainer_makes_is_checked(job, tmp_path):
     from transformers import LlamaForCausalLM, TrainingArguments
 
-    made = [job.make_model(), LlamaForCausalLM(job.make_model().config)]
-    trainer = job.DilatedTrainer(
-        None, TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1), train_dataset=job.sequences(2), mesh=None,
-        model_init=lambda: made.pop(0),
-    )  # fmt: skip
+    models = [job.make_model(), LlamaForCausalLM(job.make_model().config)]
+    args, dataset = TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1), job.make_sequences(2)
+    trainer = job.DilatedTrainer(None, args, train_dataset=dataset, mesh=None, model_init=lambda: models.pop(0))
     with pytest.raises(ValueError, match="does not attend by a pattern"):
         trainer.train()
 
 
-def batch(job, **changes):
-    whole = {name: torch.stack([x[name] for x in job.sequences(2)]) for name in ("input_ids", "labels")} | changes
-    return {name: x for name, x in whole.items() if x is not None}
+def make_batch(job, **changes):
+    batch = {name: torch.stack([x[name] for x in job.make_sequences(2)]) for name in ("input_ids", "labels")} | changes
+    return {name: x for name, x in batch.items() if x is not None}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"labels": None}, "the collator gave input_ids; it must give input_ids and labels"),
         ({"input_ids": None}, "it must give input_ids and labels"),
@@ -110,49 +108,49 @@ def batch(job, **changes):
         ({"input_ids": torch.ones(2, 46).long(), "labels": torch.ones(2, 46).long()}, "of 46 tokens.* pad .* or pack"),
     ],
 )
-def test_batches(job, tmp_path, changes, said):
+def test_a_batch_that_cannot_be_split_is_an_error(job, tmp_path, changes, message):
     mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
-    trainer = job.make(tmp_path, mesh, eval_strategy="no")
-    trainer.data_collator = lambda samples: batch(job, **changes)
+    trainer = job.make_trainer(tmp_path, mesh, eval_strategy="no")
+    trainer.data_collator = lambda samples: make_batch(job, **changes)
     trainer.args.remove_unused_columns = False
-    for work in (trainer.train, trainer.evaluate):
-        with pytest.raises(ValueError, match=said):
-            work()
+    for call in (trainer.train, trainer.evaluate):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
-def test_padding_before_tokens_is_refused(job, tmp_path):
-    trainer = job.make(tmp_path)
-    trainer.data_collator = lambda _: batch(job, attention_mask=(torch.arange(45) > 3).long().expand(2, -1))
+def test_padding_before_tokens_is_an_error(job, tmp_path):
+    trainer = job.make_trainer(tmp_path)
+    trainer.data_collator = lambda _: make_batch(job, attention_mask=(torch.arange(45) > 3).long().expand(2, -1))
     with pytest.raises(ValueError, match="padding before tokens"):
         trainer.train()
 
 
-def test_own_positions_and_any_length_without_a_mesh(job, tmp_path):
-    """Positions that say nothing new are taken; with no mesh, sequences are as long as they are."""
+def test_usual_positions_are_accepted_and_any_length_without_a_mesh(job, tmp_path):
     losses = []
     for rows in (45, 30):
-        for given in (None, torch.arange(rows).expand(2, -1)):
-            trainer = job.make(tmp_path, rows=rows, max_steps=1, save_strategy="no")
-            samples = {name: torch.stack([x[name] for x in job.sequences(2, rows)]) for name in ("input_ids", "labels")}
-            trainer.data_collator = lambda _, made=samples | ({} if given is None else {"position_ids": given}): made
+        for positions in (None, torch.arange(rows).expand(2, -1)):
+            trainer = job.make_trainer(tmp_path, rows=rows, max_steps=1, save_strategy="no")
+            samples = job.make_sequences(2, rows)
+            batch = {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+            batch |= {} if positions is None else {"position_ids": positions}
+            trainer.data_collator = lambda _, batch=batch: batch
             losses.append(trainer.train().training_loss)
     assert losses[0] == losses[1]
     assert losses[2] == losses[3]
 
 
-def test_predictions_are_refused(job, tmp_path):
-    trainer = job.make(tmp_path)
+def test_predictions_are_an_error(job, tmp_path):
+    trainer = job.make_trainer(tmp_path)
     with pytest.raises(ValueError, match=r"predict\(\) is not supported: logits would be this rank's rows"):
-        trainer.predict(job.sequences(2))
+        trainer.predict(job.make_sequences(2))
     trainer.compute_metrics = print
     with pytest.raises(ValueError, match="predictions are not supported"):
         trainer.evaluate()
 
 
-def test_a_pattern_of_one_process_is_no_mesh(job, tmp_path):
-    """A mesh of one process trains as none does, and as the stock Trainer does."""
+def test_a_mesh_of_one_process_trains_as_no_mesh_and_as_the_stock_trainer(job, tmp_path):
     mesh = SequenceMesh(None, job.PATTERN, job.SEQ_LEN)
     assert mesh.pattern == Pattern((8, 48), (1, 4))
-    ours = [job.train(tmp_path / str(n), given) for n, given in enumerate((None, mesh))]
-    stock = job.train(tmp_path / "stock", kind=job.Trainer)
+    ours = [job.train(tmp_path / str(n), chosen) for n, chosen in enumerate((None, mesh))]
+    stock = job.train(tmp_path / "stock", trainer_class=job.Trainer)
     assert ours[0] == ours[1] == stock
