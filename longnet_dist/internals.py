@@ -50,6 +50,22 @@ def num_process_groups() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
+def default_store() -> Any:
+    """Return the store of this process's default group, through which all ranks of the job exchange small values.
+
+    No public function returns it. Seen in torch 2.13.
+    """
+    return dist.distributed_c10d._get_default_store()
+
+
+def is_in_forward_mode() -> bool:
+    """Return whether a `torch.autograd.forward_ad.dual_level` is entered.
+
+    No public function tells, and an operator without forward-mode derivatives must raise in it. Seen in torch 2.13.
+    """
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def cpu_flash_attention(*args: Any, **options: Any) -> Any:
     """Call the forward of flash attention on CPU, which returns (out, lse).
 

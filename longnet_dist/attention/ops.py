@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from longnet_dist import internals
 from longnet_dist.attention.arguments import SCHEMA, Options, agree, problem
 from longnet_dist.attention.call import Call, gathered_keys, of_keys, of_queries, place_gathered, unit_stride
 from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dtype, rectangle
@@ -291,7 +292,7 @@ def _differentiable(function: type[torch.autograd.Function], operator: Any, *arg
     """
     if not torch.compiler.is_compiling():
         return function.apply(*args)
-    if torch.autograd.forward_ad._current_level >= 0:
+    if internals.is_in_forward_mode():
         raise ValueError(_NO_FORWARD_MODE)
     return operator(*args)
 

@@ -10,8 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
+from longnet_dist import internals
 from longnet_dist.best_effort import print_note
 from longnet_dist.distributed.collectives import gather_objects
 
@@ -38,7 +39,7 @@ class Patience:
         self.group = dist.new_group(backend="gloo", timeout=limit) if many else None
         self._count = 0
         if self.group is not None:
-            self._store = PrefixStore(f"patience/{self.group.group_name}", _get_default_store())
+            self._store = PrefixStore(f"patience/{self.group.group_name}", internals.default_store())
             self._report()
 
     def gather(self, mine: Any, what: str) -> list[Any]:

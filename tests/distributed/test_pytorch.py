@@ -1,4 +1,4 @@
-"""A failure here means: attention under `parallelize_module` differs from the oracle, or a mistake passes in silence."""
+"""A failure here means: attention by `parallelize_module` differs from the oracle, or a mistake passes in silence."""
 
 from __future__ import annotations
 
@@ -55,10 +55,8 @@ def spread_heads(group, phases):
         inputs = [DTensor.from_local(x, tp, [Shard(2)]).requires_grad_() for x in local.values()]
         out = dilated_attention(*inputs, pattern, causal=True, mesh=mesh)
         assert isinstance(out, DTensor)
-        results = [
-            out,
-            *torch.autograd.grad(out, inputs, DTensor.from_local(dout.chunk(2, 2)[tp_rank], tp, [Shard(2)])),
-        ]
+        local_dout = DTensor.from_local(dout.chunk(2, 2)[tp_rank], tp, [Shard(2)])
+        results = [out, *torch.autograd.grad(out, inputs, local_dout)]
         for actual, reference in zip(results, expected, strict=True):
             assert_close(actual.to_local(), reference, rtol=0, atol=1e-12)
         # Plain tensors, as ColwiseParallel returns them, in the layout of torch's own attention.

@@ -157,9 +157,8 @@ def unsupported_models(group):
     with pytest.raises(ValueError, match=r"a rank that holds no rows, .*chunk=20"):
         make_model("llama", PATTERN, SequenceMesh(group, PATTERN, 40, chunk=40))
     model = make_model("llama", PATTERN, SequenceMesh(group, PATTERN, 30))
-    apply(model, PATTERN, mesh)(
-        **{"input_ids": mesh.split(draw(40)["input_ids"])}
-    )  # The second mesh replaces the first.
+    # A second call replaces the mesh of the first.
+    apply(model, PATTERN, mesh)(**{"input_ids": mesh.split(draw(40)["input_ids"])})
 
 
 def test_models_that_cannot_be_split_raise(pool):

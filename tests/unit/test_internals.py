@@ -18,11 +18,26 @@ import longnet_dist
 from longnet_dist import internals
 
 PACKAGE = Path(longnet_dist.__file__).parent
-DOCUMENTED = {"os._exit"}
+DOCUMENTED = {"os._exit", "from _typeshed import WriteableBuffer"}
 
 
 def num_process_groups():
     return internals.num_process_groups() >= 0
+
+
+def default_store(folder):
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+    try:
+        internals.default_store().set("a", "b")
+        return internals.default_store().get("a") == b"b"
+    finally:
+        dist.destroy_process_group()
+
+
+def forward_mode():
+    outside = internals.is_in_forward_mode()
+    with torch.autograd.forward_ad.dual_level():
+        return internals.is_in_forward_mode() and not outside
 
 
 def flash_attention():
@@ -138,6 +153,8 @@ def overrides(derived, base):
 
 CHECKS = {
     ("torch", "distributed_c10d._world.pg_names"): num_process_groups,
+    ("torch", "distributed_c10d._get_default_store"): default_store,
+    ("torch", "autograd.forward_ad._current_level"): forward_mode,
     ("torch", "aten._scaled_dot_product_flash_attention_for_cpu, with out and lse, and its backward"): flash_attention,
     ("torch", "aten._flash_attention_forward and its backward"): cuda_flash_attention,
     ("torch", internals.UNSHARED_RENDEZVOUS): unshared_rendezvous,
