@@ -1,4 +1,4 @@
-"""One Ray cluster of several nodes on this machine, for all tests that need one."""
+"""A Ray cluster of several nodes on this machine, which all tests share that need one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ HEALTH = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "he
 
 
 class Nodes:
-    """A head with room for gangs, and nodes for training, each with an address of its own."""
+    """A head node with room for gangs, and nodes that tests add and remove, each with its own address."""
 
     def __init__(self) -> None:
-        # Jobs that are submitted run `python`: this one.
+        # Submitted jobs run `python`, which must be this interpreter.
         os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         head = {"num_cpus": 4, "node_ip_address": "127.0.0.2", "_system_config": HEALTH, "include_dashboard": True}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
@@ -24,7 +24,7 @@ class Nodes:
         self._next = 3
 
     def add(self, pool: str, cpus: int = 1):
-        """A node that has the label pool=`pool`, and as much of the resource `pool` as CPUs."""
+        """Add a node with the label pool=`pool`, and as many units of the resource `pool` as CPUs."""
         address = f"127.0.0.{self._next}"
         self._next += 1
         return self.cluster.add_node(
@@ -32,15 +32,15 @@ class Nodes:
         )
 
     def remove(self, node) -> None:
-        """Its processes are killed."""
+        """Kill the processes of a node."""
         self.cluster.remove_node(node, allow_graceful=False)
 
     @property
     def environment(self) -> dict[str, str]:
-        """By which a process of its own finds the cluster."""
+        """The environment variables with which another process finds the cluster."""
         return {"RAY_ADDRESS": self.cluster.address, "DASHBOARD": f"http://{self.cluster.webui_url}"}
 
     def close(self) -> None:
-        """End it."""
+        """Shut the cluster down."""
         ray.shutdown()
         self.cluster.shutdown()

@@ -1,4 +1,4 @@
-"""A failure here means: over two machines, with a network between them that fails, a run is lost or hangs."""
+"""A failure here means: a run on two machines is lost or hangs when the network between them fails."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.launch.jobs import ENVIRONMENT, ROOT, forked, losses, train
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 OPTIONS = ("--steps", 30, "--seq-len", 250, "--checkpoint-every", 4, "--batch-size", 2, "--timeout", 8)
 ATTRIBUTED = re.compile(r"step \d+: .*(Timed out|timed out|time limit 8 s|Connection)")
-PORT = 29555  # Of addresses that are of this test's namespaces alone.
+PORT = 29555  # No other process has it: the addresses exist only in this test's network namespaces.
 
 
 def ip(*arguments: str) -> None:
@@ -25,7 +25,7 @@ def ip(*arguments: str) -> None:
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces with addresses of their own, 10.77.0.1 and 10.77.0.2, and a link between them."""
+    """Two network namespaces with the addresses 10.77.0.1 and 10.77.0.2, and a link between them."""
     names = [f"longnet-{os.getpid()}-{n}" for n in (1, 2)]
     links = [f"ln{os.getpid() % 100_000}{side}" for side in "ab"]
     try:
@@ -57,7 +57,7 @@ def start(host: tuple[str, str], folder: Path, log: Path) -> subprocess.Popen:
         "--max-restarts=3",
     ]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=10.77.0.1:{PORT}", f"--local-addr={address(name)}"]
-    torchrun += [f"--rdzv-conf=is_host={int(name.endswith('1'))}"]  # The host's name says nothing in a namespace.
+    torchrun += [f"--rdzv-conf=is_host={int(name.endswith('1'))}"]  # Host names do not tell namespaces apart.
     with log.open("w") as out:
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *torchrun, *map(str, train(folder, *OPTIONS))],
@@ -69,7 +69,7 @@ def address(name: str) -> str:
     return f"10.77.0.{name[-1]}"
 
 
-def test_a_link_that_is_cut_is_said_and_the_run_goes_on_when_it_is_back(hosts, tmp_path):
+def test_a_broken_link_is_reported_and_the_run_resumes_when_it_is_back(hosts, tmp_path):
     (tmp_path / "plain").mkdir()
     assert forked(2, *train(tmp_path / "plain" / "run", *OPTIONS)).returncode == 0
     folder = tmp_path / "run"
@@ -80,7 +80,7 @@ def test_a_link_that_is_cut_is_said_and_the_run_goes_on_when_it_is_back(hosts, t
     while not (metrics.exists() and '"step": 5,' in metrics.read_text()):
         assert all(job.poll() is None for job in jobs), [log.read_text() for log in logs]
         assert time.monotonic() < deadline, [log.read_text() for log in logs]
-        time.sleep(0.02)  # The job's progress shows in its files alone.
+        time.sleep(0.02)  # Only the job's files show its progress.
     ip("-n", hosts[0][0], "link", "set", hosts[0][1], "down")
     cut = time.monotonic()
     while not all(ATTRIBUTED.search(log.read_text()) for log in logs):

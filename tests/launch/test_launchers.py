@@ -1,4 +1,4 @@
-"""A failure here means: a file that users are told to edit and start does not do what it says."""
+"""A failure here means: a launcher, which users edit and start, does not do what it says."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ LAUNCHERS = ROOT / "launchers"
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "slurm.sbatch", "ray_job.sh"])
-def test_shell_is_shell(name):
+def test_a_shell_script_parses(name):
     subprocess.run(["bash", "-n", LAUNCHERS / name], check=True)
 
 
-def test_torchrun_runs(tmp_path):
+def test_torchrun_trains(tmp_path):
     arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 128)[3:]]
     done = start("torchrun.sh", arguments, {"RANKS": "2"})
     assert len(losses(tmp_path / "run")) == 2
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in done.stderr
 
 
-def test_slurm_starts_torchrun_on_its_machines(tmp_path):
-    """As far as can be without Slurm: what is made of its variables, and that srun runs torchrun.sh with it."""
+def test_slurm_starts_torchrun_on_each_machine(tmp_path):
+    """With stand-ins for Slurm's programs: srun runs torchrun.sh with the values of Slurm's variables."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/sh\necho first\necho second\n")
@@ -39,16 +39,16 @@ def test_slurm_starts_torchrun_on_its_machines(tmp_path):
     slurm = {"SLURM_JOB_NODELIST": "x", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7"}
     path = {"PATH": f"{programs}:{os.environ['PATH']}"}
     done = start("slurm.sbatch", ["--seq-len", "1024"], slurm | path)
-    said = (
+    expected = (
         "8 2 7 first:29400 --kill-on-bad-exit=0 bash ./launchers/torchrun.sh --run-folder /shared/runs/7 --seq-len 1024"
     )
-    assert done.stdout.strip() == said
+    assert done.stdout.strip() == expected
 
 
-def test_ray_job_and_ray_train_run(ray_nodes, tmp_path):
-    """Submitted through the jobs API; and gone on with from Python, its three lines edited.
+def test_ray_launchers_train_and_resume(ray_nodes, tmp_path):
+    """A run is submitted through the jobs API, and resumed from Python with the launcher's three lines edited.
 
-    By then retention has removed what Ray had registered: the folder has what counts.
+    Retention has removed the checkpoint that Ray registered by then; the one in the folder counts.
     """
     every = ("--checkpoint-every", 1, "--seq-len", 128)
     arguments = [str(a) for a in train(tmp_path / "run", "--steps", 3, *every)[3:]]
@@ -80,8 +80,8 @@ def test_ray_job_and_ray_train_run(ray_nodes, tmp_path):
     assert len(losses(tmp_path / "run")) == 5
 
 
-def test_kuberay_asks_for_what_it_should():
-    """The fields of a RayJob that this one leans on, by KubeRay's reference; a token; and a command that parses."""
+def test_kuberay_requests_the_resources_of_its_command():
+    """The fields of KubeRay's RayJob are used as its reference says, with a token and a command that parses."""
     (job,) = yaml.safe_load_all((LAUNCHERS / "kuberay.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
     cluster = job["spec"]["rayClusterSpec"]
@@ -91,10 +91,10 @@ def test_kuberay_asks_for_what_it_should():
     for pod in pods:
         assert all(isinstance(value, str) for value in pod["rayStartParams"].values())
         spec = pod["template"]["spec"]
-        named = {volume["name"] for volume in spec["volumes"]}
+        volumes = {volume["name"] for volume in spec["volumes"]}
         for container in spec["containers"]:
             assert container["resources"]["limits"] == container["resources"]["requests"]
-            assert {mount["name"] for mount in container["volumeMounts"]} <= named
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
     for group in cluster["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     command = job["spec"]["entrypoint"].split()
@@ -105,9 +105,9 @@ def test_kuberay_asks_for_what_it_should():
     )
     assert command[:4] == ["python", "-m", "longnet_dist", "train"]
     assert command[command.index("--ranks") + 1] == str(gpus)
-    helped = subprocess.run([sys.executable, "-m", "longnet_dist", "train", "--help"], capture_output=True, text=True)
+    usage = subprocess.run([sys.executable, "-m", "longnet_dist", "train", "--help"], capture_output=True, text=True)
     for option in (word for word in command if word.startswith("--")):
-        assert option in helped.stdout
+        assert option in usage.stdout
 
 
 def start(name: str, arguments: list[str], variables: dict[str, str], fails: bool = False):

@@ -1,4 +1,4 @@
-"""A failure here means: a gang of Ray actors answers wrongly, or not at all, or does not survive the loss of one."""
+"""A failure here means: a gang of Ray actors gives a wrong answer or none, or does not survive the loss of a rank."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DOCUMENT = bytes(np.random.default_rng(0).integers(0, 256, 301, np.uint8))
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A model's folder, and what one process says of the document: log-likelihoods and features."""
+    """A model's folder, and the log-likelihoods and features of the document that one process computes."""
     config = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(32, 512), dilation_rates=(1, 4))
     torch.manual_seed(0)
     model = config.build(dtype=torch.float64).eval()
@@ -39,40 +39,40 @@ def exported(tmp_path_factory):
     return folder, -losses[0, :-1], features[0]
 
 
-def make(nodes, ranks, model=None, **options):
+def make_gang(nodes, ranks, model=None, **options):
     from longnet_dist.integrations.ray import SequenceParallelGang
 
     return SequenceParallelGang(ranks, model=model, **({"timeout": 30} | options))
 
 
-def draw(rows, dtype=torch.float64, heads=(4, 2)):
+def random_qkv(rows, dtype=torch.float64, heads=(4, 2)):
     generator = torch.Generator().manual_seed(rows)
     q, k, v = (torch.randn(2, rows, n, 8, dtype=dtype, generator=generator) for n in (heads[0], heads[1], heads[1]))
     return q, k, v
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_gang_is_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks):
-    """Attention, scores and embeddings, of tensors, text, ids and files; results in memory and in files.
+def test_a_gang_equals_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks):
+    """Attention, scores and embeddings of tensors, text, ids and files, returned and written to files.
 
-    One of two ranks is then told nonsense, and asked 200 times.
+    The gang of two ranks then gets wrong arguments, and 200 calls.
     """
     import ray
 
     folder, scores, features = exported
     (tmp_path / "book.bin").write_bytes(DOCUMENT)
     np.save(tmp_path / "ids.npy", np.frombuffer(DOCUMENT, np.uint8).astype(np.int32))
-    with make(ray_nodes, ranks, folder) as gang:
+    with make_gang(ray_nodes, ranks, folder) as gang:
         for rows, causal in ((100, True), (61, False), (3, True)):
-            q, k, v = draw(rows)
+            q, k, v = random_qkv(rows)
             out = gang.dilated_attention(q, k, v, PATTERN, causal=causal)
             assert_close(out, dense_reference(q, k, v, PATTERN, causal=causal), rtol=0, atol=1e-12)
-        names = []
+        paths = []
         for name, x in zip("qkv", (q, k, v), strict=True):
-            names.append(tmp_path / f"{name}.npy")
-            np.save(names[-1], x.numpy())
-        left = gang.dilated_attention(*names, PATTERN, causal=True, out=tmp_path / "attention")
-        files = sorted(p for p in left.iterdir() if p.suffix == ".npy")
+            paths.append(tmp_path / f"{name}.npy")
+            np.save(paths[-1], x.numpy())
+        written = gang.dilated_attention(*paths, PATTERN, causal=True, out=tmp_path / "attention")
+        files = sorted(p for p in written.iterdir() if p.suffix == ".npy")
         joined = torch.from_numpy(np.concatenate([np.load(p) for p in files], 1))
         assert_close(joined, dense_reference(q, k, v, PATTERN, causal=True), rtol=0, atol=1e-12)
         for document in (DOCUMENT, list(DOCUMENT), tmp_path / "book.bin", tmp_path / "ids.npy"):
@@ -82,16 +82,16 @@ def test_a_gang_is_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks
         assert_close(gang.embed(DOCUMENT), features.mean(0), rtol=0, atol=1e-12)
         assert_close(gang.embed(DOCUMENT, pooling="last"), features[-1], rtol=0, atol=1e-12)
         assert_close(gang.embed(DOCUMENT, pooling=None), features, rtol=0, atol=1e-12)
-        left = gang.embed(tmp_path / "book.bin", pooling=None, out=tmp_path / "features")
-        files = sorted(p for p in left.iterdir() if p.suffix == ".npy")
+        written = gang.embed(tmp_path / "book.bin", pooling=None, out=tmp_path / "features")
+        files = sorted(p for p in written.iterdir() if p.suffix == ".npy")
         assert_close(torch.from_numpy(np.concatenate([np.load(p) for p in files])), features, rtol=0, atol=1e-12)
-        # Requests are futures, and done in order.
+        # Calls are futures, and run in order.
         calls = [gang.submit("score", DOCUMENT[:n]) for n in (50, 301, 100)]
         assert_close(calls[2].result(), scores[:99], rtol=0, atol=1e-12)
         assert all(call.done() and call.progress() == 1 for call in calls)
         if ranks == 2:
-            mistakes_are_said(gang, tmp_path)
-            many_calls_leak_nothing(gang)
+            assert_mistakes_are_reported(gang, tmp_path)
+            assert_many_calls_leak_nothing(gang)
             assert_close(gang.score(DOCUMENT), scores, rtol=0, atol=1e-12)
         assert gang.stats()["formed"] == 1
     with pytest.raises(ValueError, match="is closed"):
@@ -103,25 +103,25 @@ def test_a_gang_is_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks
         time.sleep(0.1)
 
 
-def mistakes_are_said(gang, folder):
-    q, k, v = draw(20)
+def assert_mistakes_are_reported(gang, folder):
+    q, k, v = random_qkv(20)
     mistakes = [
-        (lambda: gang.dilated_attention(q, k[:, :5], v, PATTERN), "of one N"),
+        (lambda: gang.dilated_attention(q, k[:, :5], v, PATTERN), "with the same N"),
         (lambda: gang.dilated_attention(q, k.float(), v, PATTERN), "dtype"),
         (lambda: gang.dilated_attention(q, k, v, PATTERN, dropout=0.1), r"\['dropout'\] are not known"),
         (lambda: gang.score([5, 999]), "token ids of rows .* 999"),
         (lambda: gang.score([]), "at least one token"),
         (lambda: gang.score([1.5, 2.0]), "they must be integers"),
-        (lambda: gang.score(folder / "missing.bin"), "no file there"),
+        (lambda: gang.score(folder / "missing.bin"), "no such file"),
         (lambda: gang.embed(DOCUMENT, pooling="max"), "pooling is 'max'"),
         (lambda: gang.submit("generate", DOCUMENT), "must be one of dilated_attention, score, embed"),
     ]
-    for mistake, said in mistakes:
-        with pytest.raises(ValueError, match=said):
+    for mistake, message in mistakes:
+        with pytest.raises(ValueError, match=message):
             mistake()
 
 
-def many_calls_leak_nothing(gang):
+def assert_many_calls_leak_nothing(gang):
     for number in range(200):
         assert len(gang.score(DOCUMENT[: 100 + number])) == 99 + number
         if number == 50:
@@ -130,47 +130,49 @@ def many_calls_leak_nothing(gang):
     assert all(b - a < 20 * 2**20 for a, b in zip(before, after, strict=True)), (before, after)
 
 
-LOSSES = {
+RANK_LOSSES = {
     "between calls": "",
-    "in mid-call": "died, in attention",
-    "in mid-collective": "died, in attention",
-    "stands still": "did not answer",
-    "made again": "",
+    "during a call": "died during attention",
+    "during a collective": "died during attention",
+    "stopped": "did not answer",
+    "retried": "",
 }
-"""When rank 1 is lost, and what the call in flight says of it."""
+"""How rank 1 is lost, and what the error of the call in flight says about it; empty for no error."""
 
 
-def test_the_loss_of_a_rank_is_named_and_the_gang_forms_again(ray_nodes):
-    """Killed between calls, in a call and in a collective; one that stands still; a call that is made again."""
+def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
+    """A rank is killed between calls, during a call and during a collective; one is stopped; a call is retried."""
     from longnet_dist.integrations.ray import GangError
 
-    q, k, v = draw(100)
-    long, dense = draw(3000), Pattern((3000,), (1,))
+    q, k, v = random_qkv(100)
+    long, dense = random_qkv(3000), Pattern((3000,), (1,))
     expected = dense_reference(q, k, v, PATTERN, causal=True)
-    with make(ray_nodes, 2, timeout=10) as gang:
+    with make_gang(ray_nodes, 2, timeout=10) as gang:
         with pytest.raises(ValueError, match="has no model"):
             gang.score(DOCUMENT)
-        for formed, (when, said) in enumerate(LOSSES.items(), start=1):
+        for formed, (loss, message) in enumerate(RANK_LOSSES.items(), start=1):
             assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
-            assert gang.stats()["formed"] == formed, when
+            assert gang.stats()["formed"] == formed, loss
             pid = gang.stats()["ranks"][1]["pid"]
-            if when == "between calls":
+            if loss == "between calls":
                 os.kill(pid, signal.SIGKILL)
                 continue
-            gang.retries = int(when == "made again")
+            gang.retries = int(loss == "retried")
             call = gang.submit("dilated_attention", *long, dense, kernel="eager")
             time.sleep(0.3)
-            if when in ("in mid-collective", "stands still"):  # So that the other waits for it.
+            if loss in ("during a collective", "stopped"):  # So that the other rank waits for it.
                 os.kill(pid, signal.SIGSTOP)
                 time.sleep(1.5)
-            if when != "stands still":
+            if loss != "stopped":
                 os.kill(pid, signal.SIGKILL)
-            began = time.monotonic()
-            if said:
-                with pytest.raises(GangError, match=rf"rank 1 of 2 \(process {pid} on node 127.0.0.2\) {said}") as got:
+            start = time.monotonic()
+            if message:
+                with pytest.raises(
+                    GangError, match=rf"rank 1 of 2 \(process {pid} on node 127.0.0.2\) {message}"
+                ) as caught:
                     call.result()
-                assert (got.value.rank, got.value.node) == (1, "127.0.0.2")
-                assert time.monotonic() - began < 15 + 10 * (when == "stands still")
+                assert (caught.value.rank, caught.value.node) == (1, "127.0.0.2")
+                assert time.monotonic() - start < 15 + 10 * (loss == "stopped")
             else:
                 assert call.result().shape == (2, 3000, 4, 8)
         assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
@@ -178,36 +180,36 @@ def test_the_loss_of_a_rank_is_named_and_the_gang_forms_again(ray_nodes):
 
 
 def test_a_gang_over_nodes_survives_the_loss_of_one(ray_nodes):
-    """Ranks on two nodes by their label; one goes, and another comes."""
+    """Two labelled nodes hold a rank each; one node is lost, and another one joins."""
     from longnet_dist.integrations.ray import GangError
 
-    q, k, v = draw(100)
+    q, k, v = random_qkv(100)
     expected = dense_reference(q, k, v, PATTERN, causal=True)
     first, second = ray_nodes.add("gang"), ray_nodes.add("gang")
     options = {"labels": {"pool": "gang"}, "placement": "STRICT_SPREAD", "form_timeout": 20}
-    with make(ray_nodes, 2, **options) as gang:
+    with make_gang(ray_nodes, 2, **options) as gang:
         assert len({rank["node"] for rank in gang.stats()["ranks"]}) == 2
         assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
         ray_nodes.remove(second)
         third = ray_nodes.add("gang")
         assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
     with pytest.raises(GangError, match=r"no room for 3 x .*pool.* in 1 s: the cluster has"):
-        make(ray_nodes, 3, **(options | {"form_timeout": 1}))
+        make_gang(ray_nodes, 3, **(options | {"form_timeout": 1}))
     ray_nodes.remove(first)
     ray_nodes.remove(third)
 
 
 def test_a_client_without_the_token_is_refused(ray_nodes):
-    code = "import ray; ray.init(log_to_driver=False); print('let in')"
+    code = "import ray; ray.init(log_to_driver=False); print('admitted')"
     environment = os.environ | ray_nodes.environment | {"RAY_AUTH_TOKEN": "0" * 64, "RAY_NUM_REDIS_GET_RETRIES": "3"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode != 0
-    assert "let in" not in done.stdout
+    assert "admitted" not in done.stdout
     assert "token" in done.stderr.lower()
 
 
-def test_the_doctor_looks_at_a_cluster(ray_nodes):
-    """The command, on two nodes: each is there, every two meet, and nothing is wrong."""
+def test_the_doctor_reports_on_a_cluster(ray_nodes):
+    """The command on two nodes lists both, measures the link between them, and finds no problem."""
     nodes = [ray_nodes.add("doctor")]
     environment = os.environ | ray_nodes.environment
     command = [sys.executable, "-m", "longnet_dist", "doctor", "--cluster"]
@@ -219,4 +221,4 @@ def test_the_doctor_looks_at_a_cluster(ray_nodes):
         assert re.search(rf"{address} .*no GPU; .*torch 2.*clock [+-]0", done.stdout), done.stdout + done.stderr
     assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 1
     assert done.returncode == 0, done.stdout
-    assert "nothing is wrong" in done.stdout
+    assert "no problems found" in done.stdout

@@ -1,4 +1,4 @@
-"""A failure here means: a run under Ray Train is not the run that torchrun makes, or does not survive its cluster."""
+"""A failure here means: a run under Ray Train differs from one under torchrun, or does not survive a loss."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwa
 
 
 class Job:
-    """`longnet-dist train --launcher ray`, in a process of its own."""
+    """A process that runs `longnet-dist train --launcher ray`."""
 
     def __init__(self, nodes, folder: Path, *options: object) -> None:
         self.folder = folder
         self.log = folder.parent / f"{folder.name}.log"
         arguments = train(folder, *SHORT, "--launcher", "ray", *options)
         environment = ENVIRONMENT | nodes.environment
-        # Of the search for room, which counts on a node until the cluster knows that it is lost; and between looks.
+        # Short limits: Ray waits for a lost node until the cluster notices the loss, and polls for changes.
         environment |= {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "4", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
         environment |= {"RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1"}
         with self.log.open("w") as log:
@@ -36,15 +36,15 @@ class Job:
                 command(1, *arguments), cwd=ROOT, env=os.environ | environment, stdout=log, stderr=log
             )
 
-    def until(self, true, what: str, limit: float = 120) -> None:
+    def wait_for(self, condition, name: str, limit: float = 120) -> None:
         deadline = time.monotonic() + limit
-        while not true():
+        while not condition():
             assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < deadline, f"{what} did not come in {limit} s: {self.log.read_text()}"
-            time.sleep(0.02)  # The job's progress shows in its files alone.
+            assert time.monotonic() < deadline, f"no {name} in {limit} s: {self.log.read_text()}"
+            time.sleep(0.02)  # Only the job's files show its progress.
 
     def groups(self) -> list[list[int]]:
-        """The workers' process ids, of each group of them that was started."""
+        """The process ids of each worker group that was started."""
         started = re.split("Started training worker group of size", self.log.read_text())[1:]
         groups = []
         for text in started:
@@ -57,11 +57,11 @@ class Job:
         return path.exists() and f"step-{step:08d}" in path.read_text()
 
     def resumed(self) -> list[str]:
-        """On how many ranks the checkpoints were written from which it went on."""
+        """The number of ranks that wrote each checkpoint from which the run resumed."""
         return re.findall(r"going on from .* on (\d) ranks", self.log.read_text())
 
     def steps(self) -> int:
-        """How many there were, also of those that were lost."""
+        """The number of steps that were run, including those that a restart repeats."""
         path = self.folder / "metrics.jsonl"
         return path.read_text().count("\n") if path.exists() else 0
 
@@ -74,14 +74,14 @@ class Job:
             self.process.wait(limit)
         finally:
             self.process.kill()
-        said = self.log.read_text()
-        assert self.process.returncode == 0, said
-        return said
+        output = self.log.read_text()
+        assert self.process.returncode == 0, output
+        return output
 
 
 @pytest.fixture
-def begin(ray_nodes):
-    """Starts jobs, none of which outlives its test."""
+def start_job(ray_nodes):
+    """A function that starts jobs, which are killed at the end of the test."""
     jobs = []
 
     def start(*arguments):
@@ -94,40 +94,42 @@ def begin(ray_nodes):
         job.process.wait()
 
 
-def test_a_run_whose_workers_are_killed_twice_is_the_run_of_torchrun(ray_nodes, begin, undisturbed, tmp_path):
-    """SIGKILL right after a checkpoint was registered, and again soon after the restart: the very same losses."""
+def test_a_run_whose_workers_are_killed_twice_equals_the_run_under_torchrun(
+    ray_nodes, start_job, undisturbed, tmp_path
+):
+    """SIGKILL right after a checkpoint was registered, and again soon after the restart: the losses are identical."""
     node = ray_nodes.add("train", cpus=2)
-    job = begin(tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
-    job.until(lambda: job.registered(4), "a checkpoint")
+    job = start_job(tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "train")
+    job.wait_for(lambda: job.registered(4), "checkpoint")
     os.kill(job.groups()[-1][1], signal.SIGKILL)
-    job.until(lambda: len(job.groups()) == 2 and job.trained(7), "a restart")
+    job.wait_for(lambda: len(job.groups()) == 2 and job.trained(7), "restart")
     os.kill(job.groups()[-1][0], signal.SIGKILL)
-    said = job.end()
+    output = job.end()
     assert len(job.groups()) == 3
-    assert "going on from" in said
+    assert "going on from" in output
     assert losses(tmp_path / "run") == undisturbed
     ray_nodes.remove(node)
 
 
-def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, begin, tmp_path):
-    """Two ranks, one, two: the same data in the same order, so the same losses to rounding."""
+def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, start_job, tmp_path):
+    """Two ranks, one, two: the data keeps its order, so the losses are the same to rounding."""
     first, second = ray_nodes.add("elastic"), ray_nodes.add("elastic")
     options = ("--ranks", 2, "--ray.min-ranks", 1, "--ray.resize-seconds", 3, "--ray.resources", "elastic", 1)
-    job = begin(tmp_path / "run", "--steps", 3000, *options)
+    job = start_job(tmp_path / "run", "--steps", 3000, *options)
 
-    def train_on(size: int) -> None:
-        """Until a group of this size has started, and gone on for some steps."""
-        job.until(lambda: job.groups() and len(job.groups()[-1]) == size, f"a group of {size}")
-        seen = job.steps()
-        job.until(lambda: job.steps() > seen + 4, f"steps of a group of {size}")
+    def wait_for_group(size: int) -> None:
+        """Wait until a group of this size has started and run some steps."""
+        job.wait_for(lambda: job.groups() and len(job.groups()[-1]) == size, f"group of {size}")
+        first_steps = job.steps()
+        job.wait_for(lambda: job.steps() > first_steps + 4, f"step of a group of {size}")
 
-    train_on(2)
+    wait_for_group(2)
     ray_nodes.remove(second)
-    train_on(1)
+    wait_for_group(1)
     third = ray_nodes.add("elastic")
-    train_on(2)
-    # From a checkpoint of two ranks on one, and of one on two.
-    job.until(lambda: job.resumed()[-2:] == ["2", "1"], "a word of what it went on from")
+    wait_for_group(2)
+    # One rank resumed from a checkpoint of two, and two from a checkpoint of one.
+    job.wait_for(lambda: job.resumed()[-2:] == ["2", "1"], "report of the checkpoint that it resumed from")
     last = job.steps()
     job.process.kill()
     job.process.wait()
@@ -142,14 +144,14 @@ def test_it_shrinks_when_a_node_is_lost_and_grows_when_one_comes(ray_nodes, begi
     assert losses(tmp_path / "run")[:last] == pytest.approx(losses(plain)[:last], rel=1e-9)
 
 
-def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, begin, tmp_path, bucket):
-    """A preemption notice, by Ray's own command: a checkpoint at once, in a store; the run goes on elsewhere."""
+def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_path, bucket):
+    """Ray's own command gives notice: the run writes a checkpoint to its store at once, and resumes on another node."""
     store = f"{bucket}/runs/first"
     first = ray_nodes.add("spot")
     options = ("--ranks", 1, "--ray.labels", "pool", "spot", "--ray.max-failures", 0, "--checkpoint-every", 0)
-    job = begin(tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
+    job = start_job(tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
     job.folder = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
-    job.until(lambda: job.trained(5), "a step")
+    job.wait_for(lambda: job.trained(5), "step")
     checkpoints = place(store) / "checkpoints"
     assert not checkpoints.exists()
     second = ray_nodes.add("spot")
@@ -158,8 +160,8 @@ def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(ray_nodes, begin, tm
     environment = os.environ | ray_nodes.environment
     program = Path(sys.executable).with_name("ray")
     subprocess.run([program, *drain], env=environment, check=True, capture_output=True, timeout=60)
-    job.until(lambda: list(checkpoints.glob("step-*/manifest.json")), "a checkpoint", limit=20)
-    job.until(lambda: "going on from s3://" in job.log.read_text(), "another start")
+    job.wait_for(lambda: list(checkpoints.glob("step-*/manifest.json")), "checkpoint", limit=20)
+    job.wait_for(lambda: "going on from s3://" in job.log.read_text(), "second start")
     assert job.process.poll() is None
     assert (place(store) / "checkpoint_manager_snapshot.json").exists()
     ray_nodes.remove(first)

@@ -1,4 +1,4 @@
-"""A failure here means: what Ray is asked for is not what the options say. Real clusters are in tests/launch/."""
+"""A failure here means: Ray is asked for something else than the options say. tests/launch/ has real clusters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.mark.parametrize(
-    ("asked", "batch", "ranks", "expected"),
+    ("axes", "batch_size", "ranks", "expected"),
     [
-        ((1, 1, 0), 1, 3, (1, 1, 0)),  # Any number of ranks holds a sequence.
+        ((1, 1, 0), 1, 3, (1, 1, 0)),  # Any number of ranks can hold a sequence.
         ((1, 2, 0), 4, 6, (1, 2, 0)),
         ((1, 2, 0), 4, 3, (1, 1, 3)),
         ((2, 2, 0), 4, 6, (1, 2, 3)),
@@ -29,17 +29,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
         ((4, 1, 0), 4, 1, (1, 1, 1)),
     ],
 )
-def test_fewer_ranks_are_all_in_use(asked, batch, ranks, expected):
+def test_every_rank_is_in_use_when_there_are_fewer(axes, batch_size, ranks, expected):
     from longnet_dist.integrations.ray.train import arrangement
 
-    found = arrangement(TrainConfig(batch_size=batch, parallel=ParallelConfig(*asked)), ranks)
-    assert found == ParallelConfig(*expected)
-    replicate, shard, sp = found.degrees(ranks)
+    parallel = arrangement(TrainConfig(batch_size=batch_size, parallel=ParallelConfig(*axes)), ranks)
+    assert parallel == ParallelConfig(*expected)
+    replicate, shard, sp = parallel.degrees(ranks)
     assert replicate * shard * sp == ranks
-    assert batch % (replicate * shard) == 0
+    assert batch_size % (replicate * shard) == 0
 
 
-def test_a_fixed_degree_that_does_not_fit_is_refused():
+def test_a_fixed_degree_that_does_not_fit_raises():
     from longnet_dist.integrations.ray.train import arrangement
 
     with pytest.raises(ValueError, match="does not make the 3 ranks"):
@@ -47,20 +47,20 @@ def test_a_fixed_degree_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"min_ranks": -1}, "min_ranks and gpus_per_rank must be 0 or more"),
         ({"cpus_per_rank": 0}, "cpus_per_rank above 0"),
         ({"labels": {"a": "b"}, "min_ranks": 1}, "labels and min_ranks do not go together"),
     ],
 )
-def test_bad_options(given, said):
-    with pytest.raises(ValueError, match=said):
-        RayConfig(**given)
+def test_options_that_cannot_work_raise(options, message):
+    with pytest.raises(ValueError, match=message):
+        RayConfig(**options)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["--launcher", "ray"], "give --run-folder, a path that every node sees"),
         (["--launcher", "ray", "--run-folder", "x", "--ranks", "0"], "ranks is 0; it must be at least 1"),
@@ -68,12 +68,12 @@ def test_bad_options(given, said):
         (["--launcher", "ray", "--run-folder", "x", "--ranks", "3", "--parallel.sp", "2"], "does not make the 3 ranks"),
     ],
 )
-def test_mistakes_are_said_before_anything_starts(arguments, said, capsys):
+def test_mistakes_are_reported_before_anything_starts(arguments, message, capsys):
     assert app.main(["train", *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-def test_without_the_extra_it_is_named(monkeypatch, capsys):
+def test_a_missing_ray_package_is_reported_with_its_extra(monkeypatch, capsys):
     for name in list(sys.modules):
         if name == "ray" or name.startswith(("ray.", "longnet_dist.integrations")):
             monkeypatch.delitem(sys.modules, name)
@@ -96,14 +96,14 @@ def test_a_rank_reads_only_its_rows(tmp_path):
         Rows(tmp_path / "hostile.npy").read(0, 1)
 
 
-def test_a_gang_starts_without_what_it_does_not_need():
-    """The place where its ranks meet without torch, and they without Ray Train: seconds each."""
+def test_a_gang_starts_without_slow_imports():
+    """The store's actor starts without torch, and ranks start without Ray Train; each import takes seconds."""
     from ray import cloudpickle
 
     from longnet_dist.integrations.ray.store import StoreActor
 
     code = "import pickle, sys; pickle.load(sys.stdin.buffer); assert 'torch' not in sys.modules\n"
     code += "import longnet_dist.integrations.ray; assert 'ray.train' not in sys.modules"
-    given = cloudpickle.dumps(StoreActor)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=given, capture_output=True, timeout=60)
+    pickled = cloudpickle.dumps(StoreActor)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=pickled, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr.decode()

@@ -1,4 +1,4 @@
-"""Ray: training under Ray Train, a resident gang of actors that hold one sequence together, and a look at a cluster."""
+"""Training under Ray Train, a resident gang of actors that share one sequence, and a diagnosis of a Ray cluster."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ __all__ = ["GangError", "SequenceParallelGang", "train_on_ray"]
 
 
 def __getattr__(name: str) -> Any:
-    """`train_on_ray`, where it is asked for: an actor of a gang starts without the seconds of Ray Train's import."""
+    """Import `train_on_ray` on first use, so that a gang's actors start without the seconds that Ray Train takes."""
     if name != "train_on_ray":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from longnet_dist.integrations.ray import train

@@ -1,4 +1,4 @@
-"""A look at a cluster: what each node has, and whether and how fast every two of them reach each other."""
+"""A diagnosis of a Ray cluster: what each node has, and whether and how fast every two nodes exchange data."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import platform
 import statistics
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -20,15 +21,44 @@ from longnet_dist.integrations.ray.crew import connect
 from longnet_dist.integrations.ray.store import StoreActor, join_group
 
 _MEBIBYTE = 1 << 20
-_ROUNDS, _SMALL_ROUNDS = 4, 20
-_MOST_CLOCK_SECONDS = 1.0
-_SLOW = 3.0
+_LATENCY_ROUNDS, _BANDWIDTH_ROUNDS = 20, 4
+_MAX_CLOCK_OFFSET_SECONDS = 1.0
+_SLOW_FACTOR = 3.0
+"""A link is slow if its bandwidth is this many times below the median."""
+
+
+@dataclass(frozen=True)
+class _Link:
+    """What was measured between two nodes."""
+
+    latency: float
+    """Seconds of a round trip."""
+    bandwidth: float
+    """Bytes per second."""
+
+
+@dataclass(frozen=True)
+class _Node:
+    """A node on which a probe has run."""
+
+    record: dict[str, Any]
+    """The node in `ray.nodes()`."""
+    versions: dict[str, str]
+    """The versions of Python and of packages."""
+
+    @property
+    def address(self) -> str:
+        return self.record["NodeManagerAddress"]
+
+    @property
+    def num_gpus(self) -> int:
+        return int(self.record["Resources"].get("GPU", 0))
 
 
 class _Probe:
-    """On one node: says what is there, and talks to one other at a time."""
+    """A Ray actor on one node, which reports its software and exchanges data with one other probe."""
 
-    def look(self) -> dict[str, Any]:
+    def versions(self) -> dict[str, str]:
         return {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -38,140 +68,151 @@ class _Probe:
     def clock(self) -> float:
         return time.time()
 
-    def meet(self, store: Any, rank: int, seconds: float, mebibytes: int, on_gpu: bool) -> dict[str, float]:
-        """Seconds of a round trip, and bytes a second of a large one, with the other that calls this."""
-        kept = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=False)
+    def measure(self, store: Any, rank: int, seconds: float, mebibytes: int, on_gpu: bool) -> _Link:
+        """Measure the link to the other probe that calls this."""
+        store_client = join_group(store, rank, 2, timedelta(seconds=seconds), on_gpu=on_gpu, one_node=False)
         try:
             device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
             assert dist.group.WORLD is not None
             pair = Communicator(dist.group.WORLD, timedelta(seconds=seconds), rank)
-            small = _timed(pair, torch.zeros(1, device=device), _SMALL_ROUNDS)
-            large = torch.zeros(mebibytes * _MEBIBYTE // 4, device=device)
-            return {"latency": small, "bandwidth": large.numel() * 4 / _timed(pair, large, _ROUNDS)}
+            latency = _median_seconds(pair, torch.zeros(1, device=device), _LATENCY_ROUNDS)
+            x = torch.zeros(mebibytes * _MEBIBYTE // 4, device=device)
+            return _Link(latency, x.numel() * 4 / _median_seconds(pair, x, _BANDWIDTH_ROUNDS))
         finally:
             dist.destroy_process_group()
-            del kept
-
-
-def _timed(pair: Communicator, x: torch.Tensor, rounds: int) -> float:
-    pair.all_reduce(x, "meeting")
-    seconds = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        pair.all_reduce(x, "meeting")
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+            del store_client  # It had to outlive the group.
 
 
 def diagnose_cluster(timeout: float = 30.0, mebibytes: int = 16) -> tuple[str, list[str]]:
-    """A report for people on the cluster that RAY_ADDRESS names, and what is wrong with it, in words.
+    """Diagnose the cluster at RAY_ADDRESS.
 
     Args:
-        timeout: seconds that any one answer, and any one meeting of two nodes, may take.
-        mebibytes: exchanged to measure bandwidth, a few times by every two nodes.
+        timeout: time limit in seconds of one answer, and of the exchange between two nodes.
+        mebibytes: size of the messages that measure bandwidth; every two nodes exchange a few.
+
+    Returns:
+        A report for people, and the problems in it, in words.
     """
     connect()
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    gone = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
-    wrong: list[str] = []
-    probes = {node["NodeID"]: _probe(node) for node in nodes}
-    by_id = {node["NodeID"]: node for node in nodes}
-    names = {node["NodeID"]: node["NodeManagerAddress"] for node in nodes}
-    lines, seen = [f"{len(nodes)} nodes" + (f"; gone since the cluster began: {', '.join(gone)}" if gone else "")], {}
-    for node in nodes:
-        looked = _answer(probes[node["NodeID"]].look.remote(), timeout)
-        if looked is None:
-            wrong.append(f"node {names[node['NodeID']]} runs no process of ours within {timeout:g} s")
+    records = ray.nodes()
+    lost = [record["NodeManagerAddress"] for record in records if not record["Alive"]]
+    alive = [record for record in records if record["Alive"]]
+    lines = [f"{len(alive)} nodes" + (f"; lost since the cluster started: {', '.join(lost)}" if lost else "")]
+    nodes, node_lines, problems = _inspect(alive, timeout)
+    lines += [*node_lines, f"every two nodes, by NCCL if both have GPUs, else by gloo ({mebibytes} MiB):"]
+    problems += _version_conflicts(nodes)
+    links: dict[tuple[str, str], _Link] = {}
+    for a, b in itertools.combinations(nodes, 2):
+        on_gpu = bool(a.num_gpus and b.num_gpus)
+        link = _measure(a.record, b.record, timeout, mebibytes, on_gpu)
+        if link is None:
+            backend = "NCCL" if on_gpu else "gloo"
+            problems.append(
+                f"{a.address} and {b.address} do not reach each other by {backend}: is a firewall between them?"
+            )
             continue
-        looked["gpus"] = int(node["Resources"].get("GPU", 0))
-        seen[node["NodeID"]] = looked
-        offset = _clock_offset(probes[node["NodeID"]], timeout)
-        if abs(offset) > _MOST_CLOCK_SECONDS:
-            wrong.append(f"the clock of node {names[node['NodeID']]} is {offset:+.1f} s off: run NTP")
-        lines.append(_described(node, looked, offset))
-    wrong += _other_versions(seen, names)
-    for probe in probes.values():
+        links[a.address, b.address] = link
+        lines.append(f"  {a.address} - {b.address}: {link.latency * 1e3:.2f} ms, {link.bandwidth / 1e9:.2f} GB/s")
+    problems += _slow_links(links)
+    verdict = ["problems:", *(f"  {problem}" for problem in problems)] if problems else ["no problems found"]
+    return "\n".join([*lines, "", *verdict]), problems
+
+
+def _inspect(records: list[dict[str, Any]], timeout: float) -> tuple[list[_Node], list[str], list[str]]:
+    """Return the nodes that run a probe, a line of the report for each, and the problems."""
+    nodes, lines, problems = [], [], []
+    probes = [_start_probe(record) for record in records]
+    for record, probe in zip(records, probes, strict=True):
+        address = record["NodeManagerAddress"]
+        versions = _result_or_none(probe.versions.remote(), timeout)
+        if versions is None:
+            problems.append(f"node {address} did not start a process of ours within {timeout:g} s")
+            continue
+        node = _Node(record, versions)
+        nodes.append(node)
+        offset = _clock_offset(probe, timeout)
+        if abs(offset) > _MAX_CLOCK_OFFSET_SECONDS:
+            problems.append(f"the clock of node {address} is {offset:+.1f} s off: run NTP")
+        lines.append(_describe(node, offset))
+    for probe in probes:
         ray.kill(probe)
-    lines.append(f"every two of them, by NCCL where both have GPUs, else by gloo ({mebibytes} MiB):")
-    met: dict[tuple[str, str], dict[str, float]] = {}
-    for a, b in itertools.combinations(seen, 2):
-        on_gpu = bool(seen[a]["gpus"] and seen[b]["gpus"])
-        backend = "NCCL" if on_gpu else "gloo"
-        found = _meet(by_id[a], by_id[b], timeout, mebibytes, on_gpu)
-        if found is None:
-            wrong.append(f"{names[a]} and {names[b]} do not reach each other by {backend}: is a firewall between them?")
-            continue
-        met[a, b] = found
-        lines.append(f"  {names[a]} - {names[b]}: {found['latency'] * 1e3:.2f} ms, {found['bandwidth'] / 1e9:.2f} GB/s")
-    wrong += _slow(met, names)
-    return "\n".join(
-        [*lines, "", *(["what is wrong:", *(f"  {w}" for w in wrong)] if wrong else ["nothing is wrong"])]
-    ), wrong
+    return nodes, lines, problems
 
 
-def _probe(node: dict[str, Any], gpus: int = 0) -> Any:
-    where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(_Probe).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=where).remote()
+def _start_probe(record: dict[str, Any], gpus: int = 0) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(record["NodeID"], soft=False)
+    return ray.remote(_Probe).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy).remote()
 
 
-def _answer(question: Any, timeout: float) -> Any:
+def _result_or_none(call: Any, timeout: float) -> Any:
+    """Return the result of one call or a list of calls; None if it fails or takes too long."""
     try:
-        return ray.get(question, timeout=timeout)
+        return ray.get(call, timeout=timeout)
     except RayError:
         return None
 
 
 def _clock_offset(probe: Any, timeout: float) -> float:
-    """Seconds by which its clock is ahead, from the middle of a round trip."""
-    sent = time.time()
-    there = _answer(probe.clock.remote(), timeout)
-    return 0.0 if there is None else float(there) - (sent + time.time()) / 2
+    """Return the seconds by which the probe's clock is ahead of ours at the middle of a round trip."""
+    start = time.time()
+    reading = _result_or_none(probe.clock.remote(), timeout)
+    return 0.0 if reading is None else float(reading) - (start + time.time()) / 2
 
 
-def _described(node: dict[str, Any], looked: dict[str, Any], offset: float) -> str:
-    resources = ", ".join(f"{name} {value:g}" for name, value in node["Resources"].items() if ":" not in name)
-    kind = next((name.removeprefix("accelerator_type:") for name in node["Resources"] if "accelerator" in name), "GPU")
-    gpus = f"{looked['gpus']} x {kind}" if looked["gpus"] else "no GPU"
-    return (
-        f"  {node['NodeManagerAddress']} ({node['NodeManagerHostname']}): {gpus}; {resources}; "
-        f"python {looked['python']}, torch {looked['torch']}, ray {looked['ray']}; clock {offset:+.3f} s"
-    )
+def _describe(node: _Node, offset: float) -> str:
+    resources = node.record["Resources"]
+    amounts = ", ".join(f"{name} {amount:g}" for name, amount in resources.items() if ":" not in name)
+    model = next((name.removeprefix("accelerator_type:") for name in resources if "accelerator" in name), "GPU")
+    gpus = f"{node.num_gpus} x {model}" if node.num_gpus else "no GPU"
+    versions = ", ".join(f"{package} {version}" for package, version in node.versions.items())
+    host = node.record["NodeManagerHostname"]
+    return f"  {node.address} ({host}): {gpus}; {amounts}; {versions}; clock {offset:+.3f} s"
 
 
-def _meet(
-    a: dict[str, Any], b: dict[str, Any], timeout: float, mebibytes: int, on_gpu: bool
-) -> dict[str, float] | None:
-    """By processes of their own: one that did not meet its partner is not asked again."""
+def _measure(a: dict[str, Any], b: dict[str, Any], timeout: float, mebibytes: int, on_gpu: bool) -> _Link | None:
+    """Measure the link between two nodes; None if they do not reach each other.
+
+    The probes are new for every two nodes, because one whose exchange failed may hang.
+    """
     store = ray.remote(StoreActor).options(num_cpus=0, max_concurrency=100).remote()
-    probes = [_probe(node, int(on_gpu)) for node in (a, b)]
-    asked = [probe.meet.remote(store, rank, timeout / 2, mebibytes, on_gpu) for rank, probe in enumerate(probes)]
-    found: list[dict[str, float]] | None = _answer(asked, timeout)
+    probes = [_start_probe(record, int(on_gpu)) for record in (a, b)]
+    calls = [probe.measure.remote(store, rank, timeout / 2, mebibytes, on_gpu) for rank, probe in enumerate(probes)]
+    measured: list[_Link] | None = _result_or_none(calls, timeout)
     for actor in (store, *probes):
         ray.kill(actor)
-    return None if found is None else found[0]
+    return None if measured is None else measured[0]
 
 
-def _other_versions(seen: dict[str, dict[str, Any]], names: dict[str, str]) -> list[str]:
-    said = []
-    for what in ("python", "torch", "ray"):
-        held: dict[str, list[str]] = {}
-        for node, looked in seen.items():
-            held.setdefault(looked[what], []).append(names[node])
-        if len(held) > 1:
-            said.append(
-                f"nodes have other versions of {what}: " + "; ".join(f"{v} on {', '.join(n)}" for v, n in held.items())
-            )
-    return said
+def _median_seconds(pair: Communicator, x: torch.Tensor, rounds: int) -> float:
+    pair.all_reduce(x, "meeting")
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        pair.all_reduce(x, "meeting")
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
-def _slow(met: dict[tuple[str, str], dict[str, float]], names: dict[str, str]) -> list[str]:
-    if len(met) < 3:
+def _version_conflicts(nodes: list[_Node]) -> list[str]:
+    problems = []
+    for package in ("python", "torch", "ray"):
+        addresses: dict[str, list[str]] = {}
+        for node in nodes:
+            addresses.setdefault(node.versions[package], []).append(node.address)
+        if len(addresses) > 1:
+            where = "; ".join(f"{version} on {', '.join(names)}" for version, names in addresses.items())
+            problems.append(f"nodes have different versions of {package}: {where}")
+    return problems
+
+
+def _slow_links(links: dict[tuple[str, str], _Link]) -> list[str]:
+    if len(links) < 3:
         return []
-    usual = statistics.median(found["bandwidth"] for found in met.values())
+    median = statistics.median(link.bandwidth for link in links.values())
     return [
-        f"{names[a]} and {names[b]} exchange {found['bandwidth'] / 1e9:.2f} GB/s, and others {usual / 1e9:.2f}"
-        for (a, b), found in met.items()
-        if found["bandwidth"] * _SLOW < usual
+        f"{a} and {b} exchange {link.bandwidth / 1e9:.2f} GB/s, and the median is {median / 1e9:.2f}"
+        for (a, b), link in links.items()
+        if link.bandwidth * _SLOW_FACTOR < median
     ]

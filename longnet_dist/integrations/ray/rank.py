@@ -1,4 +1,4 @@
-"""One rank of a gang: the actor that holds a chunk, the model, and its end of the process group."""
+"""One rank of a gang: the actor that holds a chunk of the sequence, the model, and a place in the process group."""
 
 from __future__ import annotations
 
@@ -28,34 +28,46 @@ from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.plan.pattern import Pattern
 
-_MOST_MESHES = 8
+_MAX_MESHES = 8
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Where a rank finds its rows of something: here, or in a file of which it reads no others."""
+    """A rank's rows of an array: the rows themselves, or the file from which the rank reads them."""
 
     value: Tensor | Path
+    """The rank's rows alone, or the path of the whole array."""
     dim: int = 0
+    """The dimension that rows are counted in."""
 
     def read(self, start: int, stop: int) -> Tensor:
-        """The rows [start, stop) along `dim`: of a .npy file, or the bytes of any other."""
+        """Return the rows [start, stop) along `dim`: of a .npy file, or of any other file's bytes."""
         if isinstance(self.value, Tensor):
             return self.value
-        cut = (slice(None),) * self.dim + (slice(start, stop),)
-        return torch.from_numpy(np.array(mapped(self.value)[cut]))
+        index = (slice(None),) * self.dim + (slice(start, stop),)
+        return torch.from_numpy(np.array(map_file(self.value)[index]))
 
 
-def mapped(path: Path) -> np.ndarray:
-    """A .npy file, or the bytes of any other, of which nothing is read yet."""
+def map_file(path: Path) -> np.ndarray:
+    """Map the array of a .npy file, or the bytes of any other file, into memory without reading it."""
     if path.suffix == ".npy":
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    # What is empty cannot be mapped.
+    # An empty file cannot be mapped.
     return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 class Rank:
-    """An actor; its `run` is collective over the gang."""
+    """A Ray actor that is one rank of a gang.
+
+    Its `run` is collective over the gang. `location`, `progress` and `stats` run in another thread, so that they answer
+    also while `run` computes or hangs in a collective.
+
+    Args:
+        rank: the index of this rank.
+        size: number of ranks.
+        threads: number of threads that torch may use.
+        timeout: time limit in seconds of one collective.
+    """
 
     def __init__(self, rank: int, size: int, threads: int, timeout: float) -> None:
         torch.set_num_threads(threads)
@@ -63,11 +75,17 @@ class Rank:
         self.device = torch.device("cuda", 0) if ray.get_gpu_ids() else torch.device("cpu")
         self.model: LongNet | None = None
         self._meshes: OrderedDict[tuple[Pattern, int], SequenceMesh] = OrderedDict()
-        self._layers = 0
+        self._layers_done = 0
         self.calls, self.seconds = 0, 0.0
 
     def join(self, store: Any, folder: str | None, one_node: bool) -> None:
-        """Join the process group, and load the model, if there is one."""
+        """Join the process group and load the model.
+
+        Args:
+            store: the handle of the gang's `StoreActor`.
+            folder: the folder of an exported model; None if the gang has none.
+            one_node: whether all ranks are on one node.
+        """
         on_gpu = self.device.type == "cuda"
         self._store = join_group(store, self.rank, self.size, self.timeout, on_gpu=on_gpu, one_node=one_node)
         if folder is not None:
@@ -75,39 +93,45 @@ class Rank:
             for block in self.model.blocks:
                 block.register_forward_hook(self._count_layer)
 
-    def run(self, name: str, num_rows: int, *arguments: Any) -> Any:
-        """One of `attention`, `score` and `embed`, by name, on a sequence of `num_rows`."""
-        began = time.perf_counter()
-        self._layers = 0
-        method: Callable[..., Any] = getattr(self, f"_{name}")
+    def run(self, operation: str, num_rows: int, *arguments: Any) -> Any:
+        """Run an operation on this rank's part of a sequence. Collective over the gang.
+
+        Args:
+            operation: `attention`, `score` or `embed`.
+            num_rows: N, the length of the whole sequence.
+            arguments: the other arguments of the operation.
+        """
+        start = time.perf_counter()
+        self._layers_done = 0
+        method: Callable[..., Any] = getattr(self, f"_{operation}")
         with torch.no_grad():
             result = method(num_rows, *arguments)
-        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - began
-        self._layers = 0
+        self.calls, self.seconds = self.calls + 1, self.seconds + time.perf_counter() - start
+        self._layers_done = 0
         return result
 
     @ray.method(concurrency_group="status")
-    def where(self) -> dict[str, Any]:
-        """Which process this is, and on which node."""
+    def location(self) -> dict[str, Any]:
+        """Return the rank, its process id, and the address and name of its node."""
         address = ray.util.get_node_ip_address()
         return {"rank": self.rank, "node": address, "host": socket.gethostname(), "pid": os.getpid()}
 
     @ray.method(concurrency_group="status")
     def progress(self) -> float:
-        """How much of the call in progress is done: of the model's layers."""
-        return self._layers / max(1, len(self.model.blocks)) if self.model is not None else 0.0
+        """Return the fraction of the model's layers that the current call has computed, from 0 to 1."""
+        return self._layers_done / max(1, len(self.model.blocks)) if self.model is not None else 0.0
 
     @ray.method(concurrency_group="status")
     def stats(self) -> dict[str, Any]:
-        """What this rank did, and what it holds."""
-        used = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
-        return self.where() | {
+        """Return the location, the number and total seconds of calls, and the memory in use, in bytes."""
+        gpu_bytes = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0
+        return self.location() | {
             "device": str(self.device),
             "calls": self.calls,
             "seconds": self.seconds,
             "memory_bytes": _resident_bytes(),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "gpu_memory_bytes": used,
+            "gpu_memory_bytes": gpu_bytes,
         }
 
     def _attention(
@@ -150,7 +174,7 @@ class Rank:
         return self._read(mesh, read)[None].to(self.device)
 
     def _read(self, mesh: SequenceMesh, read: Callable[[], Any]) -> Any:
-        """What `read` gives; where it fails on one rank, the same error on all, and none waits for it."""
+        """Return what `read` returns; if it fails on any rank, raise the same error on all. Collective."""
         value, problem = None, None
         try:
             value = read()
@@ -160,36 +184,36 @@ class Rank:
         return value
 
     def _given(self, rows: Tensor, out: str | None, mesh: SequenceMesh, dim: int) -> Any:
-        """This rank's rows, to the driver; or into a file of `out`, of which the name goes there."""
+        """Return this rank's rows; with `out`, write them to a file in that folder and return the file's name."""
         rows = rows.cpu()
         if out is None:
             return rows
         name = f"rows-{mesh.shard.start:014d}-{mesh.shard.start + rows.shape[dim]:014d}.npy"
         if rows.dtype == torch.bfloat16:
-            rows = rows.float()  # NumPy has none.
+            rows = rows.float()  # NumPy has no bfloat16.
         with (Path(out) / f"{name}.tmp").open("wb") as file:
             np.save(file, rows.numpy(), allow_pickle=False)
         (Path(out) / f"{name}.tmp").rename(Path(out) / name)
         return name
 
     def _mesh(self, pattern: Pattern, num_rows: int) -> SequenceMesh:
-        """Of this pattern and length; the last few are kept."""
+        """Return the mesh of a pattern and a length; the most recent ones are cached."""
         key = (pattern, num_rows)
         if key not in self._meshes:
             group = dist.group.WORLD if self.size > 1 else None
             self._meshes[key] = SequenceMesh(group, pattern, num_rows, timeout=self.timeout)
         self._meshes.move_to_end(key)
-        while len(self._meshes) > _MOST_MESHES:
+        while len(self._meshes) > _MAX_MESHES:
             self._meshes.popitem(last=False)
         return self._meshes[key]
 
     @property
     def _loaded(self) -> LongNet:
-        assert self.model is not None  # The driver has seen to it.
+        assert self.model is not None  # The driver refuses calls that need a model where there is none.
         return self.model
 
     def _count_layer(self, *_: Any) -> None:
-        self._layers += 1
+        self._layers_done += 1
 
 
 def _resident_bytes() -> int:
@@ -197,6 +221,6 @@ def _resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def describe_files(folder: Path, names: list[str], num_rows: int, dim: int) -> None:
-    """Say in `index.json` which file of `folder` holds which rows."""
+def write_index(folder: Path, names: list[str], num_rows: int, dim: int) -> None:
+    """Write `index.json`, which lists the files of a result in the order of their rows."""
     (folder / "index.json").write_text(json.dumps({"rows": num_rows, "dim": dim, "files": names}, indent=1) + "\n")

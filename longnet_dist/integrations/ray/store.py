@@ -1,4 +1,7 @@
-"""Where ranks meet: a store of torch.distributed in a Ray actor. No port of ours listens; TCPStore's is open to all."""
+"""A torch.distributed store in a Ray actor, through which the ranks of a process group find each other.
+
+It opens no port. TCPStore opens one on every interface, to anyone (docs/decisions/ray-store.md).
+"""
 
 from __future__ import annotations
 
@@ -23,20 +26,20 @@ internals.pickle_by_value(sys.modules[__name__])
 
 
 class StoreActor:
-    """The keys and values; Ray's authentication guards them."""
+    """A Ray actor that holds the keys and values; Ray's authentication protects them."""
 
     def __init__(self) -> None:
         self._values: dict[str, bytes] = {}
         self._changed = asyncio.Condition()
 
     async def set(self, key: str, value: bytes) -> None:
-        """Set a value, and wake who waits for it."""
+        """Set a value and wake the callers that wait for it."""
         async with self._changed:
             self._values[key] = value
             self._changed.notify_all()
 
     async def add(self, key: str, number: int) -> int:
-        """Add to a number, 0 at first; the sum."""
+        """Add to a number, initially 0, and return the sum."""
         async with self._changed:
             total = int(self._values.get(key, b"0")) + number
             self._values[key] = str(total).encode()
@@ -44,7 +47,7 @@ class StoreActor:
         return total
 
     async def get(self, keys: list[str], seconds: float) -> list[bytes] | None:
-        """The values, once all are set; None where they are not in time."""
+        """Wait for all keys and return their values; None if one is missing after `seconds`."""
         async with self._changed:
             try:
                 await asyncio.wait_for(
@@ -55,20 +58,27 @@ class StoreActor:
             return [self._values[key] for key in keys]
 
     async def check(self, keys: list[str]) -> bool:
-        """Whether all are set."""
+        """Return whether all keys are set."""
         return all(key in self._values for key in keys)
 
     async def delete(self, key: str) -> bool:
-        """Forget a key."""
+        """Delete a key, and return whether it was set."""
         return self._values.pop(key, None) is not None
 
 
 class RayStore(Store):
-    """A rank's end of a `StoreActor`. Keep a reference to it: torch holds only what it is in C++."""
+    """A rank's client of a `StoreActor`.
+
+    Keep a reference to it: torch keeps alive only the C++ part of the object.
+
+    Args:
+        actor: the handle of the `StoreActor`.
+        timeout: how long `get` and `wait` wait for keys.
+    """
 
     def __init__(self, actor: Any, timeout: timedelta) -> None:
         super().__init__()
-        self._actor, self._limit = actor, timeout
+        self._actor, self._timeout = actor, timeout
 
     def set(self, key: str, value: str | bytes) -> None:
         """See `torch.distributed.Store`."""
@@ -76,7 +86,7 @@ class RayStore(Store):
 
     def get(self, key: str) -> bytes:
         """See `torch.distributed.Store`."""
-        return self._get([key], self._limit)[0]
+        return self._get([key], self._timeout)[0]
 
     def add(self, key: str, number: int) -> int:
         """See `torch.distributed.Store`."""
@@ -84,7 +94,7 @@ class RayStore(Store):
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         """See `torch.distributed.Store`."""
-        self._get(keys, timeout or self._limit)
+        self._get(keys, timeout or self._timeout)
 
     def check(self, keys: list[str]) -> bool:
         """See `torch.distributed.Store`."""
@@ -95,16 +105,28 @@ class RayStore(Store):
         return bool(ray.get(self._actor.delete.remote(key)))
 
     def _get(self, keys: list[str], timeout: timedelta) -> list[bytes]:
-        found = ray.get(self._actor.get.remote(keys, timeout.total_seconds()))
-        if found is None:
+        values = ray.get(self._actor.get.remote(keys, timeout.total_seconds()))
+        if values is None:
             raise RuntimeError(f"no other rank set {', '.join(keys)} in {timeout.total_seconds():g} s")
-        return list(found)
+        return list(values)
 
 
 def join_group(actor: Any, rank: int, size: int, timeout: timedelta, *, on_gpu: bool, one_node: bool) -> RayStore:
-    """Make this process's default group; returns the store, to keep.
+    """Create this process's default process group.
 
-    Ranks listen on the interface by which Ray knows their node; where all are on one node, on its loopback alone.
+    Ranks listen on the network interface of their node's address in Ray, or only on the loopback interface if all are
+    on one node.
+
+    Args:
+        actor: the handle of the `StoreActor` that all ranks share.
+        rank: the index of this process.
+        size: number of processes.
+        timeout: time limit of one collective, and of waiting for the other ranks.
+        on_gpu: whether the ranks use NCCL for CUDA tensors.
+        one_node: whether all ranks are on one node.
+
+    Returns:
+        The store, to be kept as long as the group.
     """
     interface = "lo" if one_node and sys.platform == "linux" else _interface(ray.util.get_node_ip_address())
     if interface:
@@ -116,16 +138,16 @@ def join_group(actor: Any, rank: int, size: int, timeout: timedelta, *, on_gpu: 
 
 
 def _interface(address: str) -> str:
-    """The network interface that has an IPv4 address; the loopback for all of 127.0.0.0/8."""
+    """Return the name of the network interface with this IPv4 address; the loopback interface for 127.0.0.0/8."""
     if address.startswith("127."):
         return "lo"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 request = struct.pack("256s", name.encode()[:15])
-                given = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+                own_address = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
             except OSError:
-                continue  # It has none.
-            if given == address:
+                continue  # The interface has no IPv4 address.
+            if own_address == address:
                 return name
     return ""

@@ -1,4 +1,4 @@
-"""Training under Ray Train: Ray starts, places and restarts the ranks; what they run is `longnet_dist.train`."""
+"""Training under Ray Train: Ray starts, places and restarts ranks, each of which runs `longnet_dist.train`."""
 
 from __future__ import annotations
 
@@ -22,39 +22,59 @@ from longnet_dist.training.trainer import TrainResult, train
 
 
 def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = None) -> TrainResult:
-    """Train on `ranks` workers of the cluster that RAY_ADDRESS names, or else of one that is started here.
+    """Train on a Ray cluster: the one at RAY_ADDRESS, or else one that is started on this machine.
 
-    The run's folder is Ray's storage, too: it must be a path that every node sees, or a place in an object store. On
-    start, the newest whole checkpoint in it wins, whatever Ray has registered.
+    The run's folder is also Ray's storage, so it must be a path that every node sees, or a place in an object store.
+    The run resumes from the newest complete checkpoint in the folder, whatever Ray has registered.
 
     Args:
         config: as for `train`, with a `run_folder`.
-        ranks: workers; the most of them, where `options.min_ranks` is given.
-        options: how Ray runs them.
+        ranks: number of workers; the largest number if `options.min_ranks` is set.
+        options: how Ray runs the workers.
+
+    Returns:
+        The result of the training run.
 
     Raises:
-        ValueError: for options that cannot work.
-        RuntimeError: where the run failed more often than it may.
+        ValueError: for options or data that cannot work.
+        RuntimeError: if the run was stopped, or failed more often than `options.max_failures`.
+
+    Example::
+
+        result = train_on_ray(TrainConfig(run_folder="/shared/runs/first"), ranks=2)
     """
     options = options or RayConfig()
     if config.run_folder is None:
         raise ValueError(
-            "give --run-folder, a path that every node sees, or s3://BUCKET/PREFIX: what is lost goes on from there"
+            "give --run-folder, a path that every node sees, or s3://BUCKET/PREFIX: a run that fails resumes from it"
         )
     if ranks < max(1, options.min_ranks):
         raise ValueError(f"ranks is {ranks}; it must be at least 1, and at least min_ranks, {options.min_ranks}")
     for count in (ranks, options.min_ranks or ranks):
         arrangement(config, count)
-    config = _absolute(config)
+    config = _with_absolute_paths(config)
     assert config.run_folder is not None
     folder = place(config.run_folder)
     with held(figures_of(folder, config, first=True).folder):
-        # What Ray registered of an earlier start: it would refuse one whose checkpoints our retention has removed.
+        # Ray's list of an earlier start's checkpoints. Ray refuses to start if our retention has removed one.
         (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     warn_of_no_checkpoint(config)
     connect(dashboard=True)
-    trainer = TorchTrainer(
-        _work,
+    try:
+        result = _trainer(config, folder, ranks, options).fit().return_value
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(f"the run in {folder} failed: {error}") from error
+    if isinstance(result, str):
+        raise ValueError(result)
+    if not isinstance(result, TrainResult):
+        raise RuntimeError(f"the run in {folder} ended without a result: it was stopped")
+    return result
+
+
+def _trainer(config: TrainConfig, folder: Path, ranks: int, options: RayConfig) -> TorchTrainer:
+    """Translate our options into Ray Train's."""
+    return TorchTrainer(
+        _run_worker,
         train_loop_config={"config": config},
         torch_config=TorchConfig(
             backend="cpu:gloo,cuda:nccl" if options.gpus_per_rank else "gloo", timeout_s=max(1, round(config.timeout))
@@ -71,60 +91,62 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         ),
         run_config=RunConfig(
             name=folder.name,
-            storage_path=_in_rays_words(folder.parent),
-            storage_filesystem=_file_system(folder),
+            storage_path=_ray_path(folder.parent),
+            storage_filesystem=_arrow_file_system(folder),
             failure_config=FailureConfig(max_failures=options.max_failures),
         ),
     )
-    try:
-        result = trainer.fit().return_value
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(f"the run in {folder} failed: {error}") from error
-    if isinstance(result, str):
-        raise ValueError(result)
-    if not isinstance(result, TrainResult):
-        raise RuntimeError(f"the run in {folder} ended without a result: it was stopped")
-    return result
 
 
 def arrangement(config: TrainConfig, ranks: int) -> ParallelConfig:
-    """The axes of this many ranks: those of `config`, or the nearest that fit, with all ranks in use.
+    """Return the parallel axes for this number of ranks, with every rank in use.
 
-    Fewer ranks than were asked for are fewer ranks a sequence; where the data-parallel axes do not divide their number,
-    the most sequences at a time that do, and that divide the batch. The losses are the same in every arrangement.
+    They are the axes of `config` if its data-parallel degree divides the number of ranks; only the number of ranks per
+    sequence changes then. Otherwise the data-parallel degree shrinks to the largest that divides both the number of
+    ranks and the batch. The losses are the same in every arrangement.
+
+    Args:
+        config: the options of the run; `parallel` and `batch_size` are used.
+        ranks: number of ranks.
 
     Raises:
-        ValueError: where `sp` is fixed, and does not fit.
+        ValueError: if `parallel.sp` is fixed and does not fit.
+
+    Example:
+        >>> arrangement(TrainConfig(batch_size=4, parallel=ParallelConfig(dp_shard=2)), ranks=3)
+        ParallelConfig(dp_replicate=1, dp_shard=1, sp=3)
     """
-    asked = config.parallel
-    data = asked.dp_replicate * asked.dp_shard
-    if ranks % data == 0 or asked.sp:
-        asked.degrees(ranks)
-        return asked
-    fits = max(n for n in range(1, min(data, ranks) + 1) if ranks % n == 0 and config.batch_size % n == 0)
-    return ParallelConfig(dp_replicate=1, dp_shard=fits, sp=ranks // fits)
+    parallel = config.parallel
+    data_degree = parallel.dp_replicate * parallel.dp_shard
+    if ranks % data_degree == 0 or parallel.sp:
+        parallel.degrees(ranks)
+        return parallel
+    candidates = range(1, min(data_degree, ranks) + 1)
+    data_degree = max(n for n in candidates if ranks % n == 0 and config.batch_size % n == 0)
+    return ParallelConfig(dp_replicate=1, dp_shard=data_degree, sp=ranks // data_degree)
 
 
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Paths as they are from here: a worker has another current folder."""
-    data = tuple(path if path.startswith(HUGGING_FACE) else _from_here(path) for path in config.data)
-    given = {name: getattr(config, name) for name in ("run_folder", "tokenizer", "cache")}
-    here = {name: path for name, path in given.items() if path is not None and not in_store(path)}
-    paths: dict[str, Any] = {name: Path(_from_here(path)) for name, path in here.items()}
-    return dataclasses.replace(config, data=data, **paths)
+def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Resolve relative paths on the driver, because workers have another working directory."""
+    data = tuple(path if path.startswith(HUGGING_FACE) else _absolute(path) for path in config.data)
+    paths = {name: getattr(config, name) for name in ("run_folder", "tokenizer", "cache")}
+    absolute: dict[str, Any] = {
+        name: Path(_absolute(path)) for name, path in paths.items() if path is not None and not in_store(path)
+    }
+    return dataclasses.replace(config, data=data, **absolute)
 
 
-def _from_here(path: str | Path) -> str:
+def _absolute(path: str | Path) -> str:
     return os.path.abspath(Path(path).expanduser())
 
 
-def _in_rays_words(path: Path) -> str:
-    """Ray names a store by its file system, and a path in it without the scheme."""
+def _ray_path(path: Path) -> str:
+    """Return a path as Ray takes it: in a store, without the scheme, which the file system stands for."""
     return path.path if in_store(path) else str(path)  # type: ignore[attr-defined]
 
 
-def _file_system(path: Path) -> Any:
-    """A store as pyarrow, and so Ray, knows one: the very client by which checkpoints go there; None of a disk."""
+def _arrow_file_system(path: Path) -> Any:
+    """Return the store's client, which also writes our checkpoints, as a pyarrow file system; None for a disk."""
     if not in_store(path):
         return None
     from pyarrow.fs import FSSpecHandler, PyFileSystem
@@ -132,9 +154,12 @@ def _file_system(path: Path) -> Any:
     return PyFileSystem(FSSpecHandler(path.fs))  # type: ignore[attr-defined]
 
 
-def _work(given: dict[str, Any]) -> TrainResult | str | None:
-    """What a worker of Ray Train runs; a mistake in options or data is returned, as to start anew would not help."""
-    config: TrainConfig = given["config"]
+def _run_worker(loop_config: dict[str, Any]) -> TrainResult | str | None:
+    """Train as one worker of Ray Train.
+
+    A mistake in options or data is returned as text, because an exception would make Ray restart the run in vain.
+    """
+    config: TrainConfig = loop_config["config"]
     context = ray.train.get_context()
     config = dataclasses.replace(config, parallel=arrangement(config, context.get_world_size()))
     try:
@@ -145,26 +170,26 @@ def _work(given: dict[str, Any]) -> TrainResult | str | None:
 
 
 class _Session:
-    """What Ray Train hears of the run, and tells it."""
+    """The trainer's link to Ray Train: registers checkpoints, and receives preemption notices."""
 
     def __init__(self) -> None:
-        self._saved_for: Any = None
+        self._last_notice: Any = None
 
     def checkpointed(self, path: Path, measured: dict[str, float]) -> None:
-        """Register a checkpoint that our protocol has written: nothing is uploaded."""
+        """Register with Ray a checkpoint that is already in the run's folder; nothing is uploaded."""
         ray.train.report(
             measured,
-            # By Ray's own client of the storage: it takes any other, of the same store too, for another place.
+            # With Ray's own client: Ray takes a path in any other, even of the same store, for another place.
             checkpoint=Checkpoint(
-                _in_rays_words(path),
+                _ray_path(path),
                 ray.train.get_context().get_storage().storage_filesystem if in_store(path) else None,
             ),
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
     def leaving(self) -> bool:
-        """Whether a node was announced to go, of which this is the first that is heard."""
-        info = ray.train.get_preemption_info()
-        new = info is not None and info != self._saved_for
-        self._saved_for = info
+        """Return whether there is a new notice that a node will be preempted."""
+        notice = ray.train.get_preemption_info()
+        new = notice is not None and notice != self._last_notice
+        self._last_notice = notice
         return new
