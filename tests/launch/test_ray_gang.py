@@ -17,6 +17,7 @@ from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_labels
 from longnet_dist.models.loss import linear_token_losses
+from tests.launch.jobs import ROOT
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
@@ -197,6 +198,12 @@ def test_a_gang_over_nodes_survives_the_loss_of_one(ray_nodes):
         make_gang(ray_nodes, 3, **(options | {"form_timeout": 1}))
     ray_nodes.remove(first)
     ray_nodes.remove(third)
+
+
+def test_the_guides_first_block_runs(ray_nodes, capsys):
+    block = (ROOT / "docs" / "ray.md").read_text().split("```python\n")[1].split("```")[0]
+    exec(compile(block, "docs/ray.md", "exec"), {})
+    assert "torch.Size([1, 5000, 8, 64])" in capsys.readouterr().out
 
 
 def test_a_client_without_the_token_is_refused(ray_nodes):
