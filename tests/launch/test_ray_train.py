@@ -120,8 +120,8 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, s
     def wait_for_group(size: int) -> None:
         """Wait until a group of this size has started and run some steps."""
         job.wait_for(lambda: job.groups() and len(job.groups()[-1]) == size, f"group of {size}")
-        first_steps = job.steps()
-        job.wait_for(lambda: job.steps() > first_steps + 4, f"step of a group of {size}")
+        steps_before = job.steps()
+        job.wait_for(lambda: job.steps() > steps_before + 4, f"step of a group of {size}")
 
     wait_for_group(2)
     ray_nodes.remove(second)
