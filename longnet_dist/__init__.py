@@ -4,7 +4,8 @@ Read `plan/pattern.py`, `attention/reference.py`, `plan/blocks.py` and `attentio
 know the system.
 """
 
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
+from longnet_dist.attention.bias import T5Bias
 from longnet_dist.attention.reference import dense_reference
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.config import LongNetConfig
@@ -22,6 +23,7 @@ __all__ = [
     "LongNetConfig",
     "Pattern",
     "SequenceMesh",
+    "T5Bias",
     "TrainConfig",
     "TrainResult",
     "dense_reference",

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet_dist import Pattern, dense_reference
+from longnet_dist import Pattern, T5Bias, dense_reference
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Case:
     seed: int = 0
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """q, k, v, maybe rel_bias, all requiring gradients."""
+        """q, k, v, maybe the table of a T5 bias, all requiring gradients."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = {"q": (self.B, self.N, self.H, self.D)}
         shapes |= dict.fromkeys(("k", "v"), (self.B, self.N, self.G, self.D))
         if self.biased:
-            shapes["rel_bias"] = (8, self.H)
+            shapes["table"] = (8, self.H)
         made = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
         return {name: x.to(dtype).requires_grad_() for name, x in made.items()}
 
@@ -40,15 +40,16 @@ class Case:
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(self.B, self.N, self.H, self.D, dtype=torch.float64, generator=generator).to(dtype)
 
-    @property
-    def options(self) -> dict[str, object]:
-        """Keyword arguments that both functions take."""
-        return {"causal": self.causal} | ({"rel_bias_max_distance": 20} if self.biased else {})
+    def arguments(self, inputs: dict[str, Tensor]) -> dict[str, object]:
+        """The keyword arguments of both functions for these tensors."""
+        q_k_v = {name: x for name, x in inputs.items() if name != "table"}
+        bias = {"bias": T5Bias(inputs["table"], max_distance=20)} if "table" in inputs else {}
+        return {"pattern": self.pattern, "causal": self.causal} | q_k_v | bias
 
     def oracle(self, dtype: torch.dtype = torch.float64, inputs: dict[str, Tensor] | None = None) -> list[Tensor]:
         """out and the gradients of every input, by `dense_reference`."""
         inputs = inputs or self.tensors(dtype)
-        out = dense_reference(**inputs, pattern=self.pattern, **self.options)
+        out = dense_reference(**self.arguments(inputs))
         return [out, *torch.autograd.grad(out, list(inputs.values()), self.dout(dtype))]
 
 

@@ -1,30 +1,26 @@
-"""What a call is given: what is wrong with it, in words, and whether all ranks of a mesh give the same."""
+"""The arguments of a call: how the operators take them, what is wrong with them, and whether all ranks agree."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from longnet_dist.attention.bias import check_relative_bias
-from longnet_dist.attention.kernels import choose_kernel
+from longnet_dist.attention.bias import PositionBias
+from longnet_dist.attention.kernels import KernelRequest, choose_kernel
 from longnet_dist.distributed.mesh import mesh_of
 from longnet_dist.plan.blocks import Plan, make_plan
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard
 
-SCHEMA = (
-    "int[] segment_lengths, int[] dilation_rates, str head_phases, bool causal, float scale, str kernel, "
-    "int rel_bias_max_distance, int first_kv_head, int total_kv_heads, int mesh"
-)
-"""Of `Options`, as torch writes an operator's arguments."""
+_SCHEMA_TYPES = {list[int]: "int[]", int: "int", float: "float", bool: "bool", str: "str"}
 
 
 class Options(NamedTuple):
-    """The arguments of the operators that are not tensors, in their order.
+    """The operators' arguments that are not tensors: the one definition of their order, names and types.
 
-    The heads given are those from `first_kv_head` on of `total_kv_heads`, 0 where they are all; `mesh` is a handle, 0
-    for none.
+    The heads on this rank are those from `first_kv_head` on, of `total_kv_heads` (0: all heads are here).
+    `bias` is the spec of a position bias, or empty. `mesh` is the handle of a mesh; 0 stands for none.
     """
 
     segment_lengths: list[int]
@@ -33,7 +29,7 @@ class Options(NamedTuple):
     causal: bool
     scale: float
     kernel: str
-    rel_bias_max_distance: int
+    bias: str
     first_kv_head: int
     total_kv_heads: int
     mesh: int
@@ -44,51 +40,57 @@ class Options(NamedTuple):
         return Pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_phases)
 
     def plan(self, shard: Shard, num_kv_heads: int) -> Plan:
-        """What a rank that holds `shard`, and this many heads, does."""
+        """Make the plan of a rank that holds `shard` and this many key/value heads."""
         return make_plan(self.pattern, shard, num_kv_heads, self.causal, self.first_kv_head, self.total_kv_heads)
 
 
-def agree(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, options: Options) -> None:
-    """Every rank of the mesh gives the same, and nothing is wrong with it, or every rank raises.
+SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())
+"""`Options` in the language of torch's operator schemas."""
 
-    Collective on the first call that looks like this one, and nothing after.
+
+def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> None:
+    """Check that every rank of the mesh passes the same valid arguments.
+
+    Collective. On NCCL groups it exchanges nothing after the first call with these arguments.
 
     Raises:
-        ValueError: on every rank, naming what differs, or the rank and what is wrong there.
+        ValueError: on every rank, naming what differs, or the rank whose arguments are invalid and why.
     """
     mesh = mesh_of(options.mesh)
     assert mesh is not None
-    shapes = {
+    tensors = (q, k, v, bias_parameters)
+    facts = {
+        "pattern": str(options.pattern),
+        "causal": options.causal,
+        "scale": options.scale,
         "q (batch, heads, head dim)": [q.shape[0], *q.shape[2:]],
         "k (batch, heads, head dim)": [k.shape[0], *k.shape[2:]],
         "heads": [options.first_kv_head, options.total_kv_heads],
         "dtype": str(q.dtype),
         "device": q.device.type,
-        "relative bias": None if rel_bias is None else [*rel_bias.shape, options.rel_bias_max_distance],
-        "requires grad": any(x is not None and x.requires_grad for x in (q, k, v, rel_bias)),
+        "position bias": None if bias_parameters is None else [options.bias, *bias_parameters.shape],
+        "requires grad": any(x is not None and x.requires_grad for x in tensors),
     }
-    given = {"pattern": str(options.pattern), "causal": options.causal, "scale": options.scale} | shapes
-    mesh.agree(given, problem(q, k, v, rel_bias, options))
+    mesh.agree(facts, problem(*tensors, options))
 
 
-def problem(q: Tensor, k: Tensor, v: Tensor, rel_bias: Tensor | None, options: Options) -> str | None:
-    """What is wrong with the arguments of a call, in words; None where nothing is."""
-    found = _wrong_shapes(q, k, v) or _wrong_for_mesh(q, options)
-    if found:
-        return found
-    if rel_bias is not None:
-        if rel_bias.dim() != 2 or rel_bias.shape[1] != q.shape[2]:
-            return f"rel_bias is {tuple(rel_bias.shape)}; it must be (buckets, H) with H = {q.shape[2]}"
-        if reasons := check_relative_bias(len(rel_bias), options.rel_bias_max_distance, options.causal):
-            return reasons[0]
+def problem(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> str | None:
+    """A description of what is wrong with the arguments of a call; None if nothing is."""
+    message = _shape_problem(q, k, v) or _mesh_problem(q, options)
+    if message:
+        return message
+    if bias_parameters is not None:
+        bias = PositionBias.from_spec(options.bias, bias_parameters)
+        if message := bias.problem(q.shape[2], options.causal):
+            return message
     try:
-        choose_kernel(options.kernel, q.device, q.dtype, q.shape[-1], rel_bias is not None)
+        choose_kernel(options.kernel, KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias_parameters is not None))
     except ValueError as error:
         return str(error)
     return None
 
 
-def _wrong_shapes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def _shape_problem(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return f"{shapes}: q must be (B, N, H, D), and k and v (B, N, G, D), the heads after the tokens"
@@ -101,12 +103,12 @@ def _wrong_shapes(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     if q.shape[2] % k.shape[2]:
         return f"{shapes}: {q.shape[2]} query heads cannot share {k.shape[2]} key/value heads; G must divide H"
     if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
-        given = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
-        return f"{given}: q, k and v must have one dtype and one device"
+        descriptions = ", ".join(f"{name} {x.dtype} on {x.device}" for name, x in (("q", q), ("k", k), ("v", v)))
+        return f"{descriptions}: q, k and v must have one dtype and one device"
     return None
 
 
-def _wrong_for_mesh(q: Tensor, options: Options) -> str | None:
+def _mesh_problem(q: Tensor, options: Options) -> str | None:
     mesh = mesh_of(options.mesh)
     if mesh is None:
         return None

@@ -1,20 +1,152 @@
-"""T5's relative position bias: one learned number a head for each bucket of distances."""
+"""Position biases: terms of attention scores that depend on the head and on token positions.
+
+A bias is an object. To add one, write a subclass of `PositionBias` in a file of its own: kernels and
+operators ask the object for blocks of bias, and know no kind of it.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 
-def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
-    """The bucket of a token distance (query position minus key position), int64, the shape of `distance`.
+class PositionBias(ABC):
+    """A term added to attention scores, computed from parameters per head and token distances.
 
-    Small distances have a bucket each, larger ones share buckets that grow geometrically up to
-    `max_distance` tokens; beyond, all share the last (Raffel et al. 2020, arXiv 1910.10683,
-    section 2.1). Not causal: the first half of the buckets is for keys at or before the query, the
-    second half for keys after it.
+    A subclass has a unique `name`, and a constructor that takes `parameters` and then its `settings`,
+    which are numbers. All else is in three methods.
+
+    Args:
+        parameters: (P, H), floating; whatever the bias needs for each query head. It may require a gradient.
+    """
+
+    name: ClassVar[str]
+    parameters: Tensor
+    _by_name: ClassVar[dict[str, type[PositionBias]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        PositionBias._by_name[cls.name] = cls
+
+    @property
+    @abstractmethod
+    def settings(self) -> tuple[int | float, ...]:
+        """The numbers that, with the parameters, make this bias."""
+
+    @abstractmethod
+    def problem(self, num_heads: int, causal: bool) -> str | None:
+        """A description of what is wrong with this bias for H query heads; None if nothing is."""
+
+    @abstractmethod
+    def values(self, parameters: Tensor, distance: Tensor, causal: bool) -> Tensor:
+        """Compute the bias, (b, H, I, J), differentiably.
+
+        Args:
+            parameters: (b, H, P).
+            distance: query position minus key position, int64, (I, J).
+            causal: whether a query sees only keys at or before it.
+        """
+
+    @abstractmethod
+    def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, distance: Tensor, causal: bool) -> None:
+        """Add the gradient of `values` to `grad_parameters` (b, H, P), in place; `grad_scores` is (b, H, I, J)."""
+
+    @property
+    def spec(self) -> str:
+        """The name and the settings as text, which an operator's argument can hold."""
+        return json.dumps([self.name, *self.settings])
+
+    @staticmethod
+    def from_spec(spec: str, parameters: Tensor) -> PositionBias:
+        """Make the bias that `spec` describes, with these parameters."""
+        name, *settings = json.loads(spec)
+        make: Callable[..., PositionBias] = PositionBias._by_name[name]
+        return make(parameters, *settings)
+
+
+@dataclass(frozen=True, eq=False)
+class T5Bias(PositionBias):
+    """T5's relative position bias: one number per head for each bucket of token distances.
+
+    See Raffel et al. 2020 (arXiv 1910.10683), section 2.1.
+
+    Args:
+        parameters: (buckets, H), usually learned.
+        max_distance: in tokens; all distances beyond share the last bucket.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 8).unbind()
+        >>> bias = T5Bias(torch.zeros(32, 4), max_distance=50)
+        >>> dilated_attention(q, k, v, Pattern((16,), (1,)), bias=bias).shape
+        torch.Size([1, 100, 4, 8])
+    """
+
+    parameters: Tensor
+    max_distance: int = 128
+    name: ClassVar[str] = "t5"
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """The largest distance that the buckets tell apart."""
+        return (self.max_distance,)
+
+    def problem(self, num_heads: int, causal: bool) -> str | None:
+        """A description of what is wrong with the table; None if nothing is."""
+        if self.parameters.dim() != 2 or self.parameters.shape[1] != num_heads:
+            return f"the T5 bias is {tuple(self.parameters.shape)}; it must be (buckets, H) with H = {num_heads}"
+        return t5_problem(len(self.parameters), self.max_distance, causal)
+
+    def values(self, parameters: Tensor, distance: Tensor, causal: bool) -> Tensor:
+        """Look up the bias of each pair: (b, H, I, J)."""
+        return parameters[..., t5_bucket(distance, parameters.shape[-1], self.max_distance, causal)]
+
+    def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, distance: Tensor, causal: bool) -> None:
+        """Add the gradient of each pair to its bucket."""
+        bucket = t5_bucket(distance, grad_parameters.shape[-1], self.max_distance, causal)
+        grad_parameters.index_add_(-1, bucket.flatten(), grad_scores.flatten(-2).to(grad_parameters.dtype))
+
+
+@dataclass(frozen=True)
+class BiasOfRectangle:
+    """The position bias of one rectangle: what kernels see (`kernels.contract.RectangleBias`).
+
+    Args:
+        bias: the bias of the call.
+        parameters: its parameters for the heads of each rectangle, (b, H, P).
+        query_positions, key_positions: global, int64, (I,) and (J,).
+        causal: whether a query sees only keys at or before it.
+    """
+
+    bias: PositionBias
+    parameters: Tensor
+    query_positions: Tensor
+    key_positions: Tensor
+    causal: bool
+
+    def of(self, rows: slice) -> Tensor:
+        """The term added to the scores of these query rows: (b, H, rows, J)."""
+        return self.bias.values(self.parameters, self._distance(rows), self.causal)
+
+    def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
+        """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
+        self.bias.accumulate_(grad_parameters, grad_scores, self._distance(rows), self.causal)
+
+    def _distance(self, rows: slice) -> Tensor:
+        return self.query_positions[rows, None] - self.key_positions[None, :]
+
+
+def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
+    """The bucket of each token distance (query position minus key position): int64, the shape of `distance`.
+
+    Small distances have a bucket each. Larger ones share buckets that grow geometrically up to
+    `max_distance` tokens. If not causal, the first half of the buckets is for keys at or before the
+    query, the second half for keys after it.
     """
     offset = torch.zeros_like(distance)
     if not causal:
@@ -28,12 +160,12 @@ def relative_bucket(distance: Tensor, num_buckets: int, max_distance: int, causa
     return offset + torch.where(distance < exact, distance, large.clamp(max=num_buckets - 1))
 
 
-def check_relative_bias(num_buckets: int, max_distance: int, causal: bool) -> list[str]:
-    """Why these numbers make no buckets; empty where they do."""
+def t5_problem(num_buckets: int, max_distance: int, causal: bool) -> str | None:
+    """A description of why these numbers make no buckets; None if they do."""
     least = 2 if causal else 4
     if num_buckets < least or num_buckets % least:
-        return [f"the relative bias has {num_buckets} buckets; it needs a multiple of {least}, for example 32"]
+        return f"the T5 bias has {num_buckets} buckets; it needs a multiple of {least}, for example 32"
     exact = num_buckets // least
     if max_distance <= exact:
-        return [f"max_distance is {max_distance}; with {num_buckets} buckets it must be above {exact}"]
-    return []
+        return f"max_distance is {max_distance}; with {num_buckets} buckets it must be above {exact}"
+    return None

@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.bias import relative_bucket
+from longnet_dist.attention.bias import PositionBias
 from longnet_dist.plan.pattern import Pattern
 
 
 def branch_counts(pattern: Pattern, seq_len: int, num_kv_heads: int, causal: bool) -> Tensor:
-    """In how many branches a query sees a key: int64, (G, N, N), queries before keys."""
+    """The number of branches in which each query sees each key: int64, (G, N, N), queries before keys."""
     position = torch.arange(seq_len)
     counts = torch.zeros(num_kv_heads, seq_len, seq_len, dtype=torch.int64)
     for branch in pattern.branches:
@@ -37,27 +37,25 @@ def dense_reference(
     *,
     causal: bool = False,
     scale: float | None = None,
-    rel_bias: Tensor | None = None,
-    rel_bias_max_distance: int = 128,
+    bias: PositionBias | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dilated attention by its definition, computed densely in the dtype of `q`; differentiable by autograd.
+    """Compute dilated attention by its definition, densely in the dtype of `q`; differentiable by autograd.
 
     Args:
         q: (B, N, H, D), any floating dtype. Pass float64 to get the oracle.
         k, v: (B, N, G, D), H a multiple of G.
         pattern: the branches; see `Pattern`.
-        causal: a query sees only keys at or before it.
+        causal: whether a query sees only keys at or before it.
         scale: of the scores; 1 / sqrt(D) by default.
-        rel_bias: (buckets, H), a T5 relative bias added to the scores; see `longnet_dist.attention.bias`.
-        rel_bias_max_distance: tokens; where its buckets end.
-        return_lse: also return log(sum(exp(scores))) over the multiset, (B, N, H), natural log.
+        bias: a term added to the scores; see `T5Bias`.
+        return_lse: whether to return log(sum(exp(scores))) over the multiset, too: (B, N, H), natural log.
+
+    Returns:
+        out, (B, N, H, D), 0 for rows that no branch covers; with `return_lse` (out, lse), -inf for such rows.
 
     Raises:
         ValueError: for shapes that do not fit.
-
-    Returns:
-        out, (B, N, H, D): 0 for rows that no branch covers (their lse is -inf).
 
     Example:
         >>> q = torch.randn(1, 16, 2, 4, dtype=torch.float64)
@@ -73,10 +71,10 @@ def dense_reference(
     counts = branch_counts(pattern, N, G, causal).to(q.device).repeat_interleave(H // G, dim=0)
     k_BNHD, v_BNHD = (x.repeat_interleave(H // G, dim=2) for x in (k, v))
     scores_BHNN = torch.einsum("bihd,bjhd->bhij", q, k_BNHD) * (1 / math.sqrt(D) if scale is None else scale)
-    if rel_bias is not None:
+    if bias is not None:
         position = torch.arange(N, device=q.device)
-        bucket = relative_bucket(position[:, None] - position[None, :], len(rel_bias), rel_bias_max_distance, causal)
-        scores_BHNN = scores_BHNN + rel_bias.to(q.dtype)[bucket].permute(2, 0, 1)
+        distance = position[:, None] - position[None, :]
+        scores_BHNN = scores_BHNN + bias.values(bias.parameters.to(q.dtype).t()[None], distance, causal)
     scores_BHNN = scores_BHNN.masked_fill(counts == 0, -math.inf)
     top = scores_BHNN.detach().amax(-1, keepdim=True) if N else scores_BHNN.new_zeros(*scores_BHNN.shape[:-1], 1)
     top = top.masked_fill(top == -math.inf, 0)

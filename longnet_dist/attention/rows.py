@@ -1,4 +1,4 @@
-"""Rows of a tensor as rectangles: keep them, place them, add them up, and merge (out, lse) of the same rows."""
+"""Rectangles of rows: views of them, sums of them, and merges of (out, lse) over the same rows."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from longnet_dist.plan.blocks import Heads, Rows
 
 
 def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
-    """The rows and heads of a plan as a view: (B, L, G, ...) -> (B, S, F, I, M, ...), S segments, F phases.
+    """View the rows and heads of a plan: (B, L, G, ...) -> (B, S, F, I, M, ...), S segments, F phases.
 
-    One stride each, because the kept rows of the next phase lie `rows.phase_step` rows, and its heads
-    `heads.phase_step` heads, further on. No copy; writing to the view writes to `x`.
+    Each dimension is one stride, because the kept rows of the next phase lie `rows.phase_step` rows, and its heads
+    `heads.phase_step` heads, further on. Nothing is copied; writing to the view writes to `x`.
     """
     batch, row, head, *rest = x_BLG.stride()
     return x_BLG.as_strided(
@@ -30,12 +30,12 @@ def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which pieces are merged and summed: float32, or float64 for float64."""
+    """The dtype in which pieces are merged and summed: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class SummedRows:
-    """A sum of rectangles, of the shape of `like` (B, L, G, ...): 0 where none was added."""
+    """A sum of rectangles with the shape of `like` (B, L, G, ...): 0 where none was added."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -43,7 +43,7 @@ class SummedRows:
         self.total: Tensor | None = None
 
     def add(self, heads: Heads, rows: Rows, part: Tensor) -> None:
-        """Add `part`, of as many elements as the rectangle has; it belongs to this sum from then on."""
+        """Add `part`, which has as many elements as the rectangle. The sum may keep its memory."""
         if self.total is None and _is_whole(self.like, heads, rows):
             self.total = part.reshape(self.like.shape).to(self.dtype)
             return
@@ -58,9 +58,9 @@ class SummedRows:
 
 
 class MergedRows:
-    """Attention of the rows of `like` (B, L, G, H / G, D) over ever more keys: online softmax on (out, lse).
+    """Attention of the rows of `like` (B, L, G, H / G, D) over more and more keys: online softmax on (out, lse).
 
-    A row that saw no key yet has out 0 and lse -inf.
+    A row that has seen no key yet has out 0 and lse -inf.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -69,20 +69,20 @@ class MergedRows:
         self.lse: Tensor | None = None
 
     def merge(self, heads: Heads, rows: Rows, out: Tensor, lse: Tensor) -> None:
-        """Merge attention over other keys: `out` and `lse` of a rectangle's elements, lse finite."""
+        """Merge attention over other keys: `out` and `lse` of a rectangle's elements; lse is finite."""
         if self.out is None and _is_whole(self.like, heads, rows):
             self.out = out.reshape(self.like.shape).to(accumulation_dtype(self.like.dtype))
             self.lse = lse.reshape(self.like.shape[:-1])
             return
-        so_far, so_far_lse = (rectangle(x, heads, rows) for x in self.result())
-        out, lse = out.reshape(so_far.shape), lse.reshape(so_far_lse.shape)
-        # An lse of -inf gives the other all the weight: a row's first merge is a copy.
-        weight = torch.sigmoid(lse - so_far_lse)
-        so_far.lerp_(out.to(so_far.dtype), weight.unsqueeze(-1))
-        so_far_lse.copy_(torch.logaddexp(so_far_lse, lse))
+        merged_out, merged_lse = (rectangle(x, heads, rows) for x in self.result())
+        out, lse = out.reshape(merged_out.shape), lse.reshape(merged_lse.shape)
+        # An lse of -inf gives the other side all the weight: a row's first merge is a copy.
+        weight = torch.sigmoid(lse - merged_lse)
+        merged_out.lerp_(out.to(merged_out.dtype), weight.unsqueeze(-1))
+        merged_lse.copy_(torch.logaddexp(merged_lse, lse))
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """(out, lse) so far, in the accumulation dtype; written to by what is merged later."""
+        """The (out, lse) so far, in the accumulation dtype; later merges write to it."""
         if self.out is None or self.lse is None:
             dtype, device = accumulation_dtype(self.like.dtype), self.like.device
             self.out = torch.zeros(self.like.shape, dtype=dtype, device=device)
@@ -91,6 +91,6 @@ class MergedRows:
 
 
 def _is_whole(x_BLG: Tensor, heads: Heads, rows: Rows) -> bool:
-    """Whether a rectangle is every row and head of x in order, so that its elements are those of x."""
+    """Whether a rectangle holds every row and head of x in order, so that its elements are those of x."""
     every_row = rows.first == 0 and rows.step == 1 and rows.segments * rows.count == x_BLG.shape[1]
     return every_row and heads.phases == 1 and heads.step == 1 and heads.per_phase == x_BLG.shape[2]

@@ -1,10 +1,10 @@
-"""Dilated attention for people who think in `torch.nn.functional.scaled_dot_product_attention`: (B, H, N, D)."""
+"""Dilated attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`: (B, H, N, D)."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Pattern
 
@@ -23,16 +23,17 @@ def scaled_dot_product_dilated_attention(
     mesh: SequenceMesh | None = None,
     kernel: str = "auto",
 ) -> Tensor:
-    """`dilated_attention` with the names and the layout of `scaled_dot_product_attention`.
+    """Compute `dilated_attention` with the names and the layout of `scaled_dot_product_attention`.
 
     Args:
         query: (B, H, N, D); with a mesh (B, H, L, D), this rank's rows.
         key, value: (B, H, N or L, D); with `enable_gqa`, (B, G, N or L, D) with H a multiple of G.
         pattern: the branches.
-        attn_mask: None: who sees whom is the pattern's.
-        dropout_p: 0: probabilities are never all in one place.
-        is_causal, scale: as there.
-        enable_gqa: allow fewer heads of keys than of queries.
+        attn_mask: must be None; the pattern decides which keys a query sees.
+        dropout_p: must be 0; attention probabilities never exist as a whole.
+        is_causal: whether a query sees only keys at or before it.
+        scale: of the scores; 1 / sqrt(D) by default.
+        enable_gqa: whether there may be fewer key/value heads than query heads.
         mesh, kernel: as for `dilated_attention`.
 
     Returns:
@@ -48,17 +49,20 @@ def scaled_dot_product_dilated_attention(
     """
     if attn_mask is not None:
         refuse(
-            "attn_mask must be None: the pattern says who sees whom. Padding at the end of causal sequences needs "
-            "none, as no token sees what comes after it; leave it out of the loss",
+            "attn_mask must be None: the pattern decides which keys a query sees. Padding at the end of causal "
+            "sequences needs no mask, because no token sees what comes after it; leave the padding out of the loss",
             mesh,
         )
     if dropout_p:
-        refuse(f"dropout_p is {dropout_p}; probabilities cannot be dropped: use dropout on the output", mesh)
+        refuse(
+            f"dropout_p is {dropout_p}; probabilities cannot be dropped: use dropout on the output",
+            mesh,
+        )
     if any(x.dim() != 4 for x in (query, key, value)):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
         refuse(f"query, key and value are {shapes}; each must be (B, heads, N, D)", mesh)
     if not enable_gqa and key.shape[1] != query.shape[1]:
-        refuse(f"{query.shape[1]} heads of queries and {key.shape[1]} of keys: pass enable_gqa=True", mesh)
+        refuse(f"there are {query.shape[1]} query heads and {key.shape[1]} key heads: pass enable_gqa=True", mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out: Tensor = dilated_attention(q, k, v, pattern, causal=is_causal, scale=scale, mesh=mesh, kernel=kernel)
     return out.transpose(1, 2)

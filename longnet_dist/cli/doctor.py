@@ -9,7 +9,7 @@ import platform
 import torch
 import torch.distributed as dist
 
-from longnet_dist.attention.kernels import KERNELS
+from longnet_dist.attention.kernels import KERNELS, Kernel, KernelRequest
 
 _PACKAGES = ("longnet-dist", "torch", "numpy", "tyro", "rich", "tensorboard", "triton", "flash-attn", "ray")
 
@@ -62,7 +62,7 @@ def _backends() -> dict[str, str]:
     return {"gloo": gloo, "nccl": nccl}
 
 
-def _against(module: object, kind: str, dtype: torch.dtype) -> list[str]:
+def _against(module: Kernel, kind: str, dtype: torch.dtype) -> list[str]:
     if kind == "cuda" and not torch.cuda.is_available():
         return ["there is no GPU"]
-    return module.unsupported(torch.device(kind), dtype, 64, False)  # type: ignore[attr-defined]
+    return module.unsupported(KernelRequest(torch.device(kind), dtype, head_dim=64))

@@ -38,7 +38,7 @@ from torchtitan.protocols.module import Module
 from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
 from longnet_dist import internals
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Pattern
 

@@ -23,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function
 
 from longnet_dist import internals
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.integrations.batches import digest
 from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss

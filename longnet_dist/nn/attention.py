@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from longnet_dist.attention.bias import check_relative_bias
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
+from longnet_dist.attention.bias import T5Bias, t5_problem
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.nn.rotary import Rotation
@@ -78,8 +78,8 @@ class DilatedAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_heads(d_model, num_heads, num_kv_heads, rotary=use_xpos or use_rotary)
-        if use_rel_pos_bias and (reasons := check_relative_bias(rel_pos_buckets, rel_pos_max_distance, causal)):
-            raise ValueError(reasons[0])
+        if use_rel_pos_bias and (problem := t5_problem(rel_pos_buckets, rel_pos_max_distance, causal)):
+            raise ValueError(problem)
         self.pattern = Pattern(_per_branch(segment_size), _per_branch(dilation_rate), head_phases)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
         self.d_model, self.causal, self.kernel = d_model, causal, kernel
@@ -170,8 +170,7 @@ class DilatedAttention(nn.Module):
             causal=self.causal,
             mesh=mesh,
             kernel=self.kernel,
-            rel_bias=self.rel_pos_bias,
-            rel_bias_max_distance=self.rel_pos_max_distance,
+            bias=None if self.rel_pos_bias is None else T5Bias(self.rel_pos_bias, self.rel_pos_max_distance),
         )
         if isinstance(out, DTensor):
             out = out.to_local()

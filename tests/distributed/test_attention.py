@@ -28,7 +28,7 @@ def distributed(
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
     inputs = case.tensors(dtype)
     local = {name: mesh.split(x) if name in ("q", "k", "v") else x for name, x in inputs.items()}
-    out = mesh.join(dilated_attention(**local, pattern=case.pattern, mesh=mesh, **case.options))
+    out = mesh.join(dilated_attention(**case.arguments(local), mesh=mesh))
     grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype)))
     if case.biased:  # As any parameter's: each rank has its queries' part.
         grads[3] = mesh.sum(grads[3])
@@ -101,10 +101,10 @@ def without_gather(group, case):
     inputs = {name: x.detach() for name, x in case.tensors().items()}
     local = {name: mesh.split(x) for name, x in inputs.items()}
     exact = mesh.split(case.oracle()[0].detach())
-    right = dilated_attention(**local, pattern=case.pattern, mesh=mesh, **case.options)
+    right = dilated_attention(**case.arguments(local), mesh=mesh)
     collectives.Communicator.all_gather = own_rows
     try:
-        wrong = dilated_attention(**local, pattern=case.pattern, mesh=mesh, **case.options)
+        wrong = dilated_attention(**case.arguments(local), mesh=mesh)
     finally:
         collectives.Communicator.all_gather = original
     return (right - exact).abs().max().item(), (wrong - exact).abs().max().item()
@@ -147,7 +147,7 @@ def compiled(group, case):
     results = []
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
         inputs = {name: mesh.split(x).detach().requires_grad_() for name, x in case.tensors().items()}
-        call = wrap(lambda q, k, v: dilated_attention(q, k, v, case.pattern, mesh=mesh, **case.options))
+        call = wrap(lambda q, k, v: dilated_attention(**case.arguments({"q": q, "k": k, "v": v}), mesh=mesh))
         out = call(*inputs.values())
         results.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
     for mine, right in zip(*results, strict=True):

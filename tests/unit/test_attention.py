@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longnet_dist import Pattern, dense_reference, dilated_attention
+from longnet_dist import Pattern, T5Bias, dense_reference, dilated_attention
+from longnet_dist.attention.arguments import Options
+from longnet_dist.attention.bias import PositionBias
 from tests.drawn import Case, cases
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -17,7 +21,7 @@ PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as (16384, 6) a
 
 def ours(case: Case, dtype: torch.dtype = torch.float64, **options):
     inputs = case.tensors(dtype)
-    out = dilated_attention(**inputs, pattern=case.pattern, **case.options, **options)
+    out = dilated_attention(**case.arguments(inputs), **options)
     return [out, *torch.autograd.grad(out, list(inputs.values()), case.dout(dtype))]
 
 
@@ -46,7 +50,7 @@ def test_uninitialised_memory_changes_nothing(case):
 def test_lse_and_its_gradient(case):
     def both(function):
         inputs = case.tensors()
-        out, lse = function(**inputs, pattern=case.pattern, **case.options, return_lse=True)
+        out, lse = function(**case.arguments(inputs), return_lse=True)
         assert lse.shape == out.shape[:-1]
         loss = (out * case.dout()).sum() + (lse.masked_fill(lse == -torch.inf, 0) * case.dout()[..., 0]).sum()
         return [lse, *torch.autograd.grad(loss, list(inputs.values()), allow_unused=True, materialize_grads=True)]
@@ -77,7 +81,7 @@ def test_gradcheck(kernel):
 
     def function(*inputs):
         named = dict(zip(case.tensors(), inputs, strict=True))
-        return dilated_attention(**named, pattern=case.pattern, **case.options, kernel=kernel, return_lse=True)
+        return dilated_attention(**case.arguments(named), kernel=kernel, return_lse=True)
 
     def without_uncovered(*inputs):
         out, lse = function(*inputs)
@@ -121,7 +125,7 @@ def test_large_scores_stay_finite():
 def test_strided_inputs(case):
     """Transposed, sliced, expanded: what comes out of a projection in another layout."""
     inputs = case.tensors()
-    expected = dilated_attention(**inputs, pattern=case.pattern, **case.options)
+    expected = dilated_attention(**case.arguments(inputs))
     transposed = {name: x.detach().mT.contiguous().mT for name, x in inputs.items()}
     heads_first = {
         name: x.detach().transpose(1, 2).contiguous().transpose(1, 2) if x.dim() == 4 else x.detach()
@@ -130,13 +134,50 @@ def test_strided_inputs(case):
     sliced = {name: torch.cat((x.detach(), x.detach()), -1)[..., : x.shape[-1]] for name, x in inputs.items()}
     for strided in (transposed, heads_first, sliced):
         strided = {name: x.requires_grad_() for name, x in strided.items()}
-        out = dilated_attention(**strided, pattern=case.pattern, **case.options)
+        out = dilated_attention(**case.arguments(strided))
         assert_close(out, expected, rtol=0, atol=1e-12)
     # The gradient of a sum is one number, expanded.
     grads = torch.autograd.grad(out.sum(), list(strided.values()))
-    dense = dense_reference(**inputs, pattern=case.pattern, **case.options).sum()
+    dense = dense_reference(**case.arguments(inputs)).sum()
     for mine, right in zip(grads, torch.autograd.grad(dense, list(inputs.values())), strict=True):
         assert_close(mine, right, rtol=0, atol=1e-12)
+
+
+@dataclass(frozen=True, eq=False)
+class Slopes(PositionBias):
+    """ALiBi with learned slopes: -slope * |distance|, one slope per head. Nothing outside this class knows of it."""
+
+    parameters: torch.Tensor
+    power: float = 1.0
+    name = "slopes of the tests"
+
+    @property
+    def settings(self):
+        return (self.power,)
+
+    def problem(self, num_heads, causal):
+        return None if self.parameters.shape == (1, num_heads) else "one slope per head"
+
+    def values(self, parameters, distance, causal):
+        return -parameters[..., None] * distance.abs() ** self.power
+
+    def accumulate_(self, grad_parameters, grad_scores, distance, causal):
+        grad_parameters -= (grad_scores * distance.abs() ** self.power).sum((-1, -2))[..., None]
+
+
+@settings(max_examples=30, deadline=None)
+@given(cases())
+def test_a_position_bias_is_one_class(case):
+    """A bias that the library does not know: out and all gradients are the oracle's."""
+    results = []
+    for function in (dilated_attention, dense_reference):
+        inputs = case.tensors()
+        q, k, v = (inputs[name] for name in "qkv")
+        slopes = torch.linspace(0.1, 1, case.H, dtype=torch.float64)[None].requires_grad_()
+        out = function(q, k, v, case.pattern, causal=case.causal, bias=Slopes(slopes, power=0.5))
+        results.append([out, *torch.autograd.grad(out, (q, k, v, slopes), case.dout())])
+    for mine, expected in zip(*results, strict=True):
+        assert_close(mine, expected, rtol=0, atol=1e-11)
 
 
 def test_saves_q_k_v_out_lse_and_nothing_more():
@@ -173,7 +214,7 @@ def test_compiles_without_a_graph_break(backend):
 def test_no_value_is_read_back(has_bias):
     """What a CUDA graph, or an asynchronous device, needs of both operators: the host decides nothing by a tensor."""
     case = Case(PAPER, N=100, H=6, G=6, B=2, D=8, causal=True)
-    bias = {"rel_bias": torch.zeros(8, 6, dtype=torch.float64, requires_grad=True)} if has_bias else {}
+    bias = {"bias": T5Bias(torch.zeros(8, 6, dtype=torch.float64, requires_grad=True))} if has_bias else {}
     with torch.profiler.profile(acc_events=True) as seen:
         ours(case, **bias)
     names = {event.key for event in seen.key_averages()}
@@ -235,24 +276,15 @@ def test_operators_keep_torchs_rules(device, pattern, kernel, heads_first):
     if heads_first:
         inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     q, k, v = (x.detach().requires_grad_() for x in inputs)
-    rest = [
-        *map(list, (pattern.segment_lengths, pattern.dilation_rates)),
-        "interleaved",
-        True,
-        0.5,
-        kernel,
-        128,
-        0,
-        0,
-        0,
-    ]
+    branches = [list(pattern.segment_lengths), list(pattern.dilation_rates)]
+    options = Options(*branches, "interleaved", True, 0.5, kernel, "", 0, 0, 0)
     operators = torch.ops.longnet_dist
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *rest), test_utils=tests)
+    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *options), test_utils=tests)
     with torch.no_grad():
-        out, lse, kept = operators.dilated_attention(q, k, v, None, *rest)
+        out, lse, kept = operators.dilated_attention(q, k, v, None, *options)
         given = (torch.randn_like(q), q, k, v, out, lse, kept, None)
-        arguments = (*(x if x is None else x.detach() for x in given), *rest)
+        arguments = (*(x if x is None else x.detach() for x in given), *options)
     torch.library.opcheck(
         operators.dilated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -303,9 +335,9 @@ def test_selective_checkpointing_saves_the_attention():
         ({"q": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
         ({"pattern": (8, 1)}, "must be a longnet_dist.Pattern"),
         ({"kernel": "warp"}, "'warp'; it must be one of auto, torch, eager"),
-        ({"kernel": "torch", "rel_bias": torch.zeros(8, 2)}, "torch: it has no gradient for a relative bias"),
-        ({"rel_bias": torch.zeros(8, 3)}, "with H = 2"),
-        ({"rel_bias": torch.zeros(7, 2)}, "7 buckets"),
+        ({"kernel": "torch", "bias": T5Bias(torch.zeros(8, 2))}, "torch: it has no gradient for a position bias"),
+        ({"bias": T5Bias(torch.zeros(8, 3))}, "with H = 2"),
+        ({"bias": T5Bias(torch.zeros(7, 2))}, "7 buckets"),
         ({x: torch.zeros(1, 8, 2, 4, dtype=torch.int64) for x in "qkv"}, "not a floating dtype"),
     ],
 )

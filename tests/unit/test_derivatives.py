@@ -17,7 +17,7 @@ TINY = Case(Pattern((4, 8), (1, 2)), N=10, H=2, G=1, B=2, D=4, causal=True)
 def of_queries(function, case=TINY):
     """`function` of the queries alone, and the queries."""
     fixed = {name: x.detach() for name, x in case.tensors().items()}
-    return lambda q: function(**fixed | {"q": q}, pattern=case.pattern, **case.options), fixed["q"]
+    return lambda q: function(**case.arguments(fixed | {"q": q})), fixed["q"]
 
 
 def dual(function, q):

@@ -10,7 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import DilatedAttention, LongNetConfig, Pattern, dense_reference, next_token_labels, token_loss
-from longnet_dist.attention.bias import relative_bucket
+from longnet_dist.attention.bias import t5_bucket
 from longnet_dist.nn.rotary import Rotation
 
 
@@ -107,15 +107,15 @@ def test_xpos_within_range_is_finite():
         assert (rotated.abs().amax(-1) > 0).all()
 
 
-def test_relative_buckets():
+def test_t5_buckets():
     """T5's rule: exact for near keys, geometric for far ones, one last bucket; both directions unless causal."""
-    causal = relative_bucket(torch.arange(-2, 200), 32, 128, causal=True)
+    causal = t5_bucket(torch.arange(-2, 200), 32, 128, causal=True)
     assert causal[:2].tolist() == [0, 0]
     assert causal[2:18].tolist() == list(range(16))
     assert causal.max() == 31
     assert (causal[2 + 128 :] == 31).all()
     assert (causal.diff() >= 0).all()
-    both = relative_bucket(torch.tensor([0, 1, -1, 7, -7, 1000, -1000]), 32, 128, causal=False)
+    both = t5_bucket(torch.tensor([0, 1, -1, 7, -7, 1000, -1000]), 32, 128, causal=False)
     assert both.tolist() == [0, 1, 17, 7, 23, 15, 31]
 
 

@@ -1,4 +1,4 @@
-"""Plain attention math in blocks of query rows: any device, any floating dtype, with relative bias."""
+"""Plain attention math in blocks of query rows: any device, any floating dtype, any position bias."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.kernels.bias import RectangleBias
+from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
 
-_SCORES_AT_A_TIME = 1 << 24
-"""Scores held at once: 64 MiB in float32."""
+_MAX_SCORES = 1 << 24
+"""The largest number of scores in memory at once: 64 MiB in float32."""
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bias: bool) -> list[str]:
-    """Why this kernel cannot compute this; empty where it can."""
-    return [] if dtype.is_floating_point else [f"{dtype} is not a floating dtype"]
+def unsupported(request: KernelRequest) -> list[str]:
+    """The reasons why this kernel cannot serve the request; empty if it can."""
+    reasons = [] if request.dtype.is_floating_point else [f"{request.dtype} is not a floating dtype"]
+    if request.variable_lengths:
+        reasons.append("it takes rectangles of one size")
+    if request.accumulates:
+        reasons.append("it returns new tensors")
+    return reasons
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention of a rectangle; see `longnet_dist.attention.kernels` for the contract."""
+    """Attend; see `contract.Kernel.forward`."""
     q_bGRID, k_bGJD, v_bGJD = _upcast(q, k, v)
     out = torch.empty_like(q_bGRID)
     lse = q_bGRID.new_empty(q_bGRID.shape[:-1])
@@ -45,13 +50,13 @@ def backward(
     scale: float,
     bias: RectangleBias | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Gradients of a rectangle under the given out and lse; see `longnet_dist.attention.kernels`."""
+    """Compute the gradients; see `contract.Kernel.backward`."""
     q_bGRID, k_bGJD, v_bGJD = _upcast(q, k, v)
     dout_bGRID, out_bGRID = (_upcast(x, k, v)[0] for x in (dout, out))
     lse_bGRI = lse.unflatten(1, q_bGRID.shape[1:3])
     delta = (dout_bGRID * out_bGRID).sum(-1)
     dq, dk, dv = (torch.zeros_like(x) for x in (q_bGRID, k_bGJD, v_bGJD))
-    dbias = None if bias is None else torch.zeros_like(bias.table, dtype=q_bGRID.dtype)
+    dbias = None if bias is None else torch.zeros_like(bias.parameters, dtype=q_bGRID.dtype)
     for rows in _row_blocks(q_bGRID, k_bGJD):
         p = (_scores(q_bGRID, k_bGJD, rows, causal, scale, bias) - lse_bGRI[..., rows, None]).exp()
         dv += torch.einsum("bgrij,bgrid->bgjd", p, dout_bGRID[..., rows, :])
@@ -61,16 +66,12 @@ def backward(
         dk += torch.einsum("bgrij,bgrid->bgjd", ds, q_bGRID[..., rows, :]) * scale
         if bias is not None and dbias is not None:
             bias.accumulate_(dbias, ds.flatten(1, 2), rows)
-    return (
-        _heads_last(dq).to(q.dtype),
-        dk.transpose(1, 2).to(k.dtype),
-        dv.transpose(1, 2).to(v.dtype),
-        dbias,
-    )
+    dq_bIHD = _heads_last(dq).to(q.dtype)
+    return dq_bIHD, dk.transpose(1, 2).to(k.dtype), dv.transpose(1, 2).to(v.dtype), dbias
 
 
 def _upcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q as (b, G, R, I, D), k and v as (b, G, J, D), in float32 at least; R query heads share a key head."""
+    """Return q as (b, G, R, I, D), and k and v as (b, G, J, D), in float32 at least; R query heads share a key head."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_kv_heads = k.shape[2]
     q_bGRID = q.to(dtype).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
@@ -83,7 +84,7 @@ def _heads_last(x_bGRID: Tensor) -> Tensor:
 
 def _row_blocks(q_bGRID: Tensor, k_bGJD: Tensor) -> Iterator[slice]:
     *batch, num_rows, _ = q_bGRID.shape
-    size = max(1, _SCORES_AT_A_TIME // max(1, math.prod(batch) * k_bGJD.shape[2]))
+    size = max(1, _MAX_SCORES // max(1, math.prod(batch) * k_bGJD.shape[2]))
     for first in range(0, num_rows, size):
         yield slice(first, min(first + size, num_rows))
 

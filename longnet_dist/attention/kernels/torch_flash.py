@@ -1,27 +1,31 @@
-"""torch's own flash attention: the CPU kernel, and on CUDA the one that torch is built with."""
+"""The flash attention that torch is built with, on CPU and on CUDA."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from longnet_dist import internals
+from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
 
-_MOST_BATCHES = 65_535
-"""What CUDA's grid allows in the dimension of batches."""
-_CUDA_ALIGNMENT = 16
-"""Bytes that CUDA's kernel loads at once: an address or a stride between them ends the process's use of the GPU."""
+_MAX_BATCH = 65_535
+"""The largest batch that CUDA's grid allows."""
+_ALIGNMENT = 16
+"""Bytes that the CUDA kernel loads at once. An address or a stride in between ends the process's use of the GPU."""
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bias: bool) -> list[str]:
-    """Why this kernel cannot compute this; empty where it can."""
+def unsupported(request: KernelRequest) -> list[str]:
+    """The reasons why this kernel cannot serve the request; empty if it can."""
+    device, dtype, head_dim = request.device, request.dtype, request.head_dim
     reasons = []
-    if has_bias:
-        reasons.append("it has no gradient for a relative bias")
+    if request.bias:
+        reasons.append("it has no gradient for a position bias")
+    if request.variable_lengths:
+        reasons.append("it takes rectangles of one size")
+    if request.accumulates:
+        reasons.append("it returns new tensors")
     if device.type == "cuda":
         if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8:
             reasons.append("it needs a GPU of compute capability 8.0 or above")
@@ -37,19 +41,21 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, has_bia
     return reasons
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: Any = None) -> tuple[Tensor, Tensor]:
-    """Attention of a rectangle; see `longnet_dist.attention.kernels` for the contract."""
-    if q.is_cuda and len(q) > _MOST_BATCHES:
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend; see `contract.Kernel.forward`."""
+    if q.is_cuda and len(q) > _MAX_BATCH:
         parts = [forward(*part, causal=causal, scale=scale) for part in _in_batches(q, k, v)]
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     if q.is_cuda:
         q, k, v = _aligned(q, k, v)
-        # Its causal mask is bottom-right aligned, which on a square is the diagonal too.
+        # Its causal mask is aligned to the bottom right, which on a square is the diagonal too.
         out, lse, *_ = internals.cuda_flash_attention(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
         return out, lse
-    out, lse = internals.cpu_flash_attention(*_heads_second(q, k, v), 0.0, causal, scale=scale)
+    out, lse = internals.cpu_flash_attention(*_transpose_heads(q, k, v), 0.0, causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
@@ -63,10 +69,10 @@ def backward(
     *,
     causal: bool,
     scale: float,
-    bias: Any = None,
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    """Gradients of a rectangle under the given out and lse; see `longnet_dist.attention.kernels`."""
-    if q.is_cuda and len(q) > _MOST_BATCHES:
+    bias: RectangleBias | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients; see `contract.Kernel.backward`."""
+    if q.is_cuda and len(q) > _MAX_BATCH:
         batches = _in_batches(dout, q, k, v, out, lse)
         parts = [backward(*part, causal=causal, scale=scale)[:3] for part in batches]
         dq, dk, dv = (torch.cat(grads) for grads in zip(*parts, strict=True))
@@ -79,25 +85,25 @@ def backward(
             no_dropout, no_dropout.new_empty(0), scale=scale,
         )  # fmt: skip
         return dq, dk, dv, None
-    grads = internals.cpu_flash_attention_backward(*_heads_second(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
-    dq, dk, dv = _heads_second(*grads)
+    grads = internals.cpu_flash_attention_backward(*_transpose_heads(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
+    dq, dk, dv = _transpose_heads(*grads)
     return dq, dk, dv, None
 
 
 def _aligned(*tensors: Tensor) -> list[Tensor]:
-    """Copy those of (b, I, H, D) on CUDA whose rows do not begin at multiples of `_CUDA_ALIGNMENT` bytes."""
+    """Copy those tensors, (b, I, H, D) on CUDA, whose rows do not begin at multiples of `_ALIGNMENT` bytes."""
     return [x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors]
 
 
 def _is_aligned(x: Tensor) -> bool:
-    steps = [step for size, step in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.data_ptr() % _CUDA_ALIGNMENT == 0 and not any(step * x.itemsize % _CUDA_ALIGNMENT for step in steps)
+    strides = [stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.data_ptr() % _ALIGNMENT == 0 and not any(stride * x.itemsize % _ALIGNMENT for stride in strides)
 
 
 def _in_batches(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return list(zip(*(x.split(_MOST_BATCHES) for x in tensors), strict=True))
+    return list(zip(*(x.split(_MAX_BATCH) for x in tensors), strict=True))
 
 
-def _heads_second(*tensors: Tensor) -> list[Tensor]:
-    """(b, I, H, D) as (b, H, I, D), which is how the CPU kernel takes and gives them; and back."""
+def _transpose_heads(*tensors: Tensor) -> list[Tensor]:
+    """Turn (b, I, H, D) into (b, H, I, D), which the CPU kernel takes and returns, and back."""
     return [x.transpose(1, 2) for x in tensors]

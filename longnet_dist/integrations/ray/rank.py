@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_dist.attention.ops import dilated_attention
+from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.inference.embed import embeddings
 from longnet_dist.inference.score import log_likelihoods

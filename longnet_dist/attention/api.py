@@ -1,0 +1,95 @@
+"""dilated_attention(): the signature, and the checks of what a caller passes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from longnet_dist.attention.arguments import Options, problem
+from longnet_dist.attention.autograd import attend
+from longnet_dist.attention.bias import PositionBias
+from longnet_dist.distributed.heads import head_shard
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.plan.pattern import Pattern
+
+
+def dilated_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    causal: bool = False,
+    mesh: SequenceMesh | None = None,
+    scale: float | None = None,
+    kernel: str = "auto",
+    bias: PositionBias | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """Compute dilated attention exactly, on one device or over a mesh of ranks.
+
+    See LongNet (arXiv 2307.02486), section 2.2. Differentiable once, in reverse mode.
+
+    Args:
+        q: (B, N, H, D); with a mesh (B, L, H, D), this rank's rows [mesh.shard.start, mesh.shard.stop).
+        k, v: (B, N or L, G, D), of q's dtype; H is a multiple of G, and H / G consecutive query heads
+            share a key/value head. All three may be DTensors of one placement, which shard the heads
+            (tensor parallelism) or the batch.
+        pattern: the branches. With a mesh, the mesh's own pattern.
+        causal: whether a query sees only keys at or before it.
+        mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
+        scale: of the scores; 1 / sqrt(D) by default.
+        kernel: "auto", or a name in `longnet_dist.attention.kernels.KERNELS`. A named kernel is never replaced.
+        bias: a term added to the scores, such as `T5Bias`. Over a mesh, the gradient of its parameters on
+            a rank comes from that rank's queries: sum it over ranks, as for any parameter.
+        return_lse: whether to return log(sum(exp(scores))) over all branches, too; natural log, differentiable.
+
+    Returns:
+        out, with q's shape, dtype and placement; 0 for rows that no branch covers. With `return_lse`
+        (out, lse), where lse is (B, N or L, H) in float32 (float64 for float64), -inf for such rows.
+
+    Raises:
+        ValueError: for shapes, dtypes or a kernel that cannot work. Over a mesh it is raised on every
+            rank, also if ranks disagree. Also for forward-mode and second derivatives.
+        RuntimeError: if a rank of the mesh is gone, or does not come within the mesh's timeout.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 8).unbind()
+        >>> dilated_attention(q, k, v, Pattern((16, 64), (1, 4)), causal=True).shape
+        torch.Size([1, 100, 4, 8])
+    """
+    if mesh is not None and not isinstance(mesh, SequenceMesh):
+        raise ValueError(f"mesh is {mesh!r}; it must be a longnet_dist.SequenceMesh, or None")
+    sharded = head_shard(q, k, v)
+    if isinstance(sharded, str):
+        refuse(sharded, mesh)
+    if sharded is not None:
+        q, k, v = (x.to_local() for x in (q, k, v))  # type: ignore[attr-defined]
+    if not isinstance(pattern, Pattern):
+        refuse(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern", mesh)
+    if bias is not None and not isinstance(bias, PositionBias):
+        refuse(f"bias is a {type(bias).__name__}; it must be a PositionBias, for example T5Bias(table)", mesh)
+    if q.dim() != 4:
+        refuse(f"q is {tuple(q.shape)}; it must be (B, N, H, D)", mesh)
+    options = Options(
+        list(pattern.segment_lengths),
+        list(pattern.dilation_rates),
+        pattern.head_phases,
+        causal,
+        1 / math.sqrt(max(1, q.shape[-1])) if scale is None else float(scale),
+        kernel,
+        "" if bias is None else bias.spec,
+        0 if sharded is None else sharded.first,
+        0 if sharded is None else sharded.total,
+        0 if mesh is None else mesh.handle,
+    )
+    parameters = None if bias is None else bias.parameters
+    # Over a mesh the operator itself checks, where the ranks compare their arguments.
+    if mesh is None and (message := problem(q, k, v, parameters, options)):
+        raise ValueError(message)
+    out, lse = attend(q, k, v, parameters, options)
+    if sharded is not None:
+        out, lse = sharded.whole(out), sharded.whole(lse)
+    return (out, lse) if return_lse else out

@@ -1,0 +1,93 @@
+"""The contract of a kernel: dense attention on rectangles. Kernels know no dilation, ranks or groups.
+
+Shapes: b rectangles at once, I queries, J keys, H query heads, G key/value heads, head dim D; H is a
+multiple of G. lse is the natural logarithm of the sum of exp(scores), in float32 (float64 for float64).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a call needs of a kernel.
+
+    Args:
+        device: where the tensors are.
+        dtype: of q, k and v.
+        head_dim: D.
+        bias: whether scores get a position bias, whose parameters need a gradient.
+        variable_lengths: whether one call holds rectangles of different sizes.
+        strided_views: whether inputs may have any strides but the last, which is 1.
+        accumulates: whether results are merged into existing tensors, in place of new ones.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    bias: bool = False
+    variable_lengths: bool = False
+    strided_views: bool = True
+    accumulates: bool = False
+
+    def __str__(self) -> str:
+        needs = [name for name in ("bias", "variable_lengths", "accumulates") if getattr(self, name)]
+        extra = f" and {', '.join(needs).replace('_', ' ')}" if needs else ""
+        return f"{self.dtype} on {self.device.type} with head dim {self.head_dim}{extra}"
+
+
+class RectangleBias(Protocol):
+    """The position bias of a rectangle, which a kernel asks for in blocks of query rows."""
+
+    @property
+    def parameters(self) -> Tensor:
+        """What the bias is computed from, for the heads of each rectangle: (b, H, P)."""
+
+    def of(self, rows: slice) -> Tensor:
+        """The term added to the scores of these query rows: (b, H, rows, J)."""
+
+    def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
+        """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
+
+
+class Kernel(Protocol):
+    """Dense attention on rectangles, forward and backward. A module with these three functions is a kernel."""
+
+    def unsupported(self, request: KernelRequest) -> list[str]:
+        """The reasons why this kernel cannot serve the request; empty if it can."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend: q (b, I, H, D) and k, v (b, J, G, D) -> out (b, I, H, D), lse (b, H, I).
+
+        Args:
+            q, k, v: the rectangles.
+            causal: whether query i sees only keys up to i; only where I = J.
+            scale: of the scores.
+            bias: added to the scores.
+        """
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        causal: bool,
+        scale: float,
+        bias: RectangleBias | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return (dq, dk, dv, gradient of the bias's parameters or None).
+
+        `out` and `lse` are those of *all* branches merged. The ordinary flash backward is then the exact
+        gradient through the mixing (docs/decisions/exact-mixing-gradient.md).
+        """
