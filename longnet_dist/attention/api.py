@@ -85,11 +85,10 @@ def dilated_attention(
         0 if sharded is None else sharded.total,
         0 if mesh is None else mesh.handle,
     )
-    parameters = None if bias is None else bias.parameters
     # Over a mesh the operator itself checks, where the ranks compare their arguments.
-    if mesh is None and (message := problem(q, k, v, parameters, options)):
+    if mesh is None and (message := problem(q, k, v, bias, options)):
         raise ValueError(message)
-    out, lse = attend(q, k, v, parameters, options)
+    out, lse = attend(q, k, v, None if bias is None else bias.parameters, options)
     if sharded is not None:
         out, lse = sharded.whole(out), sharded.whole(lse)
     return (out, lse) if return_lse else out

@@ -71,20 +71,19 @@ def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, optio
         "position bias": None if bias_parameters is None else [options.bias, *bias_parameters.shape],
         "requires grad": any(x is not None and x.requires_grad for x in tensors),
     }
-    mesh.agree(facts, problem(*tensors, options))
+    bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
+    mesh.agree(facts, problem(q, k, v, bias, options))
 
 
-def problem(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> str | None:
+def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options) -> str | None:
     """A description of what is wrong with the arguments of a call; None if nothing is."""
     message = _shape_problem(q, k, v) or _mesh_problem(q, options)
     if message:
         return message
-    if bias_parameters is not None:
-        bias = PositionBias.from_spec(options.bias, bias_parameters)
-        if message := bias.problem(q.shape[2], options.causal):
-            return message
+    if bias is not None and (message := bias.problem(q.shape[2], options.causal)):
+        return message
     try:
-        choose_kernel(options.kernel, KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias_parameters is not None))
+        choose_kernel(options.kernel, KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None))
     except ValueError as error:
         return str(error)
     return None

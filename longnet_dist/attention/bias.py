@@ -6,7 +6,7 @@ operators ask the object for blocks of bias, and know no kind of it.
 
 from __future__ import annotations
 
-import json
+import ast
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from torch import Tensor
 class PositionBias(ABC):
     """A term added to attention scores, computed from parameters per head and token distances.
 
-    A subclass has a unique `name`, and a constructor that takes `parameters` and then its `settings`,
+    A subclass has a unique `name` without commas, and a constructor that takes `parameters` and then its `settings`,
     which are numbers. All else is in three methods.
 
     Args:
@@ -60,14 +60,14 @@ class PositionBias(ABC):
     @property
     def spec(self) -> str:
         """The name and the settings as text, which an operator's argument can hold."""
-        return json.dumps([self.name, *self.settings])
+        return ",".join([self.name, *map(str, self.settings)])  # Plain enough for torch.compile to trace.
 
     @staticmethod
     def from_spec(spec: str, parameters: Tensor) -> PositionBias:
         """Make the bias that `spec` describes, with these parameters."""
-        name, *settings = json.loads(spec)
+        name, *settings = spec.split(",")
         make: Callable[..., PositionBias] = PositionBias._by_name[name]
-        return make(parameters, *settings)
+        return make(parameters, *map(ast.literal_eval, settings))
 
 
 @dataclass(frozen=True, eq=False)

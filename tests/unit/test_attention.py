@@ -149,7 +149,7 @@ class Slopes(PositionBias):
 
     parameters: torch.Tensor
     power: float = 1.0
-    name = "slopes of the tests"
+    name = "slopes"
 
     @property
     def settings(self):

@@ -189,3 +189,15 @@ def test_autocast_runs_in_bfloat16():
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(torch.randint(257, (1, 50)))
     assert logits.dtype == torch.bfloat16
+
+
+def test_a_layer_with_a_relative_bias_compiles_whole():
+    layer = DilatedAttention(32, 4, (1, 2), (8, 16), causal=True, use_rel_pos_bias=True)
+    torch.nn.init.normal_(layer.rel_pos_bias)
+    inputs = [torch.randn(1, 20, 32, requires_grad=True), *layer.parameters()]
+    results = []
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        out = call(inputs[0])
+        results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for compiled, eager in zip(*results, strict=True):
+        assert_close(compiled, eager)
