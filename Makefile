@@ -1,22 +1,45 @@
 # Needs Python 3.11, pip and make; everything else goes into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
+# Python compiles the modules that it imports, once; pip would compile all of them, which takes longer than unpacking.
+PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-compile
 export OMP_NUM_THREADS ?= 1
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install train test test-unit check lint bench
+.PHONY: install install-train lock train test test-all test-unit check lint bench docs
 install: .venv/installed
+install-train: .venv/installed-train
 
-.venv/installed: pyproject.toml constraints.txt
+# Every release is pinned in requirements/, so pip has nothing to search. It still reads what each package needs: a
+# build of torch for CUDA needs more than one for CPUs.
+.venv/installed: .venv/installed-train requirements/dev.txt pyproject.toml
+	@echo "Installing what development needs (requirements/dev.txt): a minute or two"
+	$(PIP_INSTALL) --requirement requirements/dev.txt --editable .
+	@touch $@
+
+.venv/installed-train: requirements/train.txt
+	@echo "Making .venv and installing what training needs (requirements/train.txt): about half a minute"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(PIP_INSTALL) --requirement requirements/train.txt
+	@touch $@
+
+# Resolve the ranges of pyproject.toml anew, in about a minute. This release of torch is tested.
+lock:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --dry-run --ignore-installed --report .venv/report.json \
+		torch==2.13.0 --editable '.[dev]'
+	$(BIN)/python requirements/lock.py .venv/report.json
 
 # The main job: a LongNet on the source of Python's standard library, sequence-parallel over two processes.
-train: install
+train: install-train
+	@echo "Training: Python and torch start in each of two processes, then each says what it does"
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m longnet_dist train
 
 test: install
 	$(BIN)/pytest
+
+test-all: install
+	$(BIN)/pytest -m ''
 
 test-unit: install
 	$(BIN)/pytest tests/unit longnet_dist
@@ -33,3 +56,7 @@ lint: install
 bench: install
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/ranks.py
+
+# The documentation site, into site/.
+docs: install
+	$(BIN)/mkdocs build --strict
