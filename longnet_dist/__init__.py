@@ -16,6 +16,8 @@ from longnet_dist.plan.pattern import Branch, Pattern
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.trainer import TrainResult, train
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Branch",
     "DilatedAttention",
@@ -26,6 +28,7 @@ __all__ = [
     "T5Bias",
     "TrainConfig",
     "TrainResult",
+    "__version__",
     "dense_reference",
     "dilated_attention",
     "next_token_labels",
