@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS_WITH_CODE = README + (ROOT / "docs" / "integrations.md").read_text()
+DOCUMENTS_WITH_CODE = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "integrations"))
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of the frameworks, when they are imported.
@@ -25,8 +25,8 @@ def test_links_and_named_tests_exist(document):
     text = document.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (document.parent / link).exists(), link
-    for test in re.findall(r"`(tests/[\w/]+\.py)`", text):
-        assert (ROOT / test).exists(), test
+    for file in re.findall(r"`((?:tests|examples)/[\w/]+\.py)`", text):
+        assert (ROOT / file).exists(), file
 
 
 def test_every_module_is_in_the_readmes_table():
