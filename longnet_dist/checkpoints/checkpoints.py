@@ -9,18 +9,16 @@ written last (`storage.py`). What then differs from the manifest, a disk or a pe
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -33,11 +31,14 @@ from longnet_dist import internals
 from longnet_dist.best_effort import BestEffort
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
+from longnet_dist.checkpoints.verification import State, damage, describe_file, hash_manifest, not_finite
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.decoder import LongNet
 
-State = dict[str, Tensor]
+
+class CheckpointError(RuntimeError):
+    """No checkpoint to resume from can be read, or the last one of a run could not be written."""
 
 
 class Checkpoints:
@@ -67,11 +68,17 @@ class Checkpoints:
         self._removal = BestEffort("removals of old checkpoints")
         self.latest: Path | None = None
         """The last one that this run wrote whole; the same on every rank."""
+        self.problem: str | None = None
+        """Why the last one that was to be written was not; None where it was."""
+        self._found: Path | None = None
+        self._unreadable: set[str] = set()
+        """Names of those that may be whole, but could not be read: they are never removed."""
+        self._damaged: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[Path | None] | None = None
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
-        """Write a checkpoint. A disk that is full or fails is a warning: the run, and older checkpoints, go on."""
+        """Write a checkpoint. Where that fails, or the state is not finite, a warning is given and older ones stay."""
         self.wait()
         if self._writer is None:
             self.latest = self._write(step, state, facts) or self.latest
@@ -79,34 +86,59 @@ class Checkpoints:
         staged = {name: x.detach().cpu().clone() for name, x in state.items()}
         self._writing = self._writer.submit(self._write, step, staged, facts)
 
+    def withhold(self, step: int, problem: str) -> None:
+        """Write no checkpoint of this step, and warn of it with the reason."""
+        self.wait()
+        self._failed(step, problem)
+
     def wait(self) -> None:
-        """Until the checkpoint that is being written is there, or has failed."""
+        """Wait until the checkpoint that is being written is there, or has failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             self.latest = writing.result() or self.latest
 
+    def describe_newest(self) -> str:
+        """The checkpoint from which a later run would resume, in words, and not read again. Collective."""
+        self.wait()
+        path = self.latest or self._found
+        if path is None:
+            return "there is no checkpoint to resume from"
+        gone = None
+        if self.rank == 0:
+            try:
+                with as_os_error():
+                    gone = None if (path / MANIFEST).exists() else "it is gone"
+            except OSError as error:
+                gone = repr(error)
+        gone = self._from_first(gone)
+        return f"the newest whole checkpoint is {path}" if gone is None else f"the newest was {path}, and {gone}"
+
     def newest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
         """The newest whole checkpoint and its facts; None where there is none at all.
 
-        Every damaged one that is passed over is reported, with what is wrong with it.
+        Every one that is passed over is reported, with what is wrong with it. One that cannot be read is no proof of
+        damage: it is kept, and nothing is written over it.
 
         Raises:
-            RuntimeError: where there are checkpoints, and none is whole; or where it cannot be seen what there are.
+            CheckpointError: where there are checkpoints, and none is whole; or where they cannot be listed.
         """
         names, problem = self._from_first(self._names() if self.rank == 0 else None, "list the checkpoints")
         if problem:
-            raise RuntimeError(f"what checkpoints there are cannot be read: {problem}")
+            raise CheckpointError(f"the checkpoints in {self.folder} cannot be read: {problem}")
         problems = []
         for name in names:
             path = self.folder / name
-            problem = self._from_any(_damage(path, self.rank, self.size), f"verify {path}")
+            problem, damaged = self._examine(path)
             if problem is None:
+                self._found = path
                 return path, json.loads((path / MANIFEST).read_text())["facts"]
+            (self._damaged if damaged else self._unreadable).add(name)
             problems.append(f"{path}: {problem}")
             if self.rank == 0:
-                report(f"checkpoint {path} is damaged and passed over: {problem}")
+                what = "is damaged and passed over" if damaged else "cannot be read, and is passed over and kept"
+                report(f"checkpoint {path} {what}: {problem}")
         if problems:
-            raise RuntimeError("no checkpoint is whole, so the run cannot go on from one: " + "; ".join(problems))
+            raise CheckpointError("no checkpoint is whole, so the run cannot go on from one: " + "; ".join(problems))
         return None
 
     def load(self, path: Path, state: State) -> None:
@@ -114,6 +146,7 @@ class Checkpoints:
 
         Raises:
             ValueError: where the checkpoint lacks one of them, or has it in another shape or dtype.
+            CheckpointError: where its files cannot be read.
         """
         reader = _Reader(path, self.patience)
         stored = reader.read_metadata().state_dict_metadata
@@ -127,8 +160,11 @@ class Checkpoints:
                     f"{name} is {(x.shape, x.dtype)} in this run and {kind} in checkpoint {path}: use the model "
                     "options and dtype that it was written with, or another run folder"
                 )
-        with self._alone(), self.patience.waiting(f"read {path}"):
-            load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        try:
+            with self._alone(), self.patience.waiting(f"read {path}"):
+                load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        except CheckpointException as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {_failures(error)}") from error
 
     def _names(self) -> tuple[list[str], str | None]:
         """Of all checkpoints, the newest first; what went wrong, or None."""
@@ -140,6 +176,9 @@ class Checkpoints:
     def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
         """The checkpoint; None where there is none."""
         name = f"step-{step:08d}"
+        if problem := self._from_any(self._refusal(name, state), f"check the tensors of checkpoint {name}"):
+            self._failed(step, problem)
+            return None
         nonce = self._from_first(uuid.uuid4().hex[:8], f"begin checkpoint {name}")
         temporary, problem = self._begun(name, nonce)
         problem = self._from_any(problem, f"make the folder of checkpoint {name}")
@@ -157,12 +196,25 @@ class Checkpoints:
                 if self.rank == 0:
                     self._remove_old(name)
             self._from_first(None, "remove old checkpoints")
-        if problem is not None and self.rank == 0:
-            warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=2)
         if problem is not None or in_store(self.folder):
             self.storage.abandon(temporary)
             self._from_first(None, f"remove what it wrote of checkpoint {name}")
-        return self.folder / name if problem is None else None
+        if problem is not None:
+            self._failed(step, problem)
+            return None
+        self.problem = None
+        return self.folder / name
+
+    def _refusal(self, name: str, state: State) -> str | None:
+        """Why this rank's state must not be written under this name; None where it may."""
+        if name in self._unreadable:
+            return f"{self.folder / name} could not be read and may be whole: move it away, or restart the run"
+        return not_finite(state)
+
+    def _failed(self, step: int, problem: str) -> None:
+        self.problem = problem
+        if self.rank == 0:
+            warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=3)
 
     def _begun(self, name: str, nonce: str) -> tuple[Path, str | None]:
         """Where this rank writes to; what went wrong, or None."""
@@ -178,10 +230,10 @@ class Checkpoints:
                 writer = _Writer(temporary, self.patience)
                 save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
             written = internals.checkpoint_files(temporary, self.rank)
-            described = {file: _described(temporary / file) for file in written}
+            described = {file: describe_file(temporary / file) for file in written}
             self.storage.put(name, temporary, written)
         except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
-            return {}, "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())
+            return {}, _failures(error)
         except OSError as error:
             return {}, repr(error)
         return described, None
@@ -189,7 +241,7 @@ class Checkpoints:
     def _finish(self, name: str, temporary: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
         """On rank 0: the manifest; what went wrong, or None."""
         manifest = {"facts": facts, "files": files, "torch": torch.__version__}
-        manifest["sha256"] = _hash(manifest)
+        manifest["sha256"] = hash_manifest(manifest)
         try:
             self.storage.finish(name, temporary, json.dumps(manifest, indent=1))
         except OSError as error:
@@ -197,10 +249,9 @@ class Checkpoints:
         return None
 
     def _remove_old(self, newest: str) -> None:
-        found = self.storage.names()
-        # Later ones were passed over, as damaged, or the run would not be here: they must not count as the newest.
-        # A store may only have been out of reach: there they stay until their step comes again.
-        old = [] if in_store(self.folder) else [name for name in found if name > newest]
+        # What could not be read counts neither as one to keep nor as one to remove: it may be whole.
+        found = [name for name in self.storage.names() if name not in self._unreadable]
+        old = [name for name in found if name > newest and name in self._damaged]
         for name in [name for name in found if name <= newest][: -self.keep_last]:
             if not (self.keep_every and int(name.removeprefix("step-")) % self.keep_every == 0):
                 old.append(name)
@@ -213,6 +264,12 @@ class Checkpoints:
             if self.group is None:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
+
+    def _examine(self, path: Path) -> tuple[str | None, bool]:
+        """What is wrong with a checkpoint, or None; and whether it is proven to be damaged, by any rank."""
+        found = self.patience.gather(damage(path, self.rank, self.size), f"verify {path}")
+        problems = [(f"rank {r}: {p}" if self.size > 1 else p, proven) for r, (p, proven) in enumerate(found) if p]
+        return max(problems, key=lambda problem: problem[1], default=(None, False))
 
     def _from_first(self, mine: Any, what: str) -> Any:
         return self.patience.gather(mine, what)[0]
@@ -248,57 +305,8 @@ class _Reader(TensorsOnlyReader):
         return read
 
 
-def _damage(path: Path, rank: int, size: int) -> str | None:
-    """What is wrong with a checkpoint, looking at this rank's share of its files; None where nothing is."""
-    try:
-        with as_os_error():
-            manifest = json.loads((path / MANIFEST).read_text())
-        if manifest.pop("sha256") != _hash(manifest):
-            return f"{MANIFEST} is not as it was written"
-        files = manifest["files"]
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({error!r})"
-    for name, described in sorted(files.items())[rank::size]:
-        try:
-            if _described(path / name) != described:
-                size_now = (path / name).stat().st_size
-                return f"{name} is not as it was written ({size_now} bytes now, {described['bytes']} then)"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read ({error})"
-    return None
-
-
-def _hash(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _described(path: Path) -> dict[str, Any]:
-    with as_os_error(), path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
-
-
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> State:
-    """Every tensor that a run goes on from, by name: parameters, AdamW's moments, this rank's random state.
-
-    Tensors alone, because what is not a tensor would be stored as a pickle.
-    """
-    state: State = {}
-    for name, parameter in model.named_parameters():
-        state[f"model.{name}"] = parameter.detach()
-        moments = optimizer.state[parameter]
-        if not moments:  # Before the first step.
-            moments["step"] = torch.zeros((), dtype=torch.float32)
-            moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        state |= {f"optimizer.{moment}.{name}": value for moment, value in moments.items()}
-    state[f"random.{rank}"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state[f"random_cuda.{rank}"] = torch.cuda.get_rng_state()
-    return state
+def _failures(error: CheckpointException) -> str:
+    return "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())
 
 
 def load_model(folder: Path | str) -> LongNet:
@@ -309,7 +317,7 @@ def load_model(folder: Path | str) -> LongNet:
 
     Raises:
         FileNotFoundError: where it has no checkpoint.
-        RuntimeError: where every one is damaged.
+        CheckpointError: where every one is damaged, or cannot be read.
     """
     checkpoints = Checkpoints(place(folder) / "checkpoints")
     found = checkpoints.newest()
@@ -320,8 +328,3 @@ def load_model(folder: Path | str) -> LongNet:
     model = config.build(dtype=getattr(torch, facts["config"]["dtype"]))
     checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model
-
-
-def names_without(state: State, prefixes: Iterable[str]) -> State:
-    """Those of `state` whose names begin with none of `prefixes`."""
-    return {name: x for name, x in state.items() if not name.startswith(tuple(prefixes))}

@@ -90,8 +90,17 @@ class Disk:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Of those that were renamed, oldest first; a user's `step-00000100.backup` is none of them."""
-        return _steps(path.name for path in self.folder.glob("step-*"))
+        """Names of those that were renamed, oldest first; a user's `step-00000100.backup` is none of them.
+
+        Raises:
+            OSError: where the folder cannot be listed; one that is not there yet has none.
+        """
+        try:
+            return _steps(os.listdir(self.folder))  # A glob would pass over every error.
+        except FileNotFoundError:
+            if self.folder.is_symlink():  # To what is not mounted, for example.
+                raise
+            return []
 
     def begin(self, name: str, nonce: str) -> Path:
         """A folder for what a rank writes of `name`. Every rank calls it, with one nonce."""
@@ -141,9 +150,21 @@ class Store:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Of those that have a manifest, oldest first."""
-        with as_os_error():
-            return _steps(path.parent.name for path in self.folder.glob(f"step-*/{MANIFEST}"))
+        """Names of those that have a manifest, oldest first.
+
+        Raises:
+            OSError: where the folder cannot be listed; one that is not there yet has none.
+        """
+        return [name for name in _steps(self._listed(self.folder)) if MANIFEST in self._listed(self.folder / name)]
+
+    def _listed(self, folder: Path) -> list[str]:
+        """The names in a folder of the store; a glob would pass over every error."""
+        try:
+            with as_os_error():
+                found = folder.fs.ls(folder.path, detail=False)  # type: ignore[attr-defined]
+        except FileNotFoundError:
+            return []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def begin(self, name: str, nonce: str) -> Path:
         """A folder on this machine. A damaged checkpoint of that name is none from here on."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from longnet_dist.best_effort import tolerate_broken_output
+from longnet_dist.checkpoints.checkpoints import CheckpointError
 from longnet_dist.checkpoints.storage import place
 from longnet_dist.extras import extra
 from longnet_dist.paths import local_path
@@ -25,7 +26,7 @@ _MAY_BE_EMPTY = ("--wandb",)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 2 where its arguments cannot work, with the reason in one line."""
+    """Run a command; 2 where its arguments cannot work, 1 where checkpoints fail, with the reason in one line."""
     app = tyro.extras.SubcommandApp()
     app.command(name="train")(_train)
     app.command(name="tokenize")(_tokenize)
@@ -42,6 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, _PathError) as error:
         print(f"longnet-dist: {error}", file=sys.stderr)
         return 2
+    except CheckpointError as error:
+        print(f"longnet-dist: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

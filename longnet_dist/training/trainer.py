@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from longnet_dist.best_effort import BestEffort
-from longnet_dist.checkpoints.checkpoints import Checkpoints, names_without, training_state
+from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.data.corpus import unigram_bits, window_order
 from longnet_dist.data.shards import TokenStream
 from longnet_dist.data.tokenizers import Bytes
@@ -37,6 +37,7 @@ from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, measures, step_bytes, step_flops
 from longnet_dist.training.optimizer import decayed_and_not, learning_rate
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
+from longnet_dist.training.state import make_moments, names_without, restore_random_state, training_state
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals
 
 ASK_SECONDS = 5.0
@@ -79,7 +80,8 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
 
     Raises:
         ValueError: for options or data that cannot work, before any step.
-        RuntimeError: where every checkpoint is damaged, a rank is lost, or steps are not finite.
+        CheckpointError: where every checkpoint is damaged or unreadable, or the last cannot be written.
+        RuntimeError: where a rank is lost, or steps are not finite.
     """
     config = config or TrainConfig()
     with processes(config) as device, stop_on_signals() as stop:
@@ -167,6 +169,11 @@ class _Trainer:
                         self._checkpoint(step, measured, log)
             self.checkpoints.wait()
             self._checkpointed(measured)
+            if self.checkpoints.problem is not None:
+                raise CheckpointError(
+                    f"the run ended after step {step} without a checkpoint of it: {self.checkpoints.problem}; "
+                    f"{self.checkpoints.describe_newest()}"
+                )
             if step < config.steps:
                 log.say(
                     f"stopped by a signal after step {step}, with a checkpoint: the same command goes on from it, "
@@ -179,6 +186,9 @@ class _Trainer:
         return TrainResult(self.folder, tuple(losses), step, validation, unigram)
 
     def _checkpoint(self, step: int, measured: dict[str, float], log: RunLog) -> None:
+        if self.skipped:
+            self.checkpoints.withhold(step, f"steps are being skipped, the last {self.skipped} in a row")
+            return
         log.flush()  # Before it: a run that goes on from there has the figures up to there.
         self.figures.keep()
         self.patience.gather(None, "write the metrics")
@@ -264,8 +274,9 @@ class _Trainer:
             windows = [self._windows(step, micro, every=True) for micro in range(self.config.grad_accumulation)]
             raise RuntimeError(
                 f"{self.skipped} steps in a row were not finite, so the run stops; {said}, at sequences {windows} of "
-                f"{self.config.seq_len} tokens in {self.corpus.folder}. Checkpoints are of good steps: a lower "
-                "learning rate, or a smaller clip_norm, may go on from the last, if there is one"
+                f"{self.config.seq_len} tokens in {self.corpus.folder}. To go on from the newest "
+                "checkpoint, lower the learning rate or clip_norm; if it is of "
+                f"step {step - self.skipped}, after which no step was finite, remove it to go on from the one before"
             )
 
     def _windows(self, step: int, micro: int, every: bool = False) -> list[int]:
@@ -326,7 +337,7 @@ class _Trainer:
         return training_state(self.model, self.optimizer, self.rank)
 
     def _facts(self, step: int) -> dict[str, Any]:
-        return {"step": step, "skipped": self.skipped, "ranks": self.num_ranks, "config": self._resolved()}
+        return {"step": step, "ranks": self.num_ranks, "config": self._resolved()}
 
     def _resume(self, log: RunLog) -> int:
         """Go on from the newest whole checkpoint in the run's folder, if there is one; the step it is of."""
@@ -336,15 +347,12 @@ class _Trainer:
         path, facts = found
         for change in changes(facts["config"], self._resolved(), path):
             log.say(change)
+        make_moments(self.optimizer)
         state = self._state()
         # Random states are of ranks: on another number of ranks each has its fresh one.
         if facts["ranks"] != self.num_ranks:
             state = names_without(state, ["random"])
         self.checkpoints.load(path, state)
-        if f"random.{self.rank}" in state:
-            torch.set_rng_state(state[f"random.{self.rank}"])
-        if f"random_cuda.{self.rank}" in state:
-            torch.cuda.set_rng_state(state[f"random_cuda.{self.rank}"])
-        self.skipped = facts["skipped"]
+        restore_random_state(state, self.rank)
         log.say(f"going on from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist.checkpoints.checkpoints import Checkpoints, TensorsOnlyReader, names_without
+from longnet_dist.checkpoints.checkpoints import Checkpoints
+from longnet_dist.checkpoints.reader import TensorsOnlyReader
+from longnet_dist.training.state import names_without
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
