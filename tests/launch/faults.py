@@ -16,6 +16,7 @@ LEFT = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and 
 FAULT = (LEFT or ["nowhere nothing"])[0]
 WHERE, WHAT = FAULT.split()
 windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoints.checkpoints.save
+state = _Trainer._state
 now = 0
 
 
@@ -45,11 +46,18 @@ def windows_with_fault(self, step, micro, every=False):
 
 def loss_with_fault(self, stream, indices):
     value = loss(self, stream, indices)
-    if WHAT == "nan" and now == STEP and os.environ["RANK"] == "1":
+    if FAULT == "loss nan" and now == STEP and os.environ["RANK"] == "1":
         value = value * float("nan")
     if WHERE == "backward" and value.requires_grad:
         value.register_hook(lambda grad: fault())
     return value
+
+
+def state_with_fault(self):
+    found = state(self)
+    if FAULT == "state nan" and now == STEP + 1 and os.environ["RANK"] == "1":
+        found["optimizer.exp_avg.norm.weight"].to_local().fill_(float("nan"))
+    return found
 
 
 def save_with_fault(*args, **kwargs):
@@ -59,6 +67,6 @@ def save_with_fault(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    _Trainer._windows, _Trainer._loss = windows_with_fault, loss_with_fault
+    _Trainer._windows, _Trainer._loss, _Trainer._state = windows_with_fault, loss_with_fault, state_with_fault
     longnet_dist.checkpoints.checkpoints.save = save_with_fault
     sys.exit(app.main(sys.argv[1:]))

@@ -24,7 +24,7 @@ from tests.pool import forkserver
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 TINY = (
-    "--dtype", "float64", "--warmup-steps", 2, "--validation-sequences", 2, "--validate-every", 0,
+    "--dtype", "float64", "--warmup-steps", 2, "--validation-sequences", 2, "--validate-every", 2,
     "--model.d-model", 16, "--model.num-layers", 2, "--model.num-heads", 2,
     "--model.segment-lengths", 64, 256, "--model.dilation-rates", 1, 4,
 )  # fmt: skip

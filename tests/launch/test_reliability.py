@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -10,15 +11,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from longnet_dist import TrainConfig
+from longnet_dist.checkpoints.checkpoints import Checkpoints
+from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import place
 from longnet_dist.training.job import figures_of, held
+from tests.launch.jobs import SHORT, forked, losses, run, start, train, until
 from tests.launch.jobs import TWELVE_STEPS as OPTIONS
-from tests.launch.jobs import forked, losses, run, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
@@ -69,6 +74,42 @@ def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
         assert done.returncode == 0, done.stderr
         assert "of step 4 on 4 ranks" in done.stdout
         assert losses(again) == pytest.approx(undisturbed, rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "options"),
+    [
+        (1, ()),
+        (2, ("--grad-accumulation", 2)),
+        (2, ("--parallel.dp-shard", 2, "--async-checkpoints")),
+        (4, ("--parallel.dp-replicate", 2)),
+        (4, ("--parallel.dp-shard", 2, "--model.tie-embeddings")),
+        (8, ("--parallel.dp-replicate", 2, "--parallel.dp-shard", 2, "--batch-size", 4)),
+    ],
+)
+def test_resumes_bit_for_bit_from_a_step_that_also_validated(tmp_path, ranks, options):
+    """In every arrangement the checkpoint holds the moments of every parameter, though a validation came before."""
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    arguments = (*SHORT, "--steps", 6, "--keep-checkpoints", 9, *options)
+    done = forked(ranks, *train(whole, *arguments))
+    assert done.returncode == 0, done.stderr
+    for step in (2, 4, 6):
+        assert set(moment_steps(whole / "checkpoints" / f"step-{step:08d}").values()) == {float(step)}
+    shutil.copytree(whole / "checkpoints" / "step-00000004", again / "checkpoints" / "step-00000004")
+    shutil.copy(whole / "metrics.jsonl", again)
+    done = forked(ranks, *train(again, *arguments))
+    assert done.returncode == 0, done.stderr
+    assert f"of step 4 on {ranks} ranks" in done.stdout
+    assert losses(again) == losses(whole)
+
+
+def moment_steps(path: Path) -> dict[str, float]:
+    """AdamW's count of steps of every parameter, in a checkpoint."""
+    stored = TensorsOnlyReader(path).read_metadata().state_dict_metadata
+    steps = {name: torch.zeros(()) for name in stored if name.startswith("optimizer.step.")}
+    assert len(steps) == sum(name.startswith("model.") for name in stored)
+    Checkpoints(path.parent).load(path, steps)
+    return {name: x.item() for name, x in steps.items()}
 
 
 def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
@@ -163,6 +204,18 @@ def test_a_step_that_is_not_finite_is_skipped_on_every_rank(tmp_path, monkeypatc
     assert found[11] < found[0]
 
 
+def test_a_state_that_is_not_finite_on_one_rank_displaces_nothing(tmp_path, monkeypatch):
+    """NaN in rank 1's moments at step 6; the steps after it are skipped until the run stops."""
+    monkeypatch.setenv("FAULTS", "state nan")
+    monkeypatch.setenv("FAULT_MARKS", str(tmp_path))
+    done = forked(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS, "--steps", 20)[2:])
+    assert done.returncode != 0
+    assert "no checkpoint of step 6: rank 1: optimizer.exp_avg.norm.weight holds NaN or infinity" in done.stderr
+    assert "steps in a row were not finite" in done.stderr
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000002", "step-00000004"]
+
+
 def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
     """In the forward, the backward or a save, one after the other: the job ends with the very same losses."""
     faults = ["forward raise", "backward raise", "save raise", "save SIGKILL", "forward SIGSTOP", "backward SIGTERM"]
@@ -230,19 +283,46 @@ def test_ranks_with_other_options_are_refused(tmp_path):
     assert "every rank must have the same options: learning_rate is 0.001 on rank 0, and 0.002 on rank 1" in done.stderr
 
 
-def test_a_full_disk_is_said_and_training_goes_on(tmp_path, undisturbed):
-    """A file system that holds one checkpoint, and not two."""
-    small = tmp_path / "run" / "checkpoints"
+@contextlib.contextmanager
+def small_disk(run: Path, size: str) -> Iterator[Path]:
+    """A file system of this size under the checkpoints of a run."""
+    small = run / "checkpoints"
     small.mkdir(parents=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], capture_output=True)
     if mounted.returncode:
         pytest.skip("cannot mount a small file system here")
     try:
+        yield small
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_a_full_disk_is_said_and_training_goes_on_to_its_end(tmp_path, undisturbed):
+    """A file system that holds one checkpoint, and not two: the run ends with an error, for want of its last one."""
+    with small_disk(tmp_path / "run", "1m") as small:
         done = forked(2, *train(tmp_path / "run", *OPTIONS))
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 1, done.stderr
         assert "no checkpoint of step" in done.stderr
         assert "No space left" in done.stderr
         assert losses(tmp_path / "run") == undisturbed
-        assert [p.name for p in small.iterdir() if ".tmp-" not in p.name]
-    finally:
-        subprocess.run(["umount", small], check=True)
+        (kept,) = [p.name for p in small.iterdir() if ".tmp-" not in p.name]
+        assert re.search(
+            rf"longnet-dist: the run ended after step 12 without a checkpoint of it: .*the newest .* is .*{kept}\n",
+            done.stderr,
+        )
+
+
+def test_a_signal_on_a_full_disk_promises_no_checkpoint(tmp_path):
+    """The disk has no room for one: exit 1, and no word of a checkpoint to go on from."""
+    folder = tmp_path / "run"
+    with small_disk(folder, "16k"):
+        job = start(1, *train(folder, *OPTIONS, "--steps", 10_000))
+        until(folder, 3, job)
+        job.send_signal(signal.SIGTERM)
+        out, error = job.communicate(timeout=90)
+    assert job.returncode == 1, error
+    assert "with a checkpoint" not in out
+    last = error.splitlines()[-1]
+    assert last.startswith("longnet-dist: the run ended after step ")
+    assert " without a checkpoint of it: " in last
+    assert last.endswith("there is no checkpoint to resume from")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist.checkpoints.checkpoints import Checkpoints
+from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints, load_model
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.training.state import names_without
+from longnet_dist.training.state import make_moments, names_without, training_state
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -168,9 +171,114 @@ def test_damaged_ones_do_not_count_as_the_newest(tmp_path):
         Checkpoints(tmp_path, keep_last=3).save(step, state(float(step)), {"step": step})
     for step in (8, 10):
         _flip(tmp_path / f"step-{step:08d}" / "__0_0.distcp")
-    Checkpoints(tmp_path, keep_last=2).save(6, state(6.0), {"step": 6})
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    assert checkpoints.newest(lambda said: None)[1] == {"step": 4}
+    checkpoints.save(6, state(6.0), {"step": 6})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
     assert newest(tmp_path) == 6
+
+
+def test_what_could_not_be_read_once_is_kept(folder):
+    """An input/output error proves no damage: neither a later nor an earlier save may remove the checkpoint."""
+    Checkpoints(folder).save(8, state(8.0), {"step": 8})
+    file = folder / "step-00000008" / "__0_0.distcp"
+    whole = file.read_bytes()
+    file.unlink()
+    file.symlink_to("/proc/self/mem")  # Of which a read at 0 is an input/output error.
+    checkpoints, said = Checkpoints(folder), []
+    assert checkpoints.newest(said.append)[1] == {"step": 3}
+    assert re.search(r"step-00000008 cannot be read, and is passed over and kept: .*Input/output error", said[0])
+    checkpoints.save(4, state(4.0), {"step": 4})
+    with pytest.warns(
+        UserWarning, match=r"no checkpoint of step 8: .*step-00000008 could not be read and may be whole"
+    ):
+        checkpoints.save(8, state(0.0), {"step": 8})
+    for step in (9, 10):
+        checkpoints.save(step, state(float(step)), {"step": step})
+    assert sorted(int(p.name[-2:]) for p in folder.iterdir()) == [8, 9, 10]
+    file.unlink()
+    file.write_bytes(whole)
+    for step in (9, 10):
+        shutil.rmtree(folder / f"step-{step:08d}")
+    assert newest(folder) == 8
+
+
+def test_none_can_be_read_is_an_error(tmp_path):
+    Checkpoints(tmp_path).save(1, state(1.0), {"step": 1})
+    manifest = tmp_path / "step-00000001" / "manifest.json"
+    manifest.unlink()
+    manifest.symlink_to(manifest)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*step-00000001: .*symbolic links"):
+        Checkpoints(tmp_path).newest(lambda said: None)
+
+
+@contextmanager
+def _forbidden(path: Path) -> Iterator[None]:
+    """Root may list every folder, so that another user must try."""
+    path.mkdir()
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@contextmanager
+def _made(path: Path, how: str) -> Iterator[None]:
+    if how == "a file":
+        path.write_text("")
+    else:
+        path.symlink_to(path if how == "a loop" else path / "nothing")
+    yield
+
+
+@pytest.mark.parametrize("how", ["forbidden", "a file", "a loop", "a link to nothing"])
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, how):
+    path = tmp_path / "checkpoints"
+    with _forbidden(path) if how == "forbidden" else _made(path, how):
+        with pytest.raises(CheckpointError, match=r"the checkpoints in .* cannot be read: \w+Error"):
+            Checkpoints(path).newest()
+        with pytest.raises(CheckpointError, match=r"the checkpoints in .* cannot be read: \w+Error"):
+            load_model(tmp_path)
+
+
+def save_and_wait(checkpoints: Checkpoints, step: int, tensors: dict[str, torch.Tensor]) -> None:
+    checkpoints.save(step, tensors, {"step": step})
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_is_not_finite_displaces_nothing(folder, value, asynchronous):
+    checkpoints, broken = Checkpoints(folder, asynchronous=asynchronous), state(4.0)
+    broken["model.a"][50, 3] = value
+    with pytest.warns(UserWarning, match="no checkpoint of step 4: model.a holds NaN or infinity"):
+        save_and_wait(checkpoints, 4, broken)
+    assert checkpoints.problem == "model.a holds NaN or infinity"
+    assert newest(folder) == 3
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    save_and_wait(checkpoints, 5, state(5.0))
+    assert checkpoints.problem is None
+    assert newest(folder) == 5
+
+
+def test_moments_are_never_made_up():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(RuntimeError, match="the optimizer has no step, exp_avg, exp_avg_sq of weight"):
+        training_state(model, optimizer, 0)
+    assert not optimizer.state
+    make_moments(optimizer)
+    assert_close(training_state(model, optimizer, 0)["optimizer.exp_avg.bias"], torch.zeros(2))
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    assert training_state(model, optimizer, 0)["optimizer.step.bias"] == 1
+    optimizer.state[torch.nn.Parameter(torch.zeros(1))] = {}
+    with pytest.raises(RuntimeError, match="moments of 3 parameters, and the model 2: those of others are stale"):
+        training_state(model, optimizer, 0)
 
 
 class _Hostile:

@@ -13,7 +13,7 @@ import torch
 
 import longnet_dist
 from longnet_dist import LongNetConfig, TrainConfig
-from longnet_dist.checkpoints.checkpoints import load_model
+from longnet_dist.checkpoints.checkpoints import CheckpointError, load_model
 from longnet_dist.cli import app
 
 TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
@@ -129,6 +129,45 @@ def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
     assert all(json.loads(line, parse_constant=pytest.fail) for line in lines)
 
 
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:tensorboard", "ignore:step .* is skipped", "ignore:no checkpoint of .*being skipped"
+)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchronous):
+    """Whether the run then ends with an error, at its end, or goes on with what mends it."""
+    import dataclasses
+
+    config = dataclasses.replace(config, async_checkpoints=asynchronous, steps=10, checkpoint_every=2)
+    longnet_dist.train(config)
+    before = {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
+    assert sorted(p.name for p in before) == ["step-00000008", "step-00000010"]
+    broken = dataclasses.replace(config, steps=40, learning_rate=1e30)
+    with pytest.raises(RuntimeError, match=r"5 steps in a row were not finite.*if it is of step 11, .* remove it"):
+        longnet_dist.train(broken)
+    said = r"ended after step 12 without a checkpoint of it: steps are being skipped.*newest .* is .*step-00000010$"
+    with pytest.raises(CheckpointError, match=said):
+        longnet_dist.train(dataclasses.replace(broken, steps=12))
+    assert before == {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
+    result = longnet_dist.train(dataclasses.replace(config, steps=12))
+    assert len(result.losses) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_checkpoints_that_cannot_be_listed_are_not_begun_anew_over(config, capsys):
+    """A folder that is not mounted, for example: no step is made, and the run's figures stay as they are."""
+    import dataclasses
+
+    longnet_dist.train(dataclasses.replace(config, steps=2))
+    folder, metrics = config.run_folder / "checkpoints", (config.run_folder / "metrics.jsonl").read_text()
+    folder.rename(folder.with_name("elsewhere"))
+    folder.symlink_to(folder)
+    options = ["--run-folder", config.run_folder, "--cache", config.cache, "--data", *config.data, "--seq-len", 128]
+    assert app.main(["train", *map(str, options)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"longnet-dist: the checkpoints in {folder} cannot be read: ")
+    assert (config.run_folder / "metrics.jsonl").read_text() == metrics
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
 def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
@@ -164,7 +203,7 @@ def test_a_traces_folder_that_is_removed_does_not_end_the_run(config, monkeypatc
                 traces.touch()
         return measures(config, step, *rest)
 
-    monkeypatch.setattr(sys.modules["longnet_dist.train"], "measures", remove)
+    monkeypatch.setattr(sys.modules["longnet_dist.training.trainer"], "measures", remove)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert longnet_dist.train(config).step == 6
