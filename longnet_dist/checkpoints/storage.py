@@ -158,7 +158,7 @@ class Store:
         return [name for name in _steps(self._listed(self.folder)) if MANIFEST in self._listed(self.folder / name)]
 
     def _listed(self, folder: Path) -> list[str]:
-        """The names in a folder of the store; a glob would pass over every error."""
+        """The names in a folder of the store; a glob may pass over errors."""
         try:
             with as_os_error():
                 found = folder.fs.ls(folder.path, detail=False)  # type: ignore[attr-defined]

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from torch.testing import assert_close
 
 from longnet_dist import TrainConfig, train
-from longnet_dist.checkpoints.checkpoints import Checkpoints, load_model
+from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints, load_model
 from longnet_dist.checkpoints.storage import Store, copy, place
 from longnet_dist.cli import app
 from tests.unit.test_checkpoint import DAMAGES, newest, state
@@ -132,6 +134,37 @@ def test_a_store_that_fails_is_a_warning_and_an_unreachable_one_is_said(kept, mo
         Checkpoints(folder).save(4, state(4.0), {"step": 4})
     with pytest.raises(RuntimeError, match=r"cannot be read: .*EndpointConnectionError"):
         Checkpoints(folder).newest()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+class _Denied(BaseHTTPRequestHandler):
+    """Answers every request as S3 does where the credentials may not do it."""
+
+    def do_GET(self):
+        body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_store_that_may_not_be_listed_is_not_an_empty_one(kept, monkeypatch):
+    import s3fs
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Denied) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
+        with pytest.raises(CheckpointError, match=r"cannot be read: PermissionError.*Access Denied"):
+            Checkpoints(place(str(kept))).newest()
+        server.shutdown()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
