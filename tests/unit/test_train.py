@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -56,8 +57,6 @@ def test_a_run_writes_its_folder(config, capsys):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_accumulated_steps_are_steps_of_larger_batches(config):
-    import dataclasses
-
     base = {"dtype": "float64", "steps": 3}
     one = longnet_dist.train(dataclasses.replace(config, **base, batch_size=4))
     other = config.run_folder.with_name("other")
@@ -67,8 +66,6 @@ def test_accumulated_steps_are_steps_of_larger_batches(config):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_it_learns(config):
-    import dataclasses
-
     result = longnet_dist.train(dataclasses.replace(config, steps=60, learning_rate=1e-2, autocast=True))
     assert result.validation_bits_per_byte < result.unigram_bits_per_byte
 
@@ -87,8 +84,6 @@ def test_it_learns(config):
     ],
 )
 def test_bad_options_are_errors_before_any_step(config, change, said):
-    import dataclasses
-
     with pytest.raises(ValueError, match=said):
         longnet_dist.train(dataclasses.replace(config, **change))
 
@@ -118,8 +113,6 @@ def test_bad_models(change, said):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore:step . is skipped")
 def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
     """The last good checkpoint stays; metrics are still JSON."""
-    import dataclasses
-
     longnet_dist.train(dataclasses.replace(config, steps=2, checkpoint_every=2))
     broken = dataclasses.replace(config, steps=20, learning_rate=1e30, clip_norm=0.0, most_skipped=3)
     with pytest.raises(RuntimeError, match=r"3 steps in a row were not finite.*at sequences \[\[\d+\]\] of 128 tokens"):
@@ -135,8 +128,6 @@ def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchronous):
     """Whether the run then ends with an error, at its end, or goes on with what mends it."""
-    import dataclasses
-
     config = dataclasses.replace(config, async_checkpoints=asynchronous, steps=10, checkpoint_every=2)
     longnet_dist.train(config)
     before = {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
@@ -155,8 +146,6 @@ def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchro
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_checkpoints_that_cannot_be_listed_are_not_begun_anew_over(config, capsys):
     """A folder that is not mounted, for example: no step is made, and the run's figures stay as they are."""
-    import dataclasses
-
     longnet_dist.train(dataclasses.replace(config, steps=2))
     folder, metrics = config.run_folder / "checkpoints", (config.run_folder / "metrics.jsonl").read_text()
     folder.rename(folder.with_name("elsewhere"))
@@ -172,8 +161,6 @@ def test_checkpoints_that_cannot_be_listed_are_not_begun_anew_over(config, capsy
 @pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
 def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
     """Dropout and the order of the data included."""
-    import dataclasses
-
     model = dataclasses.replace(TINY, dropout=0.1)
     whole = dataclasses.replace(config, steps=8, checkpoint_every=3, model=model, **options)
     expected = longnet_dist.train(whole).losses
@@ -267,7 +254,6 @@ def test_weights_of_another_model_are_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_measures_and_a_profile(config):
-    import dataclasses
     import gzip
 
     longnet_dist.train(dataclasses.replace(config, profile=True, peak_tflops=0.5, steps=3))
@@ -293,8 +279,6 @@ def test_operations_of_a_step_are_counted():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(config, capsys):
-    import dataclasses
-
     longnet_dist.train(dataclasses.replace(config, steps=2))
     written = (config.run_folder / "config.json").read_text()
     other = dataclasses.replace(TINY, num_layers=2)
@@ -308,8 +292,6 @@ def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(confi
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_weights_and_biases(config, monkeypatch):
     """The package itself, offline."""
-    import dataclasses
-
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -322,8 +304,6 @@ def test_weights_and_biases(config, monkeypatch):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     """Tokenised by the command with a real tokenizer; a vocabulary that is too small is said before any step."""
-    import dataclasses
-
     from tokenizers import ByteLevelBPETokenizer
 
     text = (tmp_path / "text" / "0.txt").read_text()
@@ -374,7 +354,6 @@ def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_launcher_hears_of_checkpoints_and_can_ask_for_one(config, monkeypatch, asynchronous):
     """A machine that is about to go: a checkpoint at once, beside those of every third step."""
-    import dataclasses
 
     class Session:
         def __init__(self):
