@@ -14,9 +14,9 @@ import tyro
 from matplotlib.figure import Figure
 
 from longnet_dist import LongNetConfig, TrainConfig, train
-from longnet_dist.checkpoints.checkpoints import load_model
 from longnet_dist.inference.evaluate import bits_by_position
 from longnet_dist.training.job import corpus_of
+from longnet_dist.training.state import load_model
 
 LONGEST = 16384
 LENGTHS = (2048, 4096, 8192, LONGEST)

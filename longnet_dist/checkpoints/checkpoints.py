@@ -33,8 +33,6 @@ from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
 from longnet_dist.checkpoints.verification import State, damage, describe_file, hash_manifest, not_finite
 from longnet_dist.distributed.patience import Patience
-from longnet_dist.models.config import LongNetConfig
-from longnet_dist.models.decoder import LongNet
 
 
 class CheckpointError(RuntimeError):
@@ -110,7 +108,7 @@ class Checkpoints:
                     gone = None if (path / MANIFEST).exists() else "it is gone"
             except OSError as error:
                 gone = repr(error)
-        gone = self._from_first(gone)
+        gone = self._from_first(gone, f"look for {path}")
         return f"the newest whole checkpoint is {path}" if gone is None else f"the newest was {path}, and {gone}"
 
     def newest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
@@ -307,24 +305,3 @@ class _Reader(TensorsOnlyReader):
 
 def _failures(error: CheckpointException) -> str:
     return "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())
-
-
-def load_model(folder: Path | str) -> LongNet:
-    """The model of a run's newest whole checkpoint, on this process alone.
-
-    Args:
-        folder: the run's folder.
-
-    Raises:
-        FileNotFoundError: where it has no checkpoint.
-        CheckpointError: where every one is damaged, or cannot be read.
-    """
-    checkpoints = Checkpoints(place(folder) / "checkpoints")
-    found = checkpoints.newest()
-    if found is None:
-        raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")
-    path, facts = found
-    config = LongNetConfig(**facts["config"]["model"])
-    model = config.build(dtype=getattr(torch, facts["config"]["dtype"]))
-    checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model

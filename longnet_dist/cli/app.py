@@ -197,10 +197,10 @@ def _eval(
     """
     import torch
 
-    from longnet_dist.checkpoints.checkpoints import load_model
     from longnet_dist.data.corpus import open_corpus
     from longnet_dist.inference.evaluate import bits_by_position
     from longnet_dist.training.job import corpus_of, read_config
+    from longnet_dist.training.state import load_model
 
     _check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -233,7 +233,7 @@ def _export(run: tyro.conf.Positional[str], folder: tyro.conf.Positional[Path]) 
         run: The run's folder, or its place in a store.
         folder: Where to write.
     """
-    from longnet_dist.checkpoints.checkpoints import load_model
+    from longnet_dist.training.state import load_model
 
     load_model(run).save_pretrained(folder)
     print(folder)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from longnet_dist.checkpoints.checkpoints import Checkpoints
+from longnet_dist.checkpoints.storage import place
 from longnet_dist.checkpoints.verification import State
+from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.decoder import LongNet
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter."""
@@ -62,3 +67,24 @@ def restore_random_state(state: State, rank: int) -> None:
 def names_without(state: State, prefixes: Iterable[str]) -> State:
     """Those of `state` whose names begin with none of `prefixes`."""
     return {name: x for name, x in state.items() if not name.startswith(tuple(prefixes))}
+
+
+def load_model(folder: Path | str) -> LongNet:
+    """The model of a run's newest whole checkpoint, on this process alone.
+
+    Args:
+        folder: the run's folder.
+
+    Raises:
+        FileNotFoundError: where it has no checkpoint.
+        CheckpointError: where every one is damaged, or cannot be read.
+    """
+    checkpoints = Checkpoints(place(folder) / "checkpoints")
+    found = checkpoints.newest()
+    if found is None:
+        raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")
+    path, facts = found
+    config = LongNetConfig(**facts["config"]["model"])
+    model = config.build(dtype=getattr(torch, facts["config"]["dtype"]))
+    checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    return model

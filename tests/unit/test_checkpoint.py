@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints, load_model
+from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.training.state import make_moments, names_without, training_state
+from longnet_dist.training.state import load_model, make_moments, names_without, training_state
 
 
 def state(value: float) -> dict[str, torch.Tensor]:

@@ -13,9 +13,10 @@ import pytest
 from torch.testing import assert_close
 
 from longnet_dist import TrainConfig, train
-from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints, load_model
+from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.checkpoints.storage import Store, copy, place
 from longnet_dist.cli import app
+from longnet_dist.training.state import load_model
 from tests.unit.test_checkpoint import DAMAGES, newest, state
 from tests.unit.test_train import TINY
 

@@ -14,8 +14,9 @@ import torch
 
 import longnet_dist
 from longnet_dist import LongNetConfig, TrainConfig
-from longnet_dist.checkpoints.checkpoints import CheckpointError, load_model
+from longnet_dist.checkpoints.checkpoints import CheckpointError
 from longnet_dist.cli import app
+from longnet_dist.training.state import load_model
 
 TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
 
