@@ -33,6 +33,7 @@ from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
 from longnet_dist.checkpoints.verification import State, damage, describe_file, hash_manifest, not_finite
 from longnet_dist.distributed.patience import Patience
+from longnet_dist.distributed.waits import mark_wait
 
 
 class CheckpointError(RuntimeError):
@@ -93,7 +94,8 @@ class Checkpoints:
         """Wait until the checkpoint that is being written is there, or has failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self.latest = writing.result() or self.latest
+            with mark_wait("to write the checkpoint in the background"):
+                self.latest = writing.result() or self.latest
 
     def describe_newest(self) -> str:
         """The checkpoint from which a later run would resume, in words, and not read again. Collective."""

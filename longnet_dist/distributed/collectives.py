@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longnet_dist import internals
+from longnet_dist.distributed.waits import mark_wait
 
 # torch 2.13 deprecates the names that 2.11 has.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -126,7 +127,8 @@ class Pending:
         """Run `step`; what fails in it is said with the rank, the branch and the ranks it needed."""
         began = time.monotonic()
         try:
-            return step()
+            with mark_wait(f"while {self.what}"):
+                return step()
         except RuntimeError as error:
             comm = self.communicator
             raise RuntimeError(
@@ -157,7 +159,8 @@ def communicators(
         if not missing:
             continue
         first, last = next(((a, b) for a, b in missing if a <= me <= b), (me, me))
-        subgroup = dist.new_group(ranks[first : last + 1], timeout=timeout, use_local_synchronization=True)
+        with mark_wait("while creating the process groups of a sequence"):
+            subgroup = dist.new_group(ranks[first : last + 1], timeout=timeout, use_local_synchronization=True)
         for a, b in missing:
             made[a, b, timeout] = Communicator(subgroup, timeout, me) if (a, b) == (first, last) else None
     found = {(a, b): made[a, b, timeout] for groups in rounds for a, b in groups}
@@ -183,7 +186,8 @@ def gather_objects(mine: Any, group: ProcessGroup | None = None) -> list[Any]:
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [mine]
     everyones: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyones, mine, group=group)
+    with mark_wait("while gathering an object of each rank"):
+        dist.all_gather_object(everyones, mine, group=group)
     return everyones
 
 
@@ -192,8 +196,9 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
+    with mark_wait("while summing the figures of a step"):
+        dist.all_reduce(total)
+        return total.tolist()
 
 
 def _ascii(value: Any) -> str:

@@ -1,12 +1,12 @@
-"""Stopping well: on a signal, when whoever started this process is gone, and when a rank hangs."""
+"""Stopping well: on a signal, when the process that started this one is gone, and when a rank hangs."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import ctypes
 import faulthandler
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,55 +19,50 @@ from typing import IO
 import torch.distributed as dist
 
 from longnet_dist.best_effort import BestEffort, print_note
-from longnet_dist.distributed import collectives, patience
+from longnet_dist.distributed.waits import current_wait
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_SECONDS = 3.0
-_WAITING = tuple(
-    str(path)
-    for path in (
-        Path(dist.__file__).parent,
-        Path(collectives.__file__),
-        Path(patience.__file__),
-        Path(concurrent.futures.__file__).parent,
-    )
-)
-"""Where the code of a rank is that waits: in a collective, for another rank's I/O, or for its own background thread."""
+"""Signals within this many seconds are one: a scheduler signals launcher and workers, and the launcher passes it on."""
+_MARKER_BYTES = 400
+_MAX_RANKS_LISTED = 16
 
 
 @dataclass
 class StopFlag:
-    """Whether this rank was told to stop, and whether all ranks agreed, at the end of a step, to."""
+    """Whether a run should stop after the current step."""
 
-    told: bool = False
+    requested: bool = False
+    """Stop requested on this rank."""
     agreed: bool = False
+    """Stop agreed by all ranks, at the end of a step."""
 
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """While inside, SIGTERM or SIGINT sets the flag, and a second one exits at once.
+    """Set a flag, inside the context, on the first SIGTERM or SIGINT, and exit at once on the second.
 
-    In another thread than the main one, which takes no signals, nothing is set up.
+    Outside the main thread, where Python delivers no signals, this does nothing.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
-    # The signal's number comes through a pipe to a thread, so it is seen at once, also while the main thread waits in a
-    # collective, where no handler of Python's runs.
+    # The signal's number arrives through a pipe in a thread. So it is seen at once, even while the main thread waits
+    # in a collective, where no Python signal handler runs.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     listener = threading.Thread(target=_listen, args=(reader, flag), name="signals", daemon=True)
-    before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
-    before_writer = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers_before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+    writer_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     listener.start()
     try:
         yield flag
     finally:
-        signal.set_wakeup_fd(before_writer)
-        for number, handler in before.items():
+        signal.set_wakeup_fd(writer_before)
+        for number, handler in handlers_before.items():
             signal.signal(number, handler)
         os.close(writer)
         listener.join()
@@ -75,40 +70,41 @@ def stop_on_signals() -> Iterator[StopFlag]:
 
 
 def _listen(reader: int, flag: StopFlag) -> None:
-    """Set the flag at the first signal, end the process at the second; return when the pipe is closed."""
+    """Set the flag at the first signal, end the process at the second, and return when the pipe is closed."""
     first = 0.0
-    while said := os.read(reader, 1):
-        if said[0] not in _SIGNALS:
+    while data := os.read(reader, 1):
+        number = data[0]
+        if number not in _SIGNALS:
             continue
-        # A scheduler signals the launcher and its workers at once, and the launcher passes it on: that is one.
-        if flag.told and time.monotonic() - first > SAME_SIGNAL_SECONDS:
-            os._exit(128 + said[0])
-        if not flag.told:
-            flag.told, first = True, time.monotonic()
-            name = signal.Signals(said[0]).name
+        if flag.requested and time.monotonic() - first > SAME_SIGNAL_SECONDS:
+            os._exit(128 + number)
+        if not flag.requested:
+            flag.requested, first = True, time.monotonic()
+            name = signal.Signals(number).name
             print_note(f"{name}: finishing the step, then a checkpoint; a second signal exits at once")
 
 
 def end_with_parent() -> None:
-    """Have the kernel end this process when its parent ends: a launcher killed alone leaves no orphan that trains on.
+    """Make the kernel end this process when its parent ends, so that a killed launcher leaves no orphans.
 
-    Linux only; elsewhere nothing happens.
+    Linux only; does nothing elsewhere.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # It ended before the kernel was asked.
+    if os.getppid() != parent:  # It ended before the kernel knew.
         os._exit(1)
 
 
 class Watch:
-    """Finds the rank that hangs: each writes where it is into `folder` when something takes too long.
+    """Finds the rank that hangs: each rank writes its stack and its wait to a file when something takes too long.
 
     Args:
-        folder: of the run, which every rank sees; `rank-N.txt` in it is rank N's.
-        rank, num_ranks: this one, and how many there are.
-        limit: seconds that a collective may take; traces are written a little before.
+        folder: the run's folder of traces, which every rank sees; `rank-N.txt` in it belongs to rank N.
+        rank: this rank.
+        num_ranks: the number of all ranks.
+        limit: seconds that a collective may take. Traces are written at 80 % of it.
     """
 
     def __init__(self, folder: Path, rank: int, num_ranks: int, limit: float) -> None:
@@ -117,49 +113,109 @@ class Watch:
 
     @contextlib.contextmanager
     def over(self, what: str, limit: float | None = None) -> Iterator[None]:
-        """While inside, watch.
+        """Watch the context's body.
 
         Args:
-            what: what is done, for errors.
-            limit: seconds that it may take, in place of the limit of collectives.
+            what: a noun phrase for the body, used in errors.
+            limit: seconds that the body may take; by default the limit of a collective.
 
         Raises:
-            RuntimeError: where a collective fails, with who was not in one, and where that was.
+            RuntimeError: if a collective fails; names the ranks that were in none, and where they were.
         """
+        seconds = 0.8 * (limit or self.limit)
         with contextlib.ExitStack() as stack:
             with self._effort:
-                trace = stack.enter_context(self._opened())
-                # Of this thread, which need not be the main one: see _who_hangs.
-                trace.write(f"0x{threading.get_ident():016x}\n".encode())
-                # In a thread of the interpreter's own, so also while this one waits in a collective, or hangs.
-                faulthandler.dump_traceback_later(0.8 * (limit or self.limit), file=trace)
+                trace = stack.enter_context(self._open_trace())
+                # The watched thread need not be the main one, and a trace holds all threads.
+                thread = threading.get_ident()
+                trace.write(f"{_thread_id(thread)}\n{'':{_MARKER_BYTES}}\n".encode())
+                marker = threading.Timer(seconds, self._write_marker, (trace, thread))
+                marker.daemon = True
+                marker.start()
+                stack.callback(marker.join)
+                stack.callback(marker.cancel)  # Runs before the join.
+                # faulthandler needs no lock of the interpreter, so it writes even while C code hangs with the lock.
+                faulthandler.dump_traceback_later(seconds, file=trace)
             try:
                 yield
             except RuntimeError as error:
-                raise RuntimeError(f"{what}: {error}{self._who_hangs()}") from error
+                raise RuntimeError(f"{what}: {error}{self._explain_hang()}") from error
             finally:
                 faulthandler.cancel_dump_traceback_later()
 
-    def _opened(self) -> IO[bytes]:
-        """Return this rank's trace file, opened anew: somebody may have removed it, or its folder."""
+    def _open_trace(self) -> IO[bytes]:
+        """Open this rank's trace file anew, because the file, or its folder, may have been removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Without a buffer, which would be written again, and fail again, when the file is closed.
+        # Unbuffered: after a failed write, closing a buffered file would write again, and fail again.
         return (self.folder / f"rank-{self.rank}.txt").open("wb", buffering=0)
 
-    def _who_hangs(self) -> str:
-        """What to add to an error: nothing where nobody was late."""
-        lines, late = [], False
-        for rank in range(self.num_ranks):
-            text = ""
-            with contextlib.suppress(OSError):
-                text = (self.folder / f"rank-{rank}.txt").read_text(errors="replace")
-            # The block of the thread that the first line names, its innermost call first.
-            blocks = text.split("hread ")[1:]
-            block = next((block for block in blocks if block.startswith(text[:18])), "")
-            frames = [line.strip() for line in block.splitlines() if "File" in line]
-            late = late or bool(frames)
-            if not frames:
-                lines.append(f"rank {rank} wrote no trace: it failed at once, is stopped, is gone, or writes elsewhere")
-            elif not any(part in frame for frame in frames for part in _WAITING):
-                lines.append(f"rank {rank} is in no collective, so the others wait for it: {frames[0]}")
-        return "\n".join(["", *lines, f"what every rank was doing is in {self.folder}"]) if late else ""
+    def _write_marker(self, trace: IO[bytes], thread: int) -> None:
+        """Write what the thread waits for into the line after its identifier."""
+        if wait := current_wait(thread):
+            text = f"waits for other ranks {wait}".encode("ascii", "backslashreplace")[:_MARKER_BYTES]
+            with self._effort:
+                # Next to faulthandler's writes, whose position in the file this does not move.
+                os.pwrite(trace.fileno(), text, len(_thread_id(thread)) + 1)
+
+    def _explain_hang(self) -> str:
+        """Return lines for an error: the ranks that hang, and what each other rank waits for. Empty if none is late."""
+        states = [_read_state(self.folder / f"rank-{rank}.txt") for rank in range(self.num_ranks)]
+        if all(state is None for state in states):
+            return ""
+        silent, blamed, waiting = [], [], []
+        for rank, state in enumerate(states):
+            if state is None:
+                silent.append(
+                    f"rank {rank} wrote no trace: it failed at once, is stopped, is gone, or writes elsewhere"
+                )
+            elif state.hangs:
+                blamed.append(f"rank {rank} is in no collective, so the others wait for it: {state.innermost}")
+            elif state.wait:
+                waiting.append(f"rank {rank} {state.wait}")
+        lines = [line for group in (blamed, silent, waiting) for line in _shorten(group)]
+        return "\n".join(["", *lines, f"what every rank was doing is in {self.folder}"])
+
+
+@dataclass
+class _State:
+    """What the trace of a rank says that it was doing."""
+
+    wait: str
+    """What it waited for, as the marker says; empty without a marker."""
+    innermost: str
+    """The innermost call of the watched thread."""
+    in_torch: bool
+    """Whether the thread was in code of torch.distributed. FSDP and DTensor call collectives without a marker."""
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the rank waited for no other one."""
+        return not self.wait and not self.in_torch
+
+
+def _read_state(path: Path) -> _State | None:
+    """Read a rank's trace file; None if the rank was not late, or its file cannot be read."""
+    try:
+        text = path.read_text(errors="replace")
+    except OSError:
+        return None
+    thread, _, rest = text.partition("\n")
+    marker, _, stacks = rest.partition("\n")
+    # The stack of the thread that the first line names, its innermost call first.
+    stack = next((block for block in stacks.split("hread ")[1:] if thread and block.startswith(thread)), "")
+    frames = [line.strip() for line in stack.splitlines() if line.lstrip().startswith("File ")]
+    if not frames:
+        return None
+    torch_folder = str(Path(dist.__file__).parent).encode("ascii", "backslashreplace").decode()  # As faulthandler does.
+    files = [match[1] for frame in frames if (match := re.match('File "(.*)", line ', frame))]
+    return _State(marker.strip(), frames[0], any(Path(file).is_relative_to(torch_folder) for file in files))
+
+
+def _shorten(lines: list[str]) -> list[str]:
+    hidden = len(lines) - _MAX_RANKS_LISTED
+    return lines if hidden <= 0 else [*lines[:_MAX_RANKS_LISTED], f"... and {hidden} more ranks like these"]
+
+
+def _thread_id(thread: int) -> str:
+    """Return a thread's identifier as faulthandler writes it."""
+    return f"0x{thread:016x}"

@@ -234,7 +234,7 @@ class _Trainer:
         loss, norm = self._loss_and_gradients(step)
         # One small collective a step: every rank's loss, whether any was told to stop, and whether it is time to ask.
         ask = self.rank == 0 and time.monotonic() - self.asked > ASK_SECONDS
-        loss, told, asks = sum_over_ranks([loss / self.num_ranks, float(stop.told), float(ask)], self.device)
+        loss, told, asks = sum_over_ranks([loss / self.num_ranks, float(stop.requested), float(ask)], self.device)
         stop.agreed, self.ask = told > 0, asks > 0
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()

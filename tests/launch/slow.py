@@ -9,8 +9,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.utils.tensorboard import SummaryWriter
 
 import longnet_dist.distributed.patience
-from longnet_dist import cli
 from longnet_dist.checkpoints.storage import Disk
+from longnet_dist.cli import app
 
 SECONDS = float(os.environ.get("SLOW_SECONDS", 0))
 PLACES = {
@@ -39,4 +39,4 @@ if __name__ == "__main__":
         owner, name, rank = PLACES[place]
         if os.environ["RANK"] == rank:
             slow_once(owner, name)
-    sys.exit(cli.main(sys.argv[1:]))
+    sys.exit(app.main(sys.argv[1:]))
