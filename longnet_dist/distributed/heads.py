@@ -1,4 +1,4 @@
-"""Heads that tensor parallelism has spread over ranks: DTensors in, DTensors out, and each rank attends its own."""
+"""Heads that tensor parallelism shards over ranks: DTensors in, DTensors out, and each rank attends its own."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 _HEADS = 2
-"""Their dimension, in (B, L, H, D) and in (B, L, H)."""
+"""The dimension of heads in (B, L, H, D) and in (B, L, H)."""
 
 
 @dataclass(frozen=True)
 class HeadShard:
-    """Which key/value heads this rank has: those from `first` on, of `total`."""
+    """The key/value heads of this rank: those from `first` on, of `total`, and how they are placed."""
 
     first: int
     total: int
@@ -23,20 +23,20 @@ class HeadShard:
     placements: tuple[Any, ...]
 
     def whole(self, x: Tensor) -> Tensor:
-        """This rank's heads of (B, L, H, ...) as what they are a part of."""
+        """Wrap this rank's heads of (B, L, H, ...) as the DTensor of all heads."""
         return DTensor.from_local(x, self.device_mesh, self.placements, run_check=False)
 
 
 def head_shard(q: Tensor, k: Tensor, v: Tensor) -> HeadShard | str | None:
-    """How q, k and v are sharded by head; None where they are plain tensors, or in words why that cannot be."""
+    """How q, k and v are sharded by head; None for plain tensors; a message if the placement cannot work."""
     if not any(isinstance(x, DTensor) for x in (q, k, v)):
         return None
     if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
-        kinds = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
-        return f"{kinds}: all must be DTensors, or none"
+        types = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
+        return f"{types}: either all must be DTensors, or none"
     if not (q.device_mesh == k.device_mesh == v.device_mesh and q.placements == k.placements == v.placements):
-        said = ", ".join(f"{name} {x.placements}" for name, x in (("q", q), ("k", k), ("v", v)))
-        return f"{said}: q, k and v must be DTensors of one mesh and one placement"
+        placements = ", ".join(f"{name} {x.placements}" for name, x in (("q", q), ("k", k), ("v", v)))
+        return f"{placements}: q, k and v must be DTensors of one mesh and one placement"
     first, parts = 0, 1
     for axis, placement in enumerate(q.placements):
         if placement.is_replicate() or placement == Shard(0):
@@ -57,5 +57,5 @@ def head_shard(q: Tensor, k: Tensor, v: Tensor) -> HeadShard | str | None:
 
 
 def heads_of(x: Tensor, device_mesh: DeviceMesh, dim: int = _HEADS) -> DTensor:
-    """This rank's heads, in `dim`, as their part of all; every rank of `device_mesh` (one axis) has as many."""
+    """Wrap this rank's heads, in `dim`, as a DTensor. Each rank of the one-axis `device_mesh` has as many."""
     return DTensor.from_local(x, device_mesh, [Shard(dim)], run_check=False)

@@ -1,4 +1,4 @@
-"""SequenceMesh: which rows of a sequence each rank of a group holds, and the communicators that a pattern needs."""
+"""SequenceMesh: the rows of a sequence that each rank of a group holds, and the communicators of a pattern."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from longnet_dist import internals
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.blocks import SharedSegment
 from longnet_dist.plan.pattern import Pattern
@@ -21,27 +22,27 @@ from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 
 _HANDLES = itertools.count(1)
 _BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
-"""An operator's arguments are tensors and numbers, so a mesh goes by its number (docs/decisions/custom-op.md)."""
+"""Operators take tensors and numbers only, so they get a mesh by its handle (docs/decisions/custom-op.md)."""
 
 
 class SequenceMesh:
-    """A sequence of `seq_len` tokens in contiguous chunks over the ranks of a group.
+    """A sequence of `seq_len` tokens, held in contiguous chunks by the ranks of a group.
 
-    Constructing it is collective over `group`. Meshes hold no global state: several, of different
-    patterns, lengths or groups, work side by side, each called in the same order by all its ranks.
+    Construction is collective over `group`. Meshes hold no global state: several meshes, of different
+    patterns, lengths or groups, work side by side, if all their ranks call them in the same order.
 
     Args:
-        group: a ProcessGroup, a one-dimensional DeviceMesh, or None for one process alone.
-        pattern: what will be attended; it decides the chunk and the ranks that must talk.
-        seq_len: N, the global number of tokens; any, also fewer than ranks.
-        chunk: rows a rank; by default chosen so that the pattern's segments align with chunks.
-        keep_kv: keep gathered keys and values for the backward in place of gathering them again:
-            memory for a third of the bytes (docs/decisions/regather-or-keep.md).
-        reduce_dtype: in which dK and dV travel and are summed; at least the gradients' own.
-        timeout: of each collective; a number is seconds.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, or None for a single process.
+        pattern: the branches that will be attended; they decide the chunk and which ranks communicate.
+        seq_len: N, the global number of tokens; any number, even fewer than ranks.
+        chunk: rows per rank; by default chosen so that the pattern's segments align with chunks.
+        keep_kv: whether to keep gathered keys and values for the backward. The default gathers them
+            again, which trades a third more bytes for memory (docs/decisions/regather-or-keep.md).
+        reduce_dtype: the dtype in which dK and dV are sent and summed; the gradients' own if that is wider.
+        timeout: the time limit of each collective, in seconds or as a timedelta.
 
     Raises:
-        ValueError: for arguments that cannot work or that ranks disagree about, on every rank.
+        ValueError: on every rank, for arguments that cannot work, or that differ between ranks.
 
     Example:
         >>> mesh = SequenceMesh(None, Pattern((4, 8), (1, 2)), seq_len=10)
@@ -77,16 +78,15 @@ class SequenceMesh:
         self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
         if self.group is not None and self._everyone is not None:
-            counts = torch.tensor([collectives.groups_made()], device=self._everyone.device)
-            collectives.level_groups_made(
-                int(self._everyone.all_gather(counts, "counting process groups").wait().max())
-            )
+            count = torch.tensor([internals.num_process_groups()], device=self._everyone.device)
+            counts = self._everyone.all_gather(count, "counting process groups").wait()
+            collectives.pad_process_groups(int(counts.max()))
             self._communicators = collectives.communicators(self.group, rank_groups(pattern, self.shard), timeout)
         self.handle = next(_HANDLES)
         _BY_HANDLE[self.handle] = self
 
     def communicator(self, segment: SharedSegment) -> collectives.Communicator:
-        """The communicator of the ranks that hold a segment."""
+        """The communicator of the ranks that hold this segment."""
         return self._communicators[segment.first_rank, segment.last_rank]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
@@ -94,20 +94,20 @@ class SequenceMesh:
         return torch.arange(self.shard.start, self.shard.stop, device=device)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
-        """This rank's chunk of a tensor that every rank holds whole; differentiable.
+        """Take this rank's chunk of a tensor that every rank holds whole; differentiable.
 
-        With `join` it is as if there were one process: what all ranks hold alike has the same,
-        whole gradient on every rank. So the gradient of `x` is gathered.
+        Together with `join` it behaves like one process: the gradient of `x` is gathered, so that
+        every rank has the whole gradient.
 
         Args:
-            x: any dtype and shape with N entries in `dim`; every rank passes the same.
-            dim: the sequence's.
+            x: a tensor with N entries in `dim`, of any dtype, the same on every rank.
+            dim: the dimension of the sequence.
 
         Returns:
-            A copy of rows [shard.start, shard.stop) of `dim`; of none where the rank holds none.
+            A copy of the rows [shard.start, shard.stop) of `dim`, which may be none.
 
         Raises:
-            ValueError: where `x` has not N entries in `dim`.
+            ValueError: if `x` does not have N entries in `dim`.
 
         Example:
             >>> SequenceMesh(None, Pattern((4,), (1,)), seq_len=6).split(torch.zeros(2, 6, 3)).shape
@@ -116,46 +116,49 @@ class SequenceMesh:
         if x.shape[dim] != self.seq_len:
             raise ValueError(
                 f"mesh.split takes the whole sequence: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
-                f"not seq_len = {self.seq_len}. (A chunk of it is joined by mesh.join.)"
+                f"not seq_len = {self.seq_len}. (To join chunks, use mesh.join.)"
             )
         return _Split.apply(x, self, dim)
 
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole tensor, on every rank, of which each holds a chunk; differentiable. Collective.
+        """Join the chunks of all ranks to the whole tensor, on every rank; differentiable. Collective.
 
-        Every rank must go on to compute the same from it: the gradient of a chunk is this rank's
-        part of the whole gradient, not a sum over the ranks.
+        Every rank must compute the same from the result, because the gradient of a chunk is this
+        rank's part of the whole gradient, not a sum over ranks.
 
         Args:
-            x: any dtype that the backend carries, with this rank's number of rows in `dim`.
-            dim: the sequence's.
+            x: this rank's chunk, with its number of rows in `dim`; any dtype that the backend supports.
+            dim: the dimension of the sequence.
 
         Raises:
-            ValueError: on every rank, where one of them has not its chunk's number of entries in `dim`.
+            ValueError: on every rank, if one of them passes a wrong number of rows, or they disagree.
         """
         return _Join.apply(x, self, dim)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of `x` over the ranks, the same on each. Its gradient is passed on as it is: see `token_mean`.
+        """Sum `x` over the ranks; every rank gets the result. The gradient passes unchanged: see `token_mean`.
 
         Raises:
-            ValueError: on every rank, where their shapes, dtypes or devices differ.
+            ValueError: on every rank, if shapes, dtypes or devices differ.
         """
         return x if self._everyone is None else _Sum.apply(x, self, self._everyone)
 
     def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The mean over all tokens of all ranks of `values` where `mask`, the same on every rank; differentiable.
+        """Average `values` over all tokens of all ranks where `mask` is true; every rank gets the result.
 
-        Chunks may be uneven or empty: each token weighs the same. The gradient on a rank is its own
-        tokens' part, so the *sum* over ranks of a parameter's gradients is that of one process
-        (DistributedDataParallel takes the mean over ranks: multiply the loss by their number).
+        Each token has the same weight, though chunks may be uneven or empty. The gradient on a rank is
+        that of its own tokens, so the *sum* over ranks of a parameter's gradients is that of one process.
+        (DistributedDataParallel averages over ranks: multiply the loss by their number.)
 
         Args:
-            values: this rank's, any shape, for example the losses of its tokens.
-            mask: bool, the shape of `values`; all count by default. Where none counts on any rank, 0.
+            values: this rank's values, of any shape, for example the losses of its tokens.
+            mask: bool, with the shape of `values`; by default every token counts.
+
+        Returns:
+            One number, differentiable; 0 if no token counts on any rank.
 
         Raises:
-            ValueError: on every rank, where one of them has another kind of mask, or their dtypes differ.
+            ValueError: on every rank, if a mask has the wrong shape or dtype, or dtypes differ.
         """
         if mask is not None and (mask.shape != values.shape or mask.dtype != torch.bool):
             refuse(
@@ -164,53 +167,53 @@ class SequenceMesh:
                 self,
             )
         # Selected, not multiplied: a NaN at a masked token must not pass.
-        kept = values if mask is None else torch.where(mask, values, 0)
-        # Made where the values are: a CUDA graph holds no copy from the host.
+        selected = values if mask is None else torch.where(mask, values, 0)
+        # Made on the values' device, because a CUDA graph holds no copy from the host.
         number = values.new_full((), values.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
         count = self.sum(number)
-        total = self.sum(kept.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
+        total = self.sum(selected.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
         return total / count.clamp(min=1).to(total.dtype)
 
-    def agree(self, given: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
-        """Check that every rank gives the same `given` to a mesh of the same arguments.
+    def agree(self, facts: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
+        """Check that every rank passes the same `facts` to a mesh with the same arguments.
 
-        Collective: on CPU groups each time, else the first time. (With NCCL a check would hold up the host in every
-        layer, so later disagreement is a timeout there, unless `always`.)
+        Collective: on CPU groups each time, else the first time. (With NCCL a check would block the
+        host in every layer. So a later disagreement is a timeout there, unless `always` is set.)
 
         Raises:
-            ValueError: on every rank, where ranks differ or one has a `problem`.
+            ValueError: on every rank, if ranks differ or one has a `problem`.
         """
         if self._everyone is None:
             if problem:
                 raise ValueError(problem)
             return
-        key = tuple((name, str(value)) for name, value in given.items())
+        key = tuple((name, str(value)) for name, value in facts.items())
         if problem is None and key in self._agreed:
             return
-        self._everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | given, problem)
+        self._everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | facts, problem)
         if not always and self._everyone.device.type != "cpu":
             self._agreed.add(key)
 
-    def wrong_rows(self, name: str, given: int) -> str:
-        """What to say of a tensor that has not this rank's number of rows."""
+    def wrong_rows(self, name: str, num_rows: int) -> str:
+        """The message about a tensor that does not have this rank's number of rows."""
         return (
-            f"{name} has {given} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
+            f"{name} has {num_rows} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
             f"{self.shard.stop}) of {self.seq_len}; pass mesh.split(x), not the whole sequence"
         )
 
     def __copy__(self) -> SequenceMesh:
-        """Itself: nothing in a mesh changes, and its connections are not copied. So modules that hold one can be."""
+        """Return the mesh itself, which never changes, so that modules that hold one can be copied."""
         return self
 
     def __deepcopy__(self, memo: Any) -> SequenceMesh:
-        """Itself: see `__copy__`."""
+        """Return the mesh itself; see `__copy__`."""
         return self
 
     def __reduce__(self) -> NoReturn:
-        """Refuse to be pickled: another process has neither this one's connections nor its handles."""
+        """Refuse to be pickled: another process has neither these connections nor this handle."""
         raise TypeError(
-            "a SequenceMesh cannot be pickled or saved, as it stands for this process's place among its ranks: save "
-            "module.state_dict() in place of the module, and construct SequenceMesh(group, pattern, seq_len) in each "
+            "a SequenceMesh cannot be pickled or saved, because it is this process's place among its ranks: save "
+            "module.state_dict() instead of the module, and construct SequenceMesh(group, pattern, seq_len) in each "
             "process that needs one"
         )
 
@@ -222,14 +225,14 @@ class SequenceMesh:
 
 
 def refuse(problem: str, mesh: SequenceMesh | None) -> NoReturn:
-    """Raise what is wrong with this rank's arguments: over a mesh on every rank, where they compare theirs."""
+    """Raise ValueError, on every rank if there is a mesh."""
     if mesh is not None and not torch.compiler.is_compiling():
         mesh.agree({}, problem)
     raise ValueError(problem)
 
 
 def mesh_of(handle: int) -> SequenceMesh | None:
-    """The mesh of this handle; None for 0, which stands for no mesh."""
+    """The mesh with this handle; None for 0, which stands for no mesh."""
     return _BY_HANDLE[handle] if handle else None
 
 
@@ -263,7 +266,7 @@ def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) 
 
 
 class _Split(torch.autograd.Function):
-    """Forward: take this rank's rows. Backward: gather every rank's, which is `_Join`."""
+    """Forward: take this rank's rows. Backward: gather the rows of all ranks, which is `_Join`."""
 
     @staticmethod
     def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
@@ -279,7 +282,7 @@ class _Split(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Forward: gather every rank's rows. Backward: take this rank's, which is `_Split`."""
+    """Forward: gather the rows of all ranks. Backward: take this rank's rows, which is `_Split`."""
 
     @staticmethod
     def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
@@ -319,8 +322,8 @@ def _gather(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
             f"mesh.join takes this rank's chunk: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
             f"not the {shard.num_rows} of rows [{shard.start}, {shard.stop})"
         )
-    given = {"call": "join", "dim": dim % max(1, x.dim()), "sizes": others, "dtype": str(x.dtype)}
-    mesh.agree(given | {"device": x.device.type}, problem)
+    facts = {"call": "join", "dim": dim % max(1, x.dim()), "sizes": others, "dtype": str(x.dtype)}
+    mesh.agree(facts | {"device": x.device.type}, problem)
     if mesh._everyone is None:
         return x.clone()
     padded = x.new_zeros(chunk, *x.movedim(dim, 0).shape[1:])
