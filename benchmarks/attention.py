@@ -110,7 +110,8 @@ def floor(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -
     blocks = []
     for branch in pattern.branches:
         w, r = min(branch.segment_length, options.seq_len), branch.dilation_rate
-        shape = (options.seq_len // w * r, w // r, options.heads // r, options.head_dim)
+        phases = min(r, options.heads)  # Of a rate above the number of heads, the other phases have no head.
+        shape = (options.seq_len // w * phases, w // r, options.heads // phases, options.head_dim)
         blocks.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(4)])
     given = {"causal": options.causal, "scale": 1 / math.sqrt(options.head_dim)}
 

@@ -190,6 +190,7 @@ def test_saves_q_k_v_out_lse_and_nothing_more():
     assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, out, lse))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Those of Inductor in torch 2.11.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=DEVICES[1].marks)])
 def test_compiles_without_a_graph_break(backend):
     def function(q, k, v):
