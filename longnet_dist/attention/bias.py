@@ -16,6 +16,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+_BIASES: dict[str, type[PositionBias]] = {}
+
 
 class PositionBias(ABC):
     """A term added to attention scores, computed from parameters per head and token distances.
@@ -29,10 +31,9 @@ class PositionBias(ABC):
 
     name: ClassVar[str]
     parameters: Tensor
-    _by_name: ClassVar[dict[str, type[PositionBias]]] = {}
 
     def __init_subclass__(cls) -> None:
-        PositionBias._by_name[cls.name] = cls
+        _BIASES[cls.name] = cls
 
     @property
     @abstractmethod
@@ -66,7 +67,7 @@ class PositionBias(ABC):
     def from_spec(spec: str, parameters: Tensor) -> PositionBias:
         """Make the bias that `spec` describes, with these parameters."""
         name, *settings = spec.split(",")
-        make: Callable[..., PositionBias] = PositionBias._by_name[name]
+        make: Callable[..., PositionBias] = _BIASES[name]
         return make(parameters, *map(ast.literal_eval, settings))
 
 
