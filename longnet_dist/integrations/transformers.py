@@ -24,8 +24,8 @@ from transformers.masking_utils import causal_mask_function
 
 from longnet_dist import internals
 from longnet_dist.attention.api import dilated_attention
+from longnet_dist.data.batches import digest
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.integrations.batches import digest
 from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
 from longnet_dist.plan.pattern import Pattern
 
