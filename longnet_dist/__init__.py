@@ -2,19 +2,25 @@
 
 Read `plan/pattern.py`, `attention/reference.py`, `plan/blocks.py` and `attention/ops.py`, in that order, and you
 know the system.
+
+The public names are imported when they are first used, because torch takes seconds to import.
 """
 
-from longnet_dist.attention.api import dilated_attention
-from longnet_dist.attention.bias import T5Bias
-from longnet_dist.attention.reference import dense_reference
-from longnet_dist.distributed.mesh import SequenceMesh
-from longnet_dist.models.config import LongNetConfig
-from longnet_dist.models.decoder import LongNet
-from longnet_dist.models.loss import next_token_labels, token_loss
-from longnet_dist.nn.attention import DilatedAttention
-from longnet_dist.plan.pattern import Branch, Pattern
-from longnet_dist.training.config import TrainConfig
-from longnet_dist.training.trainer import TrainResult, train
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longnet_dist.attention.api import dilated_attention
+    from longnet_dist.attention.bias import T5Bias
+    from longnet_dist.attention.reference import dense_reference
+    from longnet_dist.distributed.mesh import SequenceMesh
+    from longnet_dist.models.config import LongNetConfig
+    from longnet_dist.models.decoder import LongNet
+    from longnet_dist.models.loss import next_token_labels, token_loss
+    from longnet_dist.nn.attention import DilatedAttention
+    from longnet_dist.plan.pattern import Branch, Pattern
+    from longnet_dist.training.config import TrainConfig
+    from longnet_dist.training.trainer import TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -35,3 +41,33 @@ __all__ = [
     "token_loss",
     "train",
 ]
+
+_MODULES = {
+    "Branch": "plan.pattern",
+    "DilatedAttention": "nn.attention",
+    "LongNet": "models.decoder",
+    "LongNetConfig": "models.config",
+    "Pattern": "plan.pattern",
+    "SequenceMesh": "distributed.mesh",
+    "T5Bias": "attention.bias",
+    "TrainConfig": "training.config",
+    "TrainResult": "training.trainer",
+    "dense_reference": "attention.reference",
+    "dilated_attention": "attention.api",
+    "next_token_labels": "models.loss",
+    "token_loss": "models.loss",
+    "train": "training.trainer",
+}
+"""The module that defines each public name."""
+
+if not TYPE_CHECKING:  # A type checker would take every misspelt name for one that this function knows.
+
+    def __getattr__(name):
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m longnet_dist` is the command `longnet-dist`."""
+"""Run the command `longnet-dist`, as `python -m longnet_dist`."""
 
 import sys
 

@@ -29,7 +29,8 @@ def _seeded(doctest_namespace: dict[str, object]) -> None:
     import longnet_dist
 
     torch.manual_seed(0)
-    doctest_namespace.update(vars(longnet_dist), torch=torch)
+    names = {name: getattr(longnet_dist, name) for name in longnet_dist.__all__}
+    doctest_namespace.update(names, torch=torch)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     """What starts processes that have imported what all tests need."""
     context = multiprocessing.get_context("forkserver")
     trainers = ["transformers.models.llama.modeling_llama", "transformers.trainer", "lightning.pytorch"]
-    context.set_forkserver_preload(["longnet_dist.cli.app", *trainers])
+    context.set_forkserver_preload(["longnet_dist.training.trainer", *trainers])
     return context
 
 

@@ -1,1 +1,1 @@
-"""The command `longnet-dist`: one module for each subcommand."""
+"""The command `longnet-dist`: one module per subcommand. None imports torch until it needs it, to keep help quick."""

@@ -1,4 +1,4 @@
-"""What this machine has, and which kernels and backends are usable here, and why the others are not."""
+"""`longnet-dist doctor`: which devices, backends and kernels work on this machine, and why the others do not."""
 
 from __future__ import annotations
 
@@ -6,63 +6,103 @@ import importlib.metadata
 import os
 import platform
 
-import torch
-import torch.distributed as dist
+from longnet_dist import __version__
+from longnet_dist.extras import extra
 
-from longnet_dist.attention.kernels import KERNELS, Kernel, KernelRequest
-
-_PACKAGES = ("longnet-dist", "torch", "numpy", "tyro", "rich", "tensorboard", "triton", "flash-attn", "ray")
-
-
-def diagnose() -> str:
-    """A report for people: versions, devices, backends, kernels by device and dtype."""
-    lines = [f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores"]
-    lines += [f"  {package} {_version(package)}" for package in _PACKAGES]
-    lines += ["", "devices", f"  cpu: {torch.get_num_threads()} threads"]
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            device = torch.cuda.get_device_properties(index)
-            capability = f"{device.major}.{device.minor}"
-            lines.append(
-                f"  cuda:{index}: {device.name}, {device.total_memory / 2**30:.0f} GiB, compute capability {capability}"
-            )
-    else:
-        lines.append(f"  cuda: none ({_why_no_cuda()})")
-    lines += ["", "backends", *(f"  {name}: {reason}" for name, reason in _backends().items())]
-    lines += ["", 'attention kernels (kernel="auto" takes the first that is usable)']
-    for kind in ("cpu", "cuda"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            for name, module in KERNELS.items():
-                against = _against(module, kind, dtype)
-                verdict = f"no: {'; '.join(against)}" if against else "usable"
-                lines.append(f"  {kind:5} {str(dtype).removeprefix('torch.'):9} {name:6} {verdict}")
-    lines += ["  with a relative position bias: eager alone, which has its gradient"]
-    return "\n".join(lines)
+_PACKAGES = ("torch", "numpy", "tyro", "rich", "tensorboard", "triton", "flash-attn", "ray")
+_HEAD_DIM = 64
 
 
-def _version(package: str) -> str:
+def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
+    """Print which devices, backends and kernels work on this machine, and why the others do not.
+
+    Args:
+        cluster: Check the nodes and links of the Ray cluster at RAY_ADDRESS instead; exits with 1 on a problem.
+        timeout: Time limit for each answer of a node, in seconds.
+    """
+    if not cluster:
+        print(diagnose_machine())
+        return
+    with extra("ray", "--cluster"):
+        from longnet_dist.integrations.ray.doctor import diagnose_cluster
+    report, problems = diagnose_cluster(timeout)
+    print(report)
+    if problems:
+        raise SystemExit(1)
+
+
+def diagnose_machine() -> str:
+    """Return a report for people: versions, devices, backends, and the kernels for each device and dtype."""
+    return "\n".join(
+        [
+            f"python {platform.python_version()} on {platform.platform()}, {os.cpu_count()} CPU cores",
+            f"  longnet-dist {__version__}",
+            *(f"  {package} {_installed_version(package)}" for package in _PACKAGES),
+            "",
+            "devices",
+            *_devices(),
+            "",
+            "backends",
+            *_backends(),
+            "",
+            'attention kernels (kernel="auto" takes the first that is usable)',
+            *_kernels(),
+            "  A position bias needs the eager kernel, the only one that computes its gradient.",
+        ]
+    )
+
+
+def _installed_version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return "is not installed"
 
 
-def _why_no_cuda() -> str:
+def _devices() -> list[str]:
+    import torch
+
+    threads = torch.get_num_threads()
+    lines = [f"  cpu: {threads} thread{'s' * (threads > 1)}"]
     if torch.version.cuda is None:
-        return "this torch is built without CUDA"
-    return "torch is built with CUDA, and finds no device or driver"
+        return [*lines, "  cuda: none (this torch is built without CUDA)"]
+    if not torch.cuda.is_available():
+        return [*lines, "  cuda: none (torch is built with CUDA, but finds no device or driver)"]
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = f"{device.total_memory / 2**30:.0f} GiB"
+        lines.append(f"  cuda:{index}: {device.name}, {memory}, compute capability {device.major}.{device.minor}")
+    return lines
 
 
-def _backends() -> dict[str, str]:
-    gloo = "usable, for CPU tensors" if dist.is_available() and dist.is_gloo_available() else "no: torch lacks it"
+def _backends() -> list[str]:
+    import torch
+    import torch.distributed as dist
+
+    has_gloo = dist.is_available() and dist.is_gloo_available()
     if not dist.is_nccl_available():
         nccl = "no: this torch is built without NCCL"
+    elif not torch.cuda.is_available():
+        nccl = "no: NCCL needs a GPU, but there is none"
     else:
-        nccl = "usable, for GPUs" if torch.cuda.is_available() else "no: NCCL needs a GPU, and there is none"
-    return {"gloo": gloo, "nccl": nccl}
+        nccl = "usable, for GPU tensors"
+    gloo = "usable, for CPU tensors" if has_gloo else "no: this torch is built without gloo"
+    return [f"  gloo: {gloo}", f"  nccl: {nccl}"]
 
 
-def _against(module: Kernel, kind: str, dtype: torch.dtype) -> list[str]:
-    if kind == "cuda" and not torch.cuda.is_available():
-        return ["there is no GPU"]
-    return module.unsupported(KernelRequest(torch.device(kind), dtype, head_dim=64))
+def _kernels() -> list[str]:
+    import torch
+
+    from longnet_dist.attention.kernels import KERNELS, KernelRequest
+
+    lines = []
+    for device_type in ("cpu", "cuda"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for name, kernel in KERNELS.items():
+                if device_type == "cuda" and not torch.cuda.is_available():
+                    reasons = ["there is no GPU"]
+                else:
+                    reasons = kernel.unsupported(KernelRequest(torch.device(device_type), dtype, _HEAD_DIM))
+                verdict = f"no: {'; '.join(reasons)}" if reasons else "usable"
+                lines.append(f"  {device_type:5} {str(dtype).removeprefix('torch.'):9} {name:6} {verdict}")
+    return lines

@@ -1,55 +1,107 @@
-"""The curves of one or several runs in one picture, or in one page with a table of how they ended."""
+"""`longnet-dist report`: the curves of one or several runs as a picture, or as a page with a table of final values."""
 
 from __future__ import annotations
 
 import html
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from longnet_dist.checkpoints.storage import place
+from longnet_dist.cli.options import check_ending
+from longnet_dist.cli.units import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Metrics = list[dict[str, Any]]
+"""The objects in a metrics.jsonl, one per step."""
 
 CURVES = {
-    "loss": "loss, nats a token",
+    "loss": "loss, nats per token",
     "validation_bits_per_byte": "validation, bits per byte",
-    "tokens_per_second": "tokens a second",
+    "tokens_per_second": "tokens per second",
     "grad_norm": "gradient norm",
 }
 ENDINGS = (".png", ".svg", ".pdf", ".html")
-_TABLE = ("step", "tokens", "loss", "validation_bits_per_byte", "tokens_per_second", "mfu", "peak_memory_bytes")
+_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "step": ("step", "{:,}".format),
+    "tokens": ("tokens", "{:,}".format),
+    "loss": ("loss (nats per token)", "{:.4g}".format),
+    "validation_bits_per_byte": ("validation (bits per byte)", "{:.4g}".format),
+    "tokens_per_second": ("tokens per second", "{:,.0f}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "peak_memory_bytes": ("peak memory", format_bytes),
+}
+"""The title and format of each column of the table, by the name of its metric."""
 
 
-def report(out: Path, runs: Sequence[Path]) -> Path:
-    """Draw the metrics of `runs` against tokens into a PNG, SVG or PDF, or an HTML page that holds all it needs.
+def run_report(
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN...")]],
+    out: Path = Path("report.png"),
+) -> None:
+    """Draw the curves of one or several runs into one picture or HTML page.
+
+    Args:
+        runs: Folders of the runs, or their URLs in an object store.
+        out: File to write: .png, .svg or .pdf for a picture, .html for a page with a table.
+    """
+    print(write_report(out, [place(run) for run in runs]))
+
+
+def write_report(out: Path, runs: Sequence[Path]) -> Path:
+    """Draw the metrics of runs against tokens, into a picture or a self-contained HTML page.
+
+    Args:
+        out: The file to write; its name ends in one of `ENDINGS`.
+        runs: The folders of the runs.
+
+    Returns:
+        `out`.
 
     Raises:
-        ValueError: where a folder is not a run's, or the ending is none that can be written.
+        ValueError: If there are no runs, a folder is not a run's, or `out` has another ending.
     """
-    if out.suffix.lower() not in ENDINGS:
-        raise ValueError(f"cannot draw into {out}; use a name that ends in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
+    check_ending(out, ENDINGS)
     if not runs:
         raise ValueError("no runs to report on; give the folders of runs, for example runs/*")
-    measured = {run: _metrics(run) for run in runs}
-    figure = _draw(measured)
+    metrics = {run: _read_metrics(run) for run in runs}
+    figure = _draw_curves(metrics)
     if out.suffix.lower() != ".html":
         figure.savefig(out, dpi=150)
         return out
     picture = io.StringIO()
     figure.savefig(picture, format="svg")
     svg = picture.getvalue()
-    out.write_text(_page(measured, svg[svg.index("<svg") :]), encoding="utf-8")
+    out.write_text(_page(metrics, svg[svg.index("<svg") :]), encoding="utf-8")
     return out
 
 
-def _draw(measured: dict[Path, list[dict[str, Any]]]) -> Any:
+def _read_metrics(run: Path) -> Metrics:
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        raise ValueError(f"{run} holds no metrics.jsonl; give the folders of runs, for example runs/*")
+    lines = path.read_text().splitlines(keepends=True)
+    try:
+        # The last line may be incomplete: the run was killed, or is writing it.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+
+
+def _draw_curves(metrics: dict[Path, Metrics]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     for panel, (name, title) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
-        for run, steps in measured.items():
-            known = [step for step in steps if step.get(name) is not None]
+        for run, steps in metrics.items():
+            points = [step for step in steps if step.get(name) is not None]
             marker = "o" if name.startswith("validation") else ""
-            panel.plot([s["tokens"] for s in known], [s[name] for s in known], marker=marker, label=run.name)
+            panel.plot([s["tokens"] for s in points], [s[name] for s in points], marker=marker, label=run.name)
         panel.set_title(title, size=10)
         panel.set_xlabel("tokens", size=8)
         panel.grid(alpha=0.3)
@@ -57,30 +109,20 @@ def _draw(measured: dict[Path, list[dict[str, Any]]]) -> Any:
     return figure
 
 
-def _page(measured: dict[Path, list[dict[str, Any]]], svg: str) -> str:
+def _page(metrics: dict[Path, Metrics], svg: str) -> str:
     rows = []
-    for run, steps in measured.items():
-        # A validation is not of every step: the last known figure of each.
+    for run, steps in metrics.items():
+        # Not every step is validated, so each metric has a last value of its own.
         last: dict[str, Any] = {}
         for step in steps:
             last |= {name: value for name, value in step.items() if value is not None}
-        cells = "".join(f"<td>{last[name]:.6g}</td>" if name in last else "<td></td>" for name in _TABLE)
+        cells = "".join(
+            f"<td>{to_text(last[name]) if name in last else ''}</td>" for name, (_, to_text) in _COLUMNS.items()
+        )
         rows.append(f"<tr><td>{html.escape(str(run))}</td>{cells}</tr>")
-    head = "".join(f"<th>{name.replace('_', ' ')}</th>" for name in ("run", *_TABLE))
+    head = "".join(f"<th>{title}</th>" for title in ("run", *(title for title, _ in _COLUMNS.values())))
     style = "body{font-family:sans-serif}td,th{padding:.2em .8em;text-align:right}svg{max-width:100%;height:auto}"
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Runs</title><style>{style}</style>'
         f"<table><tr>{head}</tr>{''.join(rows)}</table>{svg}</html>\n"
     )
-
-
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        raise ValueError(f"{run} holds no metrics.jsonl; give the folders of runs, for example runs/*")
-    lines = path.read_text().splitlines(keepends=True)
-    try:
-        # The last line of a run that was killed, or is being written, may be half of one.
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None

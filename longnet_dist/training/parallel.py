@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
 
 AXES = ("dp_replicate", "dp_shard", "sp")
 
@@ -49,6 +49,10 @@ def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | N
     Raises:
         ValueError: where the axes do not multiply to the number of ranks.
     """
+    # Imported here because the options of `longnet-dist train --help` need no torch.
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
     degrees = config.degrees(dist.get_world_size() if dist.is_initialized() else 1)
     return init_device_mesh(device_type, degrees, mesh_dim_names=AXES) if dist.is_initialized() else None
 
@@ -60,6 +64,9 @@ def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh |
     """
     if mesh is None:
         return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     replicate, shard, sp = mesh.shape
     grid = init_device_mesh(mesh.device_type, (replicate, shard * sp), mesh_dim_names=("dp_replicate", "fsdp"))
     over = grid if replicate > 1 else grid["fsdp"]

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import longnet_dist.distributed.patience
 from longnet_dist.checkpoints.storage import Disk
-from longnet_dist.cli import app
+from longnet_dist.cli.app import main
 
 SECONDS = float(os.environ.get("SLOW_SECONDS", 0))
 PLACES = {
@@ -39,4 +39,4 @@ if __name__ == "__main__":
         owner, name, rank = PLACES[place]
         if os.environ["RANK"] == rank:
             slow_once(owner, name)
-    sys.exit(app.main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 
+import longnet_dist
 from longnet_dist import LongNetConfig, TrainConfig
 from longnet_dist.cli import app
+from longnet_dist.training.config import RayConfig
+from longnet_dist.training.parallel import ParallelConfig
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
@@ -21,27 +26,28 @@ def test_draw(tmp_path, ending, options, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--seq-len", "100000"], "a picture shows 1 to 1024 tokens"),
         (["--dilation-rates", "1", "2"], "segment_lengths has 3 entries"),
         (["--out", "pattern.xyz"], "ends in .png, .svg or .pdf"),
     ],
 )
-def test_errors_are_one_line_and_exit_2(options, said, capsys):
+def test_errors_are_one_line_and_exit_2(options, message, capsys):
     assert app.main(["draw", *options]) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
     assert not Path("pattern.xyz").exists()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["plan", "--ranks", "0"], "--ranks is 0"),
         (["plan", "--seq-len", "-5"], "--seq-len is -5"),
         (["plan", "--kv-heads", "3"], "must divide --heads 8"),
+        (["plan", "--kv-heads", "0"], "--kv-heads is 0"),
         (["draw", "--heads", "0"], "--heads is 0"),
         (["draw", "--out", "no-such-folder/x.png"], "no-such-folder"),
         (["draw", "--out", "noending"], "ends in .png"),
@@ -49,23 +55,23 @@ def test_errors_are_one_line_and_exit_2(options, said, capsys):
         (["train", "--model.vocab-size", "100"], "vocab_size is 100"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
+def test_mistakes_are_one_line_and_exit_2(arguments, message, capsys):
     assert app.main(arguments) == 2
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ("train --ranks 4", "--ranks is 4, and nothing starts them: give --launcher ray, or start"),
+        ("train --ranks 4", "--ranks is 4, but no launcher starts them: give --launcher ray, or leave"),
         ("train --ranks 0", "--ranks is 0"),
         ("train --ray.min-ranks 2 --ranks 1", "--ray.* options need --launcher ray"),
-        ("train --data", "--data is given no value"),
-        ("train --data --steps 1", "--data is given no value"),
-        ("eval run --edges", "--edges is given no value"),
-        ("train --launcher ray --run-folder x --ray.labels", "--ray.labels is given no value"),
+        ("train --data", "--data has no value"),
+        ("train --data --steps 1", "--data has no value"),
+        ("eval run --edges", "--edges has no value"),
+        ("train --launcher ray --run-folder x --ray.labels", "--ray.labels has no value"),
         ("tokenize --out x", "no data to tokenise"),
         ("train --run-folder s3://", "s3:// names no bucket"),
         ("eval s3://", "s3:// names no bucket"),
@@ -87,22 +93,22 @@ def test_mistakes_are_one_line_and_exit_2(arguments, said, capsys):
         *((command, f"an argument of {command} is empty") for command in ("tokenize", "eval", "export", "report")),
     ],
 )  # fmt: skip
-def test_what_names_nothing_is_one_line_and_exit_2(arguments, said, capsys, tmp_path, monkeypatch):
-    """Where an option is said to be empty: `--option ""`, and `--option=`."""
+def test_empty_values_are_one_line_and_exit_2(arguments, message, capsys, tmp_path, monkeypatch):
+    """Rows whose message is that something is empty run twice: with `--option ""` and with `--option=`."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "README.md").write_text("text")
-    given = arguments.split()
-    for full in ([*given, ""], [*given[:-1], f"{given[-1]}="]) if "is empty" in said else [given]:
-        if full[-1] != f"{given[0]}=":
-            assert app.main(full) == 2
+    words = arguments.split()
+    for command in ([*words, ""], [*words[:-1], f"{words[-1]}="]) if "is empty" in message else [words]:
+        if command[-1] != f"{words[0]}=":
+            assert app.main(command) == 2
             error = capsys.readouterr().err
-            assert said in error
+            assert message in error
             assert error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
-    """As text that a shell left alone, after a space or `=`."""
+    """After a space or `=`, where the shell did not expand it."""
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
     (tmp_path / "here").mkdir()
@@ -121,42 +127,65 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys)
         "draw --out ~/pattern.png",
     ):
         assert app.main(command.split()) == 0, capsys.readouterr().err
-    made = {"tokens", "cache", "run", "exported", "report.html", "pattern.svg", "pattern.png"}
-    assert {path.name for path in home.iterdir()} == {"data", *made}
+    outputs = {"tokens", "cache", "run", "exported", "report.html", "pattern.svg", "pattern.png"}
+    assert {path.name for path in home.iterdir()} == {"data", *outputs}
     assert not list((tmp_path / "here").iterdir())
 
 
-def test_ranks_may_be_said_to_the_launcher_too(monkeypatch):
-    """Under torchrun `--ranks` is true, or refused."""
+def test_ranks_must_be_those_of_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(app, "train", lambda config: None)
+    monkeypatch.setattr("longnet_dist.training.trainer.train", lambda config: None)
     assert app.main(["train", "--ranks", "2"]) == 0
     assert app.main(["train", "--ranks", "3"]) == 2
 
 
 def test_doctor(capsys):
     assert app.main(["doctor"]) == 0
-    said = capsys.readouterr().out
+    report = capsys.readouterr().out
     for expected in ("torch 2.", "gloo: usable", "cpu   float32   torch  usable", "cuda  bfloat16"):
-        assert expected in said
+        assert expected in report
 
 
 def test_plan(capsys):
     assert app.main(["plan", "--ranks", "4"]) == 0
-    said = capsys.readouterr().out
-    assert "branch (w=8192, r=4): within the chunk" in said
-    assert "branch (w=32768, r=16): 12,582,912 bytes" in said
+    costs = capsys.readouterr().out
+    assert "branch (w=8192, r=4): within the chunk" in costs
+    assert "branch (w=32768, r=16): 12,582,912 bytes (12.0 MiB)" in costs
+    assert "90.2 GFLOP" in costs
+
+
+def test_the_table_of_a_report_has_units(tmp_path):
+    """No value is in scientific notation."""
+    metrics = {"step": 1_000_000, "tokens": 1 << 34, "loss": 1.25, "mfu": 0.4567}
+    metrics |= {"tokens_per_second": 12_345_678.9, "peak_memory_bytes": 7_460_010_000}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics) + "\n")
+    assert app.main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    table = (tmp_path / "report.html").read_text().partition("</table>")[0]
+    values = re.findall("<td>([^<]*)</td>", table)[1:]
+    assert values == ["1,000,000", "17,179,869,184", "1.25", "", "12,345,679", "45.7%", "6.9 GiB"]
+
+
+def test_version(capsys):
+    assert app.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"longnet-dist {longnet_dist.__version__}\n"
 
 
 def test_help_documents_every_option(capsys):
     with pytest.raises(SystemExit):
         app.main(["train", "--help"])
-    said = capsys.readouterr().out
+    text = capsys.readouterr().out
     for field in dataclasses.fields(TrainConfig):
         if field.name != "model":
-            assert f"--{field.name.replace('_', '-')}" in said
+            assert f"--{field.name.replace('_', '-')}" in text
     for field in dataclasses.fields(LongNetConfig):
-        assert f"--model.{field.name.replace('_', '-')}" in said
+        assert f"--model.{field.name.replace('_', '-')}" in text
+
+
+@pytest.mark.parametrize("config", [TrainConfig, ParallelConfig, LongNetConfig, RayConfig])
+def test_the_help_of_an_option_has_no_line_breaks_of_the_source(config):
+    for field in dataclasses.fields(config):
+        assert field.metadata["help"]
+        assert "\n" not in field.metadata["help"]
 
 
 def test_no_option_is_taken_by_torchrun():

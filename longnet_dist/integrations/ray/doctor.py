@@ -161,12 +161,17 @@ def _clock_offset(probe: Any, timeout: float) -> float:
 
 def _describe(node: _Node, offset: float) -> str:
     resources = node.record["Resources"]
-    amounts = ", ".join(f"{name} {amount:g}" for name, amount in resources.items() if ":" not in name)
+    amounts = ", ".join(_resource(name, amount) for name, amount in resources.items() if ":" not in name)
     model = next((name.removeprefix("accelerator_type:") for name in resources if "accelerator" in name), "GPU")
     gpus = f"{node.num_gpus} x {model}" if node.num_gpus else "no GPU"
     versions = ", ".join(f"{package} {version}" for package, version in node.versions.items())
     host = node.record["NodeManagerHostname"]
     return f"  {node.address} ({host}): {gpus}; {amounts}; {versions}; clock {offset:+.3f} s"
+
+
+def _resource(name: str, amount: float) -> str:
+    """Format an amount of a resource of Ray, which counts memory in bytes."""
+    return f"{name} {amount / 2**30:.1f} GiB" if name.endswith("memory") else f"{name} {amount:.12g}"
 
 
 def _measure(a: dict[str, Any], b: dict[str, Any], timeout: float, mebibytes: int, on_gpu: bool) -> _Link | None:

@@ -1,0 +1,59 @@
+"""`longnet-dist eval`: bits per byte on held-out data, by position."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from longnet_dist.checkpoints.storage import place
+from longnet_dist.cli.options import Run, check_positive
+
+
+def run_eval(
+    run: Run,
+    data: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
+    seq_len: int | None = None,
+    sequences: int = 8,
+    edges: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768),
+) -> None:
+    """Print a run's bits per byte on held-out data, by how many tokens of context precede a token.
+
+    Args:
+        run: Folder of the run, or its URL in an object store.
+        data: Files, folders and globs; by default the data that the run held out.
+        tokenizer: Tokenizer of the data; by default that of the run.
+        seq_len: Tokens per sequence; by default as in the run.
+        sequences: Largest number of sequences to evaluate.
+        edges: Positions at which one row of the table ends and the next begins.
+    """
+    import torch
+
+    from longnet_dist.checkpoints.checkpoints import load_model
+    from longnet_dist.data.corpus import open_corpus
+    from longnet_dist.inference.evaluate import bits_by_position
+    from longnet_dist.training.job import corpus_of, read_config
+
+    check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, model = read_config(place(run)), load_model(run).to(device).eval()
+    if data:
+        held_out = open_corpus(
+            data,
+            config.cache,
+            0.0,
+            tokenizer=tokenizer or config.tokenizer,
+            text_field=config.text_field,
+            seed=config.seed,
+        ).train
+    else:
+        held_out = corpus_of(config).validation
+    run_tokenizer = json.loads((place(run) / "config.json").read_text()).get("tokens_by", "bytes")
+    if held_out.index.tokenizer != run_tokenizer:
+        raise ValueError(
+            f"the run's tokens are by {run_tokenizer}, but the data's are by {held_out.index.tokenizer}: give the "
+            "run's tokenizer with --tokenizer"
+        )
+    print(f"{'context':>17}  bits per byte  perplexity per byte")
+    for first, last, bits in bits_by_position(model, held_out, seq_len or config.seq_len, sequences, edges):
+        print(f"{first:>7} to {last:>6}  {bits:13.3f}  {2**bits:19.3f}")

@@ -1,0 +1,119 @@
+"""Rules for the values of options that several subcommands share."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated
+
+import tyro
+
+from longnet_dist.paths import local_path
+
+Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
+"""A positional argument: the folder of a run, or its URL in an object store."""
+_LISTS = ("--data", "--edges", "--ray.labels", "--ray.resources")
+"""Options with any number of values, where an option without a value would otherwise pass for a missing one."""
+_MAY_BE_EMPTY = ("--wandb",)
+
+
+class PathError(Exception):
+    """A path that cannot be used. It is no ValueError, because tyro prints those in a frame of several lines."""
+
+
+def check_values(arguments: Sequence[str]) -> None:
+    """Check that no value is empty or missing, as when a script expands an unset variable.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Raises:
+        ValueError: If an option or a positional argument has no value.
+    """
+    option = ""
+    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+        if argument.startswith("--"):
+            option, equals, value = argument.partition("=")
+            if option.replace("_", "-") in _LISTS and not equals and following.startswith("--"):
+                raise ValueError(f"{option} has no value; give one, or leave the option out")
+        if (not argument or (argument.startswith("--") and equals and not value)) and option not in _MAY_BE_EMPTY:
+            raise ValueError(
+                f"{option} is empty; give a value, or leave the option out"
+                if option
+                else f"an argument of {arguments[0] or 'longnet-dist'} is empty"
+            )
+
+
+def check_positive(options: dict[str, int]) -> None:
+    """Check that each value is at least 1.
+
+    Args:
+        options: The value of each option, by the option's name without dashes in front.
+
+    Raises:
+        ValueError: If a value is below 1.
+    """
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+
+
+def check_ending(path: Path, endings: Sequence[str]) -> None:
+    """Check that the name of a file to draw has one of these endings, in either case.
+
+    Raises:
+        ValueError: If it has another ending, or none.
+    """
+    if path.suffix.lower() not in endings:
+        choices = f"{', '.join(endings[:-1])} or {endings[-1]}"
+        raise ValueError(f"cannot draw into {path}; use a name that ends in {choices}")
+
+
+def path_registry() -> tyro.constructors.ConstructorRegistry:
+    """Return the rule by which tyro reads each option of type Path with `local_path`, which expands `~`."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def read(values: list[str]) -> Path:
+        try:
+            return local_path(values[0])
+        except ValueError as error:
+            raise PathError(str(error)) from None
+
+    @registry.primitive_rule
+    def rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=read,
+            is_instance=lambda x: isinstance(x, Path),
+            str_from_instance=lambda path: [str(path)],
+        )
+
+    return registry
+
+
+def join_help_lines(*configs: type) -> None:
+    """Set the help of each field of a config to its docstring, as one paragraph.
+
+    tyro would show the line breaks of the source.
+
+    Args:
+        configs: Dataclasses whose fields have a docstring each.
+    """
+    for config in configs:
+        (definition,) = ast.parse(inspect.getsource(config)).body
+        assert isinstance(definition, ast.ClassDef)
+        docstrings = {
+            ast.unparse(field.target): " ".join(ast.literal_eval(text.value).split())
+            for field, text in itertools.pairwise(definition.body)
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+        }
+        for option in dataclasses.fields(config):
+            option.metadata = MappingProxyType({**option.metadata, "help": docstrings[option.name]})
