@@ -29,10 +29,10 @@ def run_eval(
     """
     import torch
 
-    from longnet_dist.checkpoints.checkpoints import load_model
     from longnet_dist.data.corpus import open_corpus
     from longnet_dist.inference.evaluate import bits_by_position
     from longnet_dist.training.job import corpus_of, read_config
+    from longnet_dist.training.state import load_model
 
     check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

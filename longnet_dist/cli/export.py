@@ -17,7 +17,7 @@ def run_export(run: Run, folder: tyro.conf.Positional[Annotated[Path, tyro.conf.
         run: Folder of the run, or its URL in an object store.
         folder: Folder to write to.
     """
-    from longnet_dist.checkpoints.checkpoints import load_model
+    from longnet_dist.training.state import load_model
 
     load_model(run).save_pretrained(folder)
     print(folder)

@@ -225,7 +225,9 @@ def test_the_doctor_reports_on_a_cluster(ray_nodes):
     for node in nodes:
         ray_nodes.remove(node)
     for address in addresses:
-        assert re.search(rf"{address} .*no GPU; .*torch 2.*clock [+-]0", done.stdout), done.stdout + done.stderr
+        line = rf"{address} .*no GPU; .*memory [\d.]+ GiB.*torch 2.*clock [+-]0"
+        assert re.search(line, done.stdout), done.stdout + done.stderr
     assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 1
+    assert not re.search(r"\de[+-]\d", done.stdout), done.stdout
     assert done.returncode == 0, done.stdout
     assert "no problems found" in done.stdout
