@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from longnet_dist import LongNetConfig, TrainConfig, train
 from longnet_dist.inference.evaluate import bits_by_position
-from longnet_dist.training.job import corpus_of
+from longnet_dist.training.job import load_corpus
 from longnet_dist.training.state import load_model
 
 LONGEST = 16384
@@ -65,7 +65,7 @@ def main(
 def _bits_by_length(config: TrainConfig, num_tokens: int) -> list[float]:
     """Return the bits per byte of the same held-out tokens, cut into sequences of each length."""
     assert config.run_folder is not None
-    model, stream = load_model(config.run_folder).eval(), corpus_of(config).validation
+    model, stream = load_model(config.run_folder).eval(), load_corpus(config).validation
     return [bits_by_position(model, stream, length, num_tokens // length, ())[0][2] for length in LENGTHS]
 
 

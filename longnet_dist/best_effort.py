@@ -12,10 +12,10 @@ from typing import Any
 
 
 class BestEffort:
-    """A reusable context in which no exception ends the run: the first is a warning, later ones are ignored.
+    """A reusable context that suppresses exceptions: the first becomes a warning, later ones are ignored.
 
     Args:
-        what: a plural noun phrase for the output that may be missing, for the warning.
+        what: the output that may be missing, as a plural noun phrase for the warning.
     """
 
     def __init__(self, what: str) -> None:
@@ -25,7 +25,7 @@ class BestEffort:
         pass
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> bool:
         if not isinstance(error, Exception):
             return False
@@ -38,7 +38,12 @@ class BestEffort:
 
 
 class TolerantStream:
-    """A text stream, such as stdout, whose failed writes do not end the run: a closed pipe, or a full disk."""
+    """A text stream, such as stdout, whose failed writes do not end the run: a closed pipe, or a full disk.
+
+    Args:
+        stream: the stream to write to.
+        name: its name, for the warning.
+    """
 
     def __init__(self, stream: Any, name: str) -> None:
         self._stream, self._effort = stream, BestEffort(f"lines printed to {name}")

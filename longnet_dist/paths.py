@@ -1,4 +1,4 @@
-"""Paths on this machine, as a user writes them."""
+"""Paths on this machine, as users write them."""
 
 from __future__ import annotations
 
@@ -6,21 +6,27 @@ import re
 from pathlib import Path
 
 
-def local_path(given: str | Path) -> Path:
-    """The path on this machine that a text names, with `~` expanded and without `file://`.
+def local_path(text: str | Path) -> Path:
+    """Return the path on this machine that a text names, with `~` expanded and without `file://`.
+
+    Args:
+        text: the path as a user wrote it.
 
     Raises:
         ValueError: if it is empty, lies in a store, or begins with the home folder of an unknown user.
+
+    Example:
+        >>> local_path("file:///data/corpus")
+        PosixPath('/data/corpus')
     """
-    text = str(given).removeprefix("file://")
-    if not text:
-        raise ValueError(f"{str(given)!r} names no file or folder; give a path, or leave the option out")
-    if re.match(r"[a-z][a-z0-9+.-]*:/", text):
+    path = str(text).removeprefix("file://")
+    if not path:
+        raise ValueError(f"{str(text)!r} names no file or folder; give a path, or leave the option out")
+    if re.match(r"[a-z][a-z0-9+.-]*:/", path):
         raise ValueError(
-            f"{given} is no path on this machine; a run in a store is given as text, s3://BUCKET/PREFIX, and nothing "
-            "else can be in one"
+            f"{text} is no path on this machine; only a run folder can be in a store, given as text, s3://BUCKET/PREFIX"
         )
     try:
-        return Path(text).expanduser()
+        return Path(path).expanduser()
     except RuntimeError:
-        raise ValueError(f"{given}: no home folder is known; for a file of that name give ./{text}") from None
+        raise ValueError(f"{text}: no home folder is known; for a file of that name give ./{path}") from None

@@ -1,4 +1,4 @@
-"""Fixtures that every layer of tests uses."""
+"""Fixtures for all tests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from tests.pool import Pool
 
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-# Ray reads them when it is imported. A token of the tests' own: none is left in anybody's home.
+# Ray reads these when it is imported. With a token of the tests' own, none is left in the user's home.
 os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-# Its workers shall see no variable of a GPU that they were not given, which it else says in a warning.
+# Without this, Ray warns that it will change the GPU variables of workers that have no GPU.
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the Ray cluster comes last, so that its daemons run beside nothing else."""
+    """Run tests that need the Ray cluster last, so that its daemons run next to no other test."""
     items.sort(key=lambda item: "ray_nodes" in getattr(item, "fixturenames", ()))
 
 
@@ -35,17 +35,17 @@ def _seeded(doctest_namespace: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """Ended with each module: a thread of gloo's, of which every group has one, wakes up 100 times a second."""
-    made = Pool()
-    yield made
-    made.close()
+    """A pool of processes that ends with the module, because each group's gloo thread wakes up 100 times a second."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[None]:
-    """A server of S3's protocol on the loopback, known to this process, and to those that it starts from now on."""
+    """A server for S3's protocol on the loopback, known to this process and to those that it starts from now on."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of its own.
+        warnings.simplefilter("ignore")  # The server's own warnings.
         from moto.server import ThreadedMotoServer
 
         server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)

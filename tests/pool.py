@@ -1,8 +1,8 @@
-"""A pool of real processes with gloo groups between them, started once a module.
+"""A pool of real processes with gloo groups between them, started once per module.
 
 `pool.run(world, function, *args)` calls `function(group, *args)` on ranks 0..world-1 and returns
-their results in order. A call that fails, or outruns its time limit, ends all its processes: what
-they hold is unknown then. The next call starts new ones.
+their results in order. If a call fails, or exceeds its time limit, all processes are ended, because
+their state is unknown then. The next call starts new ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 
 
 def forkserver() -> multiprocessing.context.ForkServerContext:
-    """What starts processes that have imported what all tests need."""
+    """Return the context that starts processes which have already imported what all tests need."""
     context = multiprocessing.get_context("forkserver")
     trainers = ["transformers.models.llama.modeling_llama", "transformers.trainer", "lightning.pytorch"]
     context.set_forkserver_preload(["longnet_dist.training.trainer", *trainers])
@@ -32,14 +32,14 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 class Pool:
-    """Processes that wait for calls; see the module."""
+    """Processes that wait for calls; see the module's docstring."""
 
     def __init__(self) -> None:
         self.context = forkserver()
         self.workers: list[tuple[ForkServerProcess, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *args: Any, limit: float = 100) -> list[Any]:
-        """`function(group, *args)` on each of `world` ranks; AssertionError with every traceback where one fails."""
+        """Call `function(group, *args)` on each of `world` ranks; AssertionError with all tracebacks if one fails."""
         if not self.workers:
             self._start()
         for _, pipe in self.workers[:world]:
@@ -77,7 +77,7 @@ class Pool:
 
 def _receive(pipe: Connection, limit: float) -> tuple[str, Any]:
     try:
-        return pipe.recv() if pipe.poll(max(0, limit)) else ("late", "no answer in time")
+        return pipe.recv() if pipe.poll(max(0, limit)) else ("late", "no result in time")
     except (EOFError, ConnectionResetError):
         return "gone", "the process ended"
 

@@ -1,9 +1,9 @@
-"""Checkpoints that survive anything: not there until they are whole, and verified before they are read.
+"""Checkpoints that survive crashes: invisible until they are complete, and verified before they are read.
 
-A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint, which reshards,
-and `manifest.json`: every file's size and SHA-256, and the facts (step, config, ...). On a file system it
-is written under another name and renamed when all ranks are done; in an object store the manifest is
-written last (`storage.py`). What then differs from the manifest, a disk or a person altered.
+A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint (DCP), which reshards,
+and `manifest.json`, with the size and SHA-256 of every file, and facts (step, config, ...). On a file system
+it is written under another name, and renamed when all ranks are done. In an object store the manifest is
+written last (`storage.py`). So a later difference from the manifest is the work of a disk or a person.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
 
 from longnet_dist import internals
 from longnet_dist.best_effort import BestEffort
-from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, place
-from longnet_dist.checkpoints.verification import State, damage, describe_file, hash_manifest, not_finite
+from longnet_dist.checkpoints.reader import PatientReader
+from longnet_dist.checkpoints.storage import MANIFEST, Disk, Store, as_os_error, in_store, storage_path
+from longnet_dist.checkpoints.verification import State, describe_file, find_damage, find_non_finite, hash_manifest
+from longnet_dist.checkpoints.writer import PatientWriter
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.distributed.waits import mark_wait
 
@@ -41,13 +39,13 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of a run, in `folder`. Its methods are collective over all ranks.
+    """The checkpoints of a run. Its methods are collective over all ranks.
 
     Args:
-        folder: on storage that every rank sees: a path, or one of an object store.
-        keep_last: how many of the newest to keep; at least 2, so that one that turns out damaged is not the only.
-        keep_every: keep those of every so many steps for good; 0 for none.
-        asynchronous: write in the background; training goes on with the next step.
+        folder: storage that every rank sees: a path, or a path in an object store.
+        keep_last: number of the newest to keep; at least 2, because one may turn out to be damaged.
+        keep_every: keep the checkpoints of steps that are multiples of this for good; 0 for none.
+        asynchronous: write in the background, while training continues with the next step.
         timeout: how long ranks wait for another rank that reads, writes or removes files.
     """
 
@@ -59,25 +57,31 @@ class Checkpoints:
         asynchronous: bool = False,
         timeout: timedelta = timedelta(hours=1),
     ) -> None:
-        self.folder, self.keep_last, self.keep_every = place(folder), keep_last, keep_every
+        self.folder, self.keep_last, self.keep_every = storage_path(folder), keep_last, keep_every
         self.storage = Store(self.folder) if in_store(self.folder) else Disk(self.folder)
-        # A group of its own: a background write must not come between the training's collectives.
+        # It has a group of its own, because a background write must not interleave with training's collectives.
         self.patience = Patience(timeout)
         self.group, self.rank, self.size = self.patience.group, self.patience.rank, self.patience.size
         self._removal = BestEffort("removals of old checkpoints")
         self.latest: Path | None = None
-        """The last one that this run wrote whole; the same on every rank."""
+        """The last checkpoint that this run completed; the same on every rank."""
         self.problem: str | None = None
-        """Why the last one that was to be written was not; None where it was."""
-        self._found: Path | None = None
+        """Why the last attempt to write a checkpoint failed; None if it succeeded."""
+        self._resumed_from: Path | None = None
         self._unreadable: set[str] = set()
-        """Names of those that may be whole, but could not be read: they are never removed."""
+        """Names of checkpoints that could not be read, but may be complete. They are never removed."""
         self._damaged: set[str] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoint") if asynchronous else None
         self._writing: Future[Path | None] | None = None
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
-        """Write a checkpoint. Where that fails, or the state is not finite, a warning is given and older ones stay."""
+        """Write a checkpoint. If that fails, or the state is not finite, this warns, and older checkpoints stay.
+
+        Args:
+            step: the number of steps made; names the checkpoint.
+            state: the tensors.
+            facts: what else the checkpoint records, as JSON can hold it.
+        """
         self.wait()
         if self._writer is None:
             self.latest = self._write(step, state, facts) or self.latest
@@ -86,111 +90,116 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, step, staged, facts)
 
     def withhold(self, step: int, problem: str) -> None:
-        """Write no checkpoint of this step, and warn of it with the reason."""
+        """Warn that no checkpoint of this step is written, with the reason."""
         self.wait()
-        self._failed(step, problem)
+        self._fail(step, problem)
 
     def wait(self) -> None:
-        """Wait until the checkpoint that is being written is there, or has failed."""
+        """Wait until the checkpoint that is being written in the background is complete or has failed."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
             with mark_wait("to write the checkpoint in the background"):
                 self.latest = writing.result() or self.latest
 
     def describe_newest(self) -> str:
-        """The checkpoint from which a later run would resume, in words, and not read again. Collective."""
+        """Describe the checkpoint from which a later run would resume, without verifying it again."""
         self.wait()
-        path = self.latest or self._found
+        path = self.latest or self._resumed_from
         if path is None:
             return "there is no checkpoint to resume from"
-        gone = None
+        problem = None
         if self.rank == 0:
             try:
                 with as_os_error():
-                    gone = None if (path / MANIFEST).exists() else "it is gone"
+                    problem = None if (path / MANIFEST).exists() else "it is gone"
             except OSError as error:
-                gone = repr(error)
-        gone = self._from_first(gone, f"look for {path}")
-        return f"the newest whole checkpoint is {path}" if gone is None else f"the newest was {path}, and {gone}"
+                problem = repr(error)
+        problem = self._from_first(problem, f"look for {path}")
+        if problem is None:
+            return f"the newest whole checkpoint is {path}"
+        return f"the newest was {path}, and {problem}"
 
     def newest(self, report: Callable[[str], None] = warnings.warn) -> tuple[Path, dict[str, Any]] | None:
-        """The newest whole checkpoint and its facts; None where there is none at all.
+        """Find the newest checkpoint that is complete and undamaged.
 
-        Every one that is passed over is reported, with what is wrong with it. One that cannot be read is no proof of
-        damage: it is kept, and nothing is written over it.
+        Damaged ones, and those that cannot be read, are reported and passed over. An unreadable checkpoint may be
+        undamaged, so it is kept, and never overwritten.
+
+        Args:
+            report: receives a message, on rank 0, for each checkpoint that is passed over.
+
+        Returns:
+            The checkpoint and its facts; None if there are no checkpoints at all.
 
         Raises:
-            CheckpointError: where there are checkpoints, and none is whole; or where they cannot be listed.
+            CheckpointError: if none of the checkpoints can be used, or if they cannot be listed.
         """
-        names, problem = self._from_first(self._names() if self.rank == 0 else None, "list the checkpoints")
+        names, problem = self._from_first(self._list() if self.rank == 0 else None, "list the checkpoints")
         if problem:
             raise CheckpointError(f"the checkpoints in {self.folder} cannot be read: {problem}")
         problems = []
         for name in names:
             path = self.folder / name
-            problem, damaged = self._examine(path)
+            problem, damaged = self._verify(path)
             if problem is None:
-                self._found = path
+                self._resumed_from = path
                 return path, json.loads((path / MANIFEST).read_text())["facts"]
             (self._damaged if damaged else self._unreadable).add(name)
             problems.append(f"{path}: {problem}")
             if self.rank == 0:
-                what = "is damaged and passed over" if damaged else "cannot be read, and is passed over and kept"
-                report(f"checkpoint {path} {what}: {problem}")
+                verdict = "is damaged and passed over" if damaged else "cannot be read, and is passed over and kept"
+                report(f"checkpoint {path} {verdict}: {problem}")
         if problems:
-            raise CheckpointError("no checkpoint is whole, so the run cannot go on from one: " + "; ".join(problems))
+            raise CheckpointError("no checkpoint is whole, so the run cannot resume from one: " + "; ".join(problems))
         return None
 
     def load(self, path: Path, state: State) -> None:
-        """Fill the tensors of `state`, of any sharding, from a verified checkpoint; names of others are ignored.
+        """Fill tensors, of any sharding, from a verified checkpoint.
+
+        Args:
+            path: the checkpoint. Its tensors of other names are ignored.
+            state: the tensors, which are overwritten.
 
         Raises:
-            ValueError: where the checkpoint lacks one of them, or has it in another shape or dtype.
-            CheckpointError: where its files cannot be read.
+            ValueError: if the checkpoint lacks a tensor, or has it in another shape or dtype.
+            CheckpointError: if the checkpoint's files cannot be read.
         """
-        reader = _Reader(path, self.patience)
+        reader = PatientReader(path, self.patience)
         stored = reader.read_metadata().state_dict_metadata
-        # A run that goes on on another kind of device begins its random states anew.
+        # A run that resumes on another type of device keeps its new random states.
         state = {name: x for name, x in state.items() if name in stored or not name.startswith("random")}
         for name, x in state.items():
-            have = stored.get(name)
-            kind = (have.size, have.properties.dtype) if isinstance(have, TensorStorageMetadata) else None
-            if kind != (x.shape, x.dtype):
+            entry = stored.get(name)
+            format_ = (entry.size, entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
+            if format_ != (x.shape, x.dtype):
                 raise ValueError(
-                    f"{name} is {(x.shape, x.dtype)} in this run and {kind} in checkpoint {path}: use the model "
+                    f"{name} is {(x.shape, x.dtype)} in this run and {format_} in checkpoint {path}: use the model "
                     "options and dtype that it was written with, or another run folder"
                 )
         try:
-            with self._alone(), self.patience.waiting(f"read {path}"):
+            with self._without_warning(), self.patience.waiting(f"read {path}"):
                 load(state, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         except CheckpointException as error:
-            raise CheckpointError(f"checkpoint {path} cannot be read: {_failures(error)}") from error
+            raise CheckpointError(f"checkpoint {path} cannot be read: {_describe_failures(error)}") from error
 
-    def _names(self) -> tuple[list[str], str | None]:
-        """Of all checkpoints, the newest first; what went wrong, or None."""
+    def _list(self) -> tuple[list[str], str | None]:
+        """Return the names of all checkpoints, newest first, and what went wrong, or None."""
         try:
             return self.storage.names()[::-1], None
         except OSError as error:
             return [], repr(error)
 
     def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
-        """The checkpoint; None where there is none."""
+        """Write a checkpoint, remove old ones, and return its path; None if that failed, for which this warns."""
         name = f"step-{step:08d}"
-        if problem := self._from_any(self._refusal(name, state), f"check the tensors of checkpoint {name}"):
-            self._failed(step, problem)
+        if problem := self._from_any(self._refuse(name, state), f"check the tensors of checkpoint {name}"):
+            self._fail(step, problem)
             return None
         nonce = self._from_first(uuid.uuid4().hex[:8], f"begin checkpoint {name}")
-        temporary, problem = self._begun(name, nonce)
+        temporary, problem = self._begin(name, nonce)
         problem = self._from_any(problem, f"make the folder of checkpoint {name}")
         if problem is None:
-            mine, problem = self._write_files(name, temporary, state)
-            files: dict[str, Any] = {}
-            for of_rank in self.patience.gather(mine, f"write and hash its files of checkpoint {name}"):
-                files |= of_rank
-            problem = self._from_any(problem, f"write checkpoint {name}")
-        if problem is None:
-            problem = self._finish(name, temporary, files, facts) if self.rank == 0 else None
-            problem = self._from_first(problem, f"finish checkpoint {name}")
+            problem = self._write_and_finish(name, temporary, state, facts)
         if problem is None:
             with self._removal:
                 if self.rank == 0:
@@ -200,46 +209,58 @@ class Checkpoints:
             self.storage.abandon(temporary)
             self._from_first(None, f"remove what it wrote of checkpoint {name}")
         if problem is not None:
-            self._failed(step, problem)
+            self._fail(step, problem)
             return None
         self.problem = None
         return self.folder / name
 
-    def _refusal(self, name: str, state: State) -> str | None:
-        """Why this rank's state must not be written under this name; None where it may."""
+    def _refuse(self, name: str, state: State) -> str | None:
+        """Return why this rank's state must not be written under this name, or None."""
         if name in self._unreadable:
             return f"{self.folder / name} could not be read and may be whole: move it away, or restart the run"
-        return not_finite(state)
+        return find_non_finite(state)
 
-    def _failed(self, step: int, problem: str) -> None:
+    def _fail(self, step: int, problem: str) -> None:
         self.problem = problem
         if self.rank == 0:
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=3)
 
-    def _begun(self, name: str, nonce: str) -> tuple[Path, str | None]:
-        """Where this rank writes to; what went wrong, or None."""
+    def _begin(self, name: str, nonce: str) -> tuple[Path, str | None]:
+        """Return where this rank writes its files, and what went wrong, or None."""
         try:
             return self.storage.begin(name, nonce), None
         except OSError as error:
             return self.folder / f"{name}.tmp-{nonce}", repr(error)
 
+    def _write_and_finish(self, name: str, temporary: Path, state: State, facts: dict[str, Any]) -> str | None:
+        """Write the files of all ranks, then the manifest; return what went wrong on any rank, or None."""
+        files, problem = self._write_files(name, temporary, state)
+        all_files: dict[str, Any] = {}
+        for files_of_rank in self.patience.gather(files, f"write and hash its files of checkpoint {name}"):
+            all_files |= files_of_rank
+        problem = self._from_any(problem, f"write checkpoint {name}")
+        if problem is None:
+            problem = self._finish(name, temporary, all_files, facts) if self.rank == 0 else None
+            problem = self._from_first(problem, f"finish checkpoint {name}")
+        return problem
+
     def _write_files(self, name: str, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
-        """This rank's files, described; or what went wrong, here or elsewhere."""
+        """Write this rank's files; return their descriptions, and what went wrong on any rank, or None."""
         try:
-            with self._alone(), self.patience.waiting(f"write its files of checkpoint {name}"):
-                writer = _Writer(temporary, self.patience)
+            with self._without_warning(), self.patience.waiting(f"write its files of checkpoint {name}"):
+                writer = PatientWriter(temporary, self.patience)
                 save(state, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
-            written = internals.checkpoint_files(temporary, self.rank)
-            described = {file: describe_file(temporary / file) for file in written}
-            self.storage.put(name, temporary, written)
-        except CheckpointException as error:  # What failed on any rank; no Exception, so it must be named.
-            return {}, _failures(error)
+            files = internals.checkpoint_files(temporary, self.rank)
+            descriptions = {file: describe_file(temporary / file) for file in files}
+            self.storage.put(name, temporary, files)
+        except CheckpointException as error:  # A BaseException, which `except Exception` would miss.
+            return {}, _describe_failures(error)
         except OSError as error:
             return {}, repr(error)
-        return described, None
+        return descriptions, None
 
     def _finish(self, name: str, temporary: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        """On rank 0: the manifest; what went wrong, or None."""
+        """Write the manifest; return what went wrong, or None."""
         manifest = {"facts": facts, "files": files, "torch": torch.__version__}
         manifest["sha256"] = hash_manifest(manifest)
         try:
@@ -249,61 +270,40 @@ class Checkpoints:
         return None
 
     def _remove_old(self, newest: str) -> None:
-        # What could not be read counts neither as one to keep nor as one to remove: it may be whole.
-        found = [name for name in self.storage.names() if name not in self._unreadable]
-        old = [name for name in found if name > newest and name in self._damaged]
-        for name in [name for name in found if name <= newest][: -self.keep_last]:
+        # Unreadable checkpoints may be complete. They are not removed, and do not count as the newest.
+        names = [name for name in self.storage.names() if name not in self._unreadable]
+        old = [name for name in names if name > newest and name in self._damaged]
+        for name in [name for name in names if name <= newest][: -self.keep_last]:
             if not (self.keep_every and int(name.removeprefix("step-")) % self.keep_every == 0):
                 old.append(name)
         self.storage.remove(old)
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process is no mistake, of which DCP would warn."""
+    def _without_warning(self) -> Iterator[None]:
+        """Silence DCP's warning when there is a single process."""
         with warnings.catch_warnings():
             if self.group is None:
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             yield
 
-    def _examine(self, path: Path) -> tuple[str | None, bool]:
-        """What is wrong with a checkpoint, or None; and whether it is proven to be damaged, by any rank."""
-        found = self.patience.gather(damage(path, self.rank, self.size), f"verify {path}")
-        problems = [(f"rank {r}: {p}" if self.size > 1 else p, proven) for r, (p, proven) in enumerate(found) if p]
-        return max(problems, key=lambda problem: problem[1], default=(None, False))
+    def _verify(self, path: Path) -> tuple[str | None, bool]:
+        """Return what is wrong with a checkpoint, or None, and whether any rank has proof of damage."""
+        findings = self.patience.gather(find_damage(path, self.rank, self.size), f"verify {path}")
+        problems = [(self._name_rank(rank, p), proof) for rank, (p, proof) in enumerate(findings) if p]
+        return max(problems, key=lambda finding: finding[1], default=(None, False))
 
-    def _from_first(self, mine: Any, what: str) -> Any:
-        return self.patience.gather(mine, what)[0]
+    def _from_first(self, value: Any, what: str) -> Any:
+        """Return rank 0's value on every rank; `what` is what ranks do before this call."""
+        return self.patience.gather(value, what)[0]
 
-    def _from_any(self, mine: str | None, what: str) -> str | None:
-        everyones = enumerate(self.patience.gather(mine, what))
-        return next((f"rank {r}: {p}" if self.size > 1 else p for r, p in everyones if p), None)
+    def _from_any(self, problem: str | None, what: str) -> str | None:
+        """Return the first rank's problem on every rank, or None; `what` is what ranks do before this call."""
+        problems = enumerate(self.patience.gather(problem, what))
+        return next((self._name_rank(rank, p) for rank, p in problems if p), None)
 
-
-class _Writer(FileSystemWriter):
-    """Tells the ranks that wait when this one has written its files."""
-
-    def __init__(self, path: Path, patience: Patience) -> None:
-        super().__init__(path)
-        self._patience = patience
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
-        written = super().write_data(plan, planner)
-        self._patience.arrive()
-        return written
+    def _name_rank(self, rank: int, problem: str) -> str:
+        return f"rank {rank}: {problem}" if self.size > 1 else problem
 
 
-class _Reader(TensorsOnlyReader):
-    """Tells the ranks that wait when this one has read its part."""
-
-    def __init__(self, path: Path, patience: Patience) -> None:
-        super().__init__(path)
-        self._patience = patience
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
-        read = super().read_data(plan, planner)
-        self._patience.arrive()
-        return read
-
-
-def _failures(error: CheckpointException) -> str:
+def _describe_failures(error: CheckpointException) -> str:
     return "; ".join(f"rank {r}: {e!r}" for r, (e, _) in error.failures.items())

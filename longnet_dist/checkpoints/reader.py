@@ -1,4 +1,4 @@
-"""Reading a checkpoint of somebody else's without running code of theirs."""
+"""Reading a checkpoint from an untrusted source without running code from it."""
 
 from __future__ import annotations
 
@@ -13,22 +13,28 @@ import torch
 from torch.distributed.checkpoint import metadata as checkpoint_metadata
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from longnet_dist import internals
+from longnet_dist.distributed.patience import Patience
 
 
 class TensorsOnlyReader(FileSystemReader):
-    """Reads a checkpoint without trusting it: its metadata is a pickle, and here it can name nothing but metadata."""
+    """Reads a checkpoint without trusting it: its pickled metadata may name only descriptions of tensors.
+
+    Args:
+        path: the checkpoint, on a file system or in a store.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__("")
-        self.fs, self.path, self.folder = _AnyPlace(), path, path
+        self.fs, self.path, self.folder = _AnyStorage(), path, path
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The checkpoint's metadata.
+        """Return the checkpoint's metadata.
 
         Raises:
-            pickle.UnpicklingError: where it names anything but torch's own descriptions of tensors.
+            pickle.UnpicklingError: if it names anything but torch's own descriptions of tensors.
         """
         metadata: Metadata = _AllowList(io.BytesIO((self.folder / internals.CHECKPOINT_METADATA).read_bytes())).load()
         if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
@@ -39,22 +45,41 @@ class TensorsOnlyReader(FileSystemReader):
         return metadata
 
 
-class _AnyPlace(FileSystem):
-    """Files as the checkpoint's own path opens them, which may be of an object store."""
+class PatientReader(TensorsOnlyReader):
+    """Reads this rank's part of a checkpoint, and then tells the waiting ranks that it is read.
+
+    Args:
+        path: the checkpoint.
+        patience: on which the ranks wait.
+    """
+
+    def __init__(self, path: Path, patience: Patience) -> None:
+        super().__init__(path)
+        self._patience = patience
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> torch.futures.Future[None]:
+        """Read the data of this rank's plan."""
+        result = super().read_data(plan, planner)
+        self._patience.arrive()
+        return result
+
+
+class _AnyStorage(FileSystem):
+    """Opens files by the methods of their path, which may be in an object store."""
 
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
-        """An open file."""
+        """Open a file."""
         with path.open(mode) as stream:
             yield stream
 
     def concat_path(self, path: Any, suffix: str) -> Any:
-        """A file of the checkpoint."""
+        """Return the path of a file in the checkpoint."""
         return path / suffix
 
 
 class _AllowList(pickle.Unpickler):
-    """Unpickles names of torch's checkpoint metadata and a few plain types, and refuses every other."""
+    """Unpickles classes of torch's checkpoint metadata and a few plain types, and refuses every other name."""
 
     METADATA = "torch.distributed.checkpoint.metadata"
     NAMES = frozenset(
@@ -70,9 +95,9 @@ class _AllowList(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        """What a name in the pickle stands for."""
-        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        own = getattr(checkpoint_metadata, name, None) if module == self.METADATA else None
-        if dtype or getattr(own, "__module__", None) == self.METADATA or (module, name) in self.NAMES:
+        """Return what a name in the pickle stands for."""
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        metadata_class = getattr(checkpoint_metadata, name, None) if module == self.METADATA else None
+        if is_dtype or getattr(metadata_class, "__module__", None) == self.METADATA or (module, name) in self.NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's metadata names {module}.{name}, which no checkpoint needs")

@@ -1,11 +1,11 @@
-"""Where a run is kept: a file system that every rank sees, or an object store such as S3, which cannot rename.
+"""The storage of a run: a file system that every rank sees, or an object store such as S3, which cannot rename.
 
-    place("runs/first")                       a Path
-    place("s3://bucket/runs/first")           a UPath of universal_pathlib: the same methods, over fsspec
+    storage_path("runs/first")                returns a Path
+    storage_path("s3://bucket/runs/first")    returns a UPath of universal_pathlib: the same methods, over fsspec
 
-On a file system a checkpoint is written under another name, flushed and renamed. In a store each object
-appears whole or not at all, and none can be renamed: there the manifest is written last, and what has none
-is no checkpoint. Nothing of a checkpoint that has its manifest is ever overwritten, in either.
+On a file system, a checkpoint is written under another name, flushed and renamed. In a store, each object
+appears whole or not at all, and none can be renamed. There the manifest is written last, and a folder without
+one is no checkpoint. In either, no file of a checkpoint that has its manifest is ever overwritten.
 """
 
 from __future__ import annotations
@@ -25,112 +25,120 @@ from longnet_dist.extras import extra
 from longnet_dist.paths import local_path
 
 MANIFEST = "manifest.json"
-_FIGURES = ("config.json", "metrics.jsonl", "events.out.tfevents.*", "traces/*")
-"""What a run writes beside its checkpoints, and can be gone on with from."""
-_WITHOUT_BUCKET = ("memory", "hdfs", "local")
+_RUN_FILES = ("config.json", "metrics.jsonl", "events.out.tfevents.*", "traces/*")
+"""Patterns of the files that a run writes next to its checkpoints, and continues when it resumes."""
+_SCHEMES_WITHOUT_BUCKET = ("memory", "hdfs", "local")
 
 
-def place(given: str | Path) -> Path:
-    """The path that this names; where it has a scheme (s3://, gs://, ...) one of that store, with a Path's methods.
+def storage_path(text: str | Path) -> Path:
+    """Return the path that a text names; with a scheme (s3://, gs://, ...), one in a store with a Path's methods.
 
     Raises:
-        ValueError: if it names no place, there is no such store, or the store's package is not installed.
+        ValueError: if it names no place, the store is unknown, or the store's package is not installed.
+
+    Example:
+        >>> storage_path("runs/first")
+        PosixPath('runs/first')
     """
-    if not isinstance(given, str | Path):
-        return given
-    scheme, found, rest = str(given).partition("://")
-    if not found or scheme == "file":
-        return local_path(given)
-    if scheme and not (rest.strip("/") if scheme in _WITHOUT_BUCKET else rest.partition("/")[0]):
-        raise ValueError(f"{given} names no bucket; {scheme}://BUCKET/PREFIX does")
-    with extra("s3", given):
+    if not isinstance(text, str | Path):
+        return text
+    scheme, separator, rest = str(text).partition("://")
+    if not separator or scheme == "file":
+        return local_path(text)
+    if scheme and not (rest.strip("/") if scheme in _SCHEMES_WITHOUT_BUCKET else rest.partition("/")[0]):
+        raise ValueError(f"{text} names no bucket; {scheme}://BUCKET/PREFIX does")
+    with extra("s3", text):
         from upath import UPath
         from upath.registry import get_upath_class
     if not scheme or get_upath_class(scheme) is None:
-        raise ValueError(f"{given}: no store is known by {scheme}://; s3://BUCKET/PREFIX is one")
-    # Other ranks write there too, so what was listed once is not true for long.
-    made: Any = UPath(str(given).rstrip("/"), use_listings_cache=False)
+        raise ValueError(f"{text}: no store is known by {scheme}://; s3://BUCKET/PREFIX is one")
+    # Other ranks write to the store too, so a cached listing would soon be out of date.
+    path: Any = UPath(str(text).rstrip("/"), use_listings_cache=False)
     try:
-        made.fs  # noqa: B018 (The client, whose package may be missing.)
+        path.fs  # noqa: B018 (Creates the client, whose package may be missing.)
     except ImportError as error:
-        raise ValueError(f"{given}: {error}") from None
-    return made
+        raise ValueError(f"{text}: {error}") from None
+    return path
 
 
 def in_store(path: Path) -> bool:
-    """Whether it is of an object store, in place of a file system."""
+    """Return whether a path is in an object store, not on a file system."""
     return not isinstance(path, Path)
 
 
 @contextlib.contextmanager
 def as_os_error() -> Iterator[None]:
-    """What a store's client raises, of kinds of its own, as the OSError that the failure of a disk is."""
+    """Convert the exceptions of a store's client to OSError, which the failure of a disk is."""
     try:
         yield
     except (OSError, ValueError, AssertionError):
         raise
-    except Exception as error:  # botocore's, google's, ...: there is none that all have in common.
+    except Exception as error:  # Those of botocore, google, ... have no base class in common.
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def problem_with(folder: Path) -> str | None:
-    """Why nothing can be kept in this place of a store; None where it can."""
+def write_problem(folder: Path) -> str | None:
+    """Return why nothing can be written to a folder of a store, or None."""
     try:
         with as_os_error():
             (folder / ".longnet_dist").write_text("A run of longnet_dist is kept here.\n")
     except OSError as error:
-        return f"{folder} cannot be written: {error}; the bucket must be there, and the credentials be allowed to write"
+        return f"{folder} cannot be written: {error}; the bucket must exist, and the credentials must allow writing"
     return None
 
 
 class Disk:
-    """Checkpoints in a folder that every rank sees: written as `NAME.tmp-NONCE`, flushed, and renamed."""
+    """Checkpoints in a folder that every rank sees: written as `NAME.tmp-NONCE`, flushed, and renamed.
+
+    Args:
+        folder: the folder of a run's checkpoints.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Names of those that were renamed, oldest first; a user's `step-00000100.backup` is none of them.
+        """Return the names of all renamed checkpoints, oldest first, without copies of a user's.
 
         Raises:
-            OSError: where the folder cannot be listed; one that is not there yet has none.
+            OSError: if the folder cannot be listed. A folder that does not exist yet has no checkpoints.
         """
         try:
-            return _steps(os.listdir(self.folder))  # A glob would pass over every error.
+            return _checkpoint_names(os.listdir(self.folder))  # A glob would ignore every error.
         except FileNotFoundError:
-            if self.folder.is_symlink():  # To what is not mounted, for example.
+            if self.folder.is_symlink():  # Its target may not be mounted.
                 raise
             return []
 
     def begin(self, name: str, nonce: str) -> Path:
-        """A folder for what a rank writes of `name`. Every rank calls it, with one nonce."""
+        """Return a folder for this rank's files of a checkpoint. Every rank calls it, with the same nonce."""
         temporary = self.folder / f"{name}.tmp-{nonce}"
         temporary.mkdir(parents=True, exist_ok=True)
         return temporary
 
     def put(self, name: str, temporary: Path, files: Iterable[str]) -> None:
-        """Keep this rank's files: they are where they must be."""
+        """Store this rank's files. On a disk they are in place already."""
 
     def finish(self, name: str, temporary: Path, manifest: str) -> None:
-        """On rank 0, when all ranks' files are kept: from now on it is a checkpoint."""
+        """Complete a checkpoint, on rank 0, after all ranks have stored their files."""
         with (temporary / MANIFEST).open("w") as out:
             out.write(manifest)
             out.flush()
             os.fsync(out.fileno())
         _sync_folder(temporary)
         final = self.folder / name
-        if final.exists():  # Of a run that went on from an older one, because this was damaged.
+        if final.exists():  # It was damaged, so the run resumed from an older one.
             os.rename(final, self.folder / f"{name}.tmp-replaced-{uuid.uuid4().hex[:8]}")
         os.rename(temporary, final)
         _sync_folder(self.folder)
 
     def abandon(self, temporary: Path) -> None:
-        """Remove what `begin` made of one that failed."""
+        """Remove the folder that `begin` returned, after a failure."""
         shutil.rmtree(temporary, ignore_errors=True)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove checkpoints, and what is left of those that were not finished."""
-        for name in names:  # Renamed first: half a checkpoint must not look like one.
+        """Remove checkpoints, and the remains of unfinished ones."""
+        for name in names:  # Renamed first, so that half a checkpoint does not look like a checkpoint.
             with contextlib.suppress(OSError):
                 os.rename(self.folder / name, self.folder / f"{name}.tmp-old-{uuid.uuid4().hex[:8]}")
         for path in self.folder.glob("step-*.tmp-*"):
@@ -138,121 +146,123 @@ class Disk:
 
 
 class Store:
-    """Checkpoints in an object store: each rank's files are written here and put there, and the manifest last.
+    """Checkpoints in an object store: ranks write their files on their machines and upload them; the manifest is last.
+
+    TMPDIR must have room for a rank's part of a checkpoint.
 
     Args:
-        folder: of the store.
-
-    TMPDIR must have room for what a rank holds of a checkpoint.
+        folder: the folder of a run's checkpoints, in the store.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Names of those that have a manifest, oldest first.
+        """Return the names of all checkpoints that have a manifest, oldest first.
 
         Raises:
-            OSError: where the folder cannot be listed; one that is not there yet has none.
+            OSError: if the folder cannot be listed. A folder that does not exist yet has no checkpoints.
         """
-        return [name for name in _steps(self._listed(self.folder)) if MANIFEST in self._listed(self.folder / name)]
+        names = _checkpoint_names(self._list(self.folder))
+        return [name for name in names if MANIFEST in self._list(self.folder / name)]
 
-    def _listed(self, folder: Path) -> list[str]:
-        """The names in a folder of the store; a glob may pass over errors."""
+    def _list(self, folder: Path) -> list[str]:
+        """Return the names in a folder of the store. A glob might ignore errors."""
         try:
             with as_os_error():
-                found = folder.fs.ls(folder.path, detail=False)  # type: ignore[attr-defined]
+                paths = folder.fs.ls(folder.path, detail=False)  # type: ignore[attr-defined]
         except FileNotFoundError:
             return []
-        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in paths]
 
     def begin(self, name: str, nonce: str) -> Path:
-        """A folder on this machine. A damaged checkpoint of that name is none from here on."""
+        """Return a folder on this machine; an older, damaged checkpoint of this name loses its manifest."""
         with as_os_error():
             (self.folder / name / MANIFEST).unlink(missing_ok=True)
         return Path(tempfile.mkdtemp(prefix=f"{name}-{nonce}-"))
 
     def put(self, name: str, temporary: Path, files: Iterable[str]) -> None:
-        """Put this rank's files into the store."""
+        """Upload this rank's files."""
         for file in files:
             copy(temporary / file, self.folder / name / file)
 
     def finish(self, name: str, temporary: Path, manifest: str) -> None:
-        """On rank 0, when all ranks' files are there: from now on it is a checkpoint."""
+        """Complete a checkpoint, on rank 0, after all ranks have uploaded their files."""
         with as_os_error():
             (self.folder / name / MANIFEST).write_text(manifest)
 
     def abandon(self, temporary: Path) -> None:
-        """Remove this machine's copy, which is not needed either way."""
+        """Remove the folder that `begin` returned, after a failure or an upload."""
         shutil.rmtree(temporary, ignore_errors=True)
 
     def remove(self, names: Iterable[str]) -> None:
-        """Remove checkpoints, and what is left of those that were not finished."""
+        """Remove checkpoints, and the remains of unfinished ones."""
         with contextlib.suppress(OSError), as_os_error():
-            for name in names:  # First: half a checkpoint must not look like one.
+            for name in names:  # Manifests first, so that half a checkpoint does not look like a checkpoint.
                 (self.folder / name / MANIFEST).unlink()
-            whole = self.names()
+            complete = self.names()
             for path in list(self.folder.glob("step-*")):
-                if path.name not in whole and _steps([path.name]):
+                if path.name not in complete and _checkpoint_names([path.name]):
                     path.fs.rm(path.path, recursive=True)  # type: ignore[attr-defined]
 
 
-class Figures:
-    """What a run writes beside its checkpoints: in its folder, or, of a store, in `work`, and copied.
+class RunFiles:
+    """The files of a run other than checkpoints. Those of a run in a store lie in `work`, and are uploaded.
 
-    Files that grow cannot be in a store. While inside, they are those that the store held of an earlier start, perhaps
-    of another machine; at every checkpoint and at the end, however it comes, they are copied there.
+    A file in a store cannot grow. On entry, the files in the store are downloaded: they are those of an earlier
+    start, perhaps on another machine. They are uploaded at every checkpoint, and on exit.
 
     Args:
-        folder: the run's, of a file system or a store.
-        work: a folder of this machine, which is used for a store's.
-        copies: whether this process copies; one of the run does.
+        folder: the run folder, on a file system or in a store.
+        work: a folder on this machine, used if the run folder is in a store.
+        upload: whether this process uploads the files. One process of a run does.
     """
 
-    def __init__(self, folder: Path, work: Path, copies: bool) -> None:
-        self.kept = folder if in_store(folder) and copies else None
+    def __init__(self, folder: Path, work: Path, upload: bool) -> None:
+        self.remote = folder if in_store(folder) and upload else None
         self.folder = work if in_store(folder) else folder
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._put: dict[Path, tuple[int, int]] = {}
-        self._effort = BestEffort(f"the figures in {folder}")
+        self._uploaded: dict[Path, tuple[int, int]] = {}
+        self._effort = BestEffort(f"the files in {folder}")
 
     def __enter__(self) -> None:
-        if self.kept is None:
+        if self.remote is None:
             return
-        for pattern in _FIGURES:
-            for path in self._here(pattern):
+        for pattern in _RUN_FILES:
+            for path in self._local_files(pattern):
                 path.unlink()
             with as_os_error():
-                for path in self.kept.glob(pattern):
+                for path in self.remote.glob(pattern):
                     copy(path, self.folder / Path(pattern).with_name(path.name))
 
     def __exit__(self, *_: object) -> None:
-        self.keep()
+        self.upload()
 
-    def keep(self) -> None:
-        """Copy what has changed. A store that fails is a warning: the run goes on."""
-        if self.kept is None:
+    def upload(self) -> None:
+        """Upload the files that have changed. If the store fails, that is a warning, and the run continues."""
+        if self.remote is None:
             return
         with self._effort:
-            for path in [path for pattern in _FIGURES for path in self._here(pattern)]:
-                state = (path.stat().st_size, path.stat().st_mtime_ns)
-                if self._put.get(path) != state:
-                    copy(path, self.kept / str(path.relative_to(self.folder)))
-                    self._put[path] = state
+            for path in [path for pattern in _RUN_FILES for path in self._local_files(pattern)]:
+                version = (path.stat().st_size, path.stat().st_mtime_ns)
+                if self._uploaded.get(path) != version:
+                    copy(path, self.remote / str(path.relative_to(self.folder)))
+                    self._uploaded[path] = version
 
-    def _here(self, pattern: str) -> list[Path]:
+    def _local_files(self, pattern: str) -> list[Path]:
         return [path for path in self.folder.glob(pattern) if path.is_file()]
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file, from or to a store too; it appears there whole or not at all."""
+    """Copy a file; in a store, the copy appears whole or not at all."""
     if not in_store(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with as_os_error(), source.open("rb") as data, target.open("wb") as out:
         shutil.copyfileobj(data, out, 1 << 24)
 
 
-def _steps(names: Iterable[str]) -> list[str]:
+def _checkpoint_names(names: Iterable[str]) -> list[str]:
+    """Return, sorted, the names that are those of checkpoints."""
     return sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 

@@ -1,4 +1,4 @@
-"""What shows that a checkpoint is good: finite values before it is written, sizes and hashes before it is read."""
+"""Verification of checkpoints: finite values before one is written, sizes and hashes before one is read."""
 
 from __future__ import annotations
 
@@ -15,22 +15,30 @@ from torch.nn.utils import get_total_norm
 from longnet_dist.checkpoints.storage import MANIFEST, as_os_error
 
 State = dict[str, Tensor]
+"""What a checkpoint holds: tensors by name."""
 
 
-def not_finite(state: State) -> str | None:
-    """The first tensor of this rank's that holds NaN or infinity, in words; None where there is none."""
+def find_non_finite(state: State) -> str | None:
+    """Describe the first tensor of this rank that holds NaN or infinity; None if there is none."""
     local = {name: x.to_local() if isinstance(x, DTensor) else x for name, x in state.items()}
     local = {name: x for name, x in local.items() if x.is_floating_point() and x.numel()}
-    # The largest magnitude of all, which NaN and infinity become: one pass, and nothing as large as the state.
+    # The largest magnitude of all values is NaN or infinity if any is. That is one pass, without a copy of the state.
     if math.isfinite(get_total_norm(local.values(), math.inf).item()):
         return None
     return f"{next(name for name, x in local.items() if not x.isfinite().all())} holds NaN or infinity"
 
 
-def damage(path: Path, rank: int, size: int) -> tuple[str | None, bool]:
-    """What is wrong with this rank's share of a checkpoint's files, or None; and whether that proves it damaged.
+def find_damage(path: Path, rank: int, size: int) -> tuple[str | None, bool]:
+    """Compare a share of a checkpoint's files with its manifest.
 
-    A file that cannot be read may be whole on another day, so that is no proof.
+    Args:
+        path: the checkpoint.
+        rank: the number of the share, from 0.
+        size: the number of shares.
+
+    Returns:
+        What is wrong, or None, and whether that proves damage. An error while reading does not: the file may be
+        readable on another day.
     """
     try:
         with as_os_error():
@@ -46,11 +54,11 @@ def damage(path: Path, rank: int, size: int) -> tuple[str | None, bool]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error!r})", True
     unreadable = None
-    for name, described in sorted(files.items())[rank::size]:
+    for name, description in sorted(files.items())[rank::size]:
         try:
-            if describe_file(path / name) != described:
-                size_now = (path / name).stat().st_size
-                return f"{name} is not as it was written ({size_now} bytes now, {described['bytes']} then)", True
+            if describe_file(path / name) != description:
+                bytes_now = (path / name).stat().st_size
+                return f"{name} is not as it was written ({bytes_now} bytes now, {description['bytes']} then)", True
         except FileNotFoundError:
             return f"{name} is missing", True
         except OSError as error:
@@ -59,7 +67,7 @@ def damage(path: Path, rank: int, size: int) -> tuple[str | None, bool]:
 
 
 def hash_manifest(manifest: dict[str, Any]) -> str:
-    """Return the SHA-256 of a manifest that has no hash of its own yet."""
+    """Return the SHA-256 of a manifest without its own `sha256`."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 

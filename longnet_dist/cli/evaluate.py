@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from longnet_dist.checkpoints.storage import place
+from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.cli.options import Run, check_positive
 
 
@@ -31,12 +31,12 @@ def run_eval(
 
     from longnet_dist.data.corpus import open_corpus
     from longnet_dist.inference.evaluate import bits_by_position
-    from longnet_dist.training.job import corpus_of, read_config
+    from longnet_dist.training.job import load_corpus, read_config
     from longnet_dist.training.state import load_model
 
     check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config, model = read_config(place(run)), load_model(run).to(device).eval()
+    config, model = read_config(storage_path(run)), load_model(run).to(device).eval()
     if data:
         held_out = open_corpus(
             data,
@@ -47,8 +47,8 @@ def run_eval(
             seed=config.seed,
         ).train
     else:
-        held_out = corpus_of(config).validation
-    run_tokenizer = json.loads((place(run) / "config.json").read_text()).get("tokens_by", "bytes")
+        held_out = load_corpus(config).validation
+    run_tokenizer = json.loads((storage_path(run) / "config.json").read_text()).get("tokens_by", "bytes")
     if held_out.index.tokenizer != run_tokenizer:
         raise ValueError(
             f"the run's tokens are by {run_tokenizer}, but the data's are by {held_out.index.tokenizer}: give the "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from longnet_dist.checkpoints.storage import place
+from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.cli.options import check_ending
 from longnet_dist.cli.units import format_bytes
 
@@ -50,7 +50,7 @@ def run_report(
         runs: Folders of the runs, or their URLs in an object store.
         out: File to write: .png, .svg or .pdf for a picture, .html for a page with a table.
     """
-    print(write_report(out, [place(run) for run in runs]))
+    print(write_report(out, [storage_path(run) for run in runs]))
 
 
 def write_report(out: Path, runs: Sequence[Path]) -> Path:

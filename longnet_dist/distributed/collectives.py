@@ -203,7 +203,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    with mark_wait("while summing the figures of a step"):
+    with mark_wait("while summing the losses of a step"):
         dist.all_reduce(total)
         return total.tolist()
 

@@ -1,4 +1,4 @@
-"""The options of a training run, and of Ray for one, with their rules. The command line is read from here."""
+"""The options of a training run, and of Ray for one, with their rules. Field docstrings are the command's help."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from longnet_dist.checkpoints.storage import place
+from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.paths import local_path
@@ -15,85 +15,85 @@ from longnet_dist.training.parallel import ParallelConfig
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. The sequences of each step are split over all ranks; see `parallel`.
+    """The options of a training run. Each sequence is split over all ranks, unless `parallel` says otherwise.
 
     Raises:
         ValueError: for a value that cannot work, with the rule.
     """
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs: .jsonl, .jsonl.gz, .jsonl.zst and .parquet have a document a row, any other file is
+    """Files, folders and globs: .jsonl, .jsonl.gz, .jsonl.zst and .parquet have one document per row, any other file is
     one document. Or hf:NAME?name=CONFIG&split=SPLIT, a Hugging Face dataset; or a folder that `longnet-dist tokenize`
-    wrote. By default the source of Python's standard library."""
+    wrote. The default is the source of Python's standard library."""
     tokenizer: Path | None = None
-    """A tokenizer's file, *.json (tokenizers) or *.tiktoken; bytes by default."""
+    """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"
-    """The key or column that holds the text of a row of JSON lines or Parquet."""
+    """Key or column that holds the text in a row of JSON lines or Parquet."""
     seq_len: int = 16384
-    """Tokens a sequence, N; any number, over any number of ranks."""
+    """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
     batch_size: int = 1
-    """Sequences a forward, over all data-parallel ranks together."""
+    """Sequences per forward, over all data-parallel ranks together."""
     grad_accumulation: int = 1
-    """Forwards a step."""
+    """Forwards per step."""
     steps: int = 80
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     learning_rate: float = 3e-3
-    """At its peak, after the warmup."""
+    """Peak learning rate, reached after the warmup."""
     warmup_steps: int = 10
-    """Steps in which the learning rate rises from 0."""
+    """Number of steps in which the learning rate rises linearly from 0."""
     final_learning_rate: float = 0.1
-    """At the end of the cosine, as a fraction of the peak."""
+    """Learning rate at the end of the cosine, as a fraction of the peak."""
     betas: tuple[float, float] = (0.9, 0.98)
-    """Of AdamW."""
+    """AdamW betas."""
     weight_decay: float = 0.05
-    """Of AdamW, on matrices."""
+    """AdamW weight decay of matrices; biases and norms have none."""
     clip_norm: float = 2.0
-    """The global gradient norm is clipped to this; 0 to leave it."""
-    most_skipped: int = 5
-    """Steps in a row whose loss or gradient norm is not finite, each skipped, after which the run stops."""
+    """Maximum global gradient norm; 0 for no clipping."""
+    max_skipped_steps: int = 5
+    """Stop the run after this many steps in a row whose loss or gradient norm is not finite. Each is skipped."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Of the parameters."""
+    """Parameter dtype."""
     autocast: bool = False
-    """Compute in bfloat16 where torch's autocast does."""
+    """Compute in bfloat16 wherever torch's autocast does."""
     compile: bool = False
     """Compile each block with torch.compile."""
     seed: int = 0
-    """Of the initialisation, the order of the data, and dropout."""
+    """Seed of the initialisation, the order of the data, and dropout."""
     validation_fraction: float = 0.05
-    """The end of the data that is held out."""
+    """Fraction of the data, at its end, that is held out for validation."""
     validation_sequences: int = 4
-    """Sequences a validation."""
+    """Number of sequences per validation."""
     validate_every: int = 40
-    """Steps between validations; there is one at the end in any case. 0 for that one only."""
+    """Steps between validations, in addition to the one at the end; 0 for that one only."""
     run_folder: str | Path | None = None
-    """The run's folder; by default runs/ and the time. A run that finds checkpoints in it goes on from the newest. Or
-    a place in an object store, s3://BUCKET/PREFIX (extra: s3)."""
+    """Folder that the run writes; the default is runs/ and the time. If it holds checkpoints, the run resumes from the
+    newest. May be in an object store, s3://BUCKET/PREFIX (extra: s3)."""
     checkpoint_every: int = 0
-    """Steps between checkpoints; there is one at the end in any case. 0 for that one only."""
+    """Steps between checkpoints, in addition to the one at the end; 0 for that one only."""
     keep_checkpoints: int = 2
-    """How many of the newest to keep; at least 2."""
+    """Number of the newest checkpoints to keep; at least 2."""
     keep_every: int = 0
-    """Keep the checkpoints of every so many steps for good; 0 for none."""
+    """Keep the checkpoints of steps that are multiples of this for good; 0 for none."""
     async_checkpoints: bool = False
     """Write checkpoints in the background."""
     cache: Path = Path("~/.cache/longnet_dist")
-    """Where tokenised data is kept between runs."""
+    """Folder in which tokenised data is kept between runs."""
     keep_kv: bool = False
-    """Keep gathered keys and values for the backward in place of gathering them again."""
+    """Keep gathered keys and values for the backward, instead of gathering them again."""
     wandb: str = ""
-    """Log to this project of Weights & Biases, too; its own variables (WANDB_MODE, ...) say how."""
+    """Project of Weights & Biases to log to; its own variables (WANDB_MODE, ...) configure it."""
     profile: bool = False
-    """Write a trace of the third step of this start (or the last) into traces/ of the run's folder, for Perfetto."""
+    """Write a trace of the third step of this start (or the last step) into traces/ of the run folder, for Perfetto."""
     peak_tflops: float = 0.0
-    """What a rank's device can do, in 10^12 operations a second, for MFU; 0 to leave MFU out."""
+    """Peak of a rank's device, in 10^12 operations per second, for MFU; 0 to omit MFU."""
     timeout: float = 600.0
-    """Seconds that a collective may take."""
+    """Maximum duration of a collective, in seconds."""
     io_timeout: float = 3600.0
-    """Seconds that ranks wait for another rank's I/O: checkpoints, metrics, the lock of the run's folder."""
+    """Maximum wait for another rank's I/O, in seconds: checkpoints, metrics, the lock of the run folder."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How ranks are arranged; all in one sequence by default."""
+    """Arrangement of the ranks; by default all hold one sequence."""
     model: LongNetConfig = field(default_factory=LongNetConfig)
-    """The architecture."""
+    """Architecture of the model."""
 
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
@@ -102,61 +102,53 @@ class TrainConfig:
             if not path.startswith(HUGGING_FACE):
                 local_path(path)
         if self.run_folder is not None:
-            object.__setattr__(self, "run_folder", place(self.run_folder))
+            object.__setattr__(self, "run_folder", storage_path(self.run_folder))
         for name in ("cache", "tokenizer"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, local_path(getattr(self, name)))
-        least = dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
-        least |= dict.fromkeys(
-            (
-                "warmup_steps",
-                "validate_every",
-                "checkpoint_every",
-                "keep_every",
-                "clip_norm",
-                "peak_tflops",
-                "learning_rate",
-                "final_learning_rate",
-                "weight_decay",
-            ),
-            0,
-        )
-        # One of two may be damaged.
-        for name, value in (
-            least | {"keep_checkpoints": 2, "most_skipped": 1, "timeout": 1e-3, "io_timeout": 1e-3}
-        ).items():
-            if not getattr(self, name) >= value:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {value}")
+        for name, minimum in _MINIMA.items():
+            if not getattr(self, name) >= minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
 
 
+_MINIMA = (
+    dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
+    | dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every"), 0)
+    | dict.fromkeys(("clip_norm", "peak_tflops", "learning_rate", "final_learning_rate", "weight_decay"), 0)
+    | dict.fromkeys(("timeout", "io_timeout"), 1e-3)
+    | {"max_skipped_steps": 1, "keep_checkpoints": 2}  # Two, because one may be damaged.
+)
+
+
 @dataclass(frozen=True)
 class RayConfig:
-    """How Ray runs a training.
+    """The options with which Ray runs a training.
 
     Raises:
         ValueError: for a value that cannot work, with the rule.
     """
 
     min_ranks: int = 0
-    """Where nodes are lost, go on with as few as this many, and grow again when they are back; 0 for a fixed number."""
+    """After nodes are lost, resume with as few ranks as this, and grow again when nodes return; 0 for a fixed
+    number."""
     cpus_per_rank: float = 1
-    """CPUs that each rank reserves."""
+    """Number of CPUs that each rank reserves."""
     gpus_per_rank: float = 0
-    """GPUs that each rank reserves; with one, ranks talk by NCCL."""
+    """Number of GPUs that each rank reserves; ranks with GPUs communicate by NCCL."""
     placement: str = "PACK"
     """Ray's placement strategy; PACK keeps the ranks of a segment together."""
     labels: dict[str, str] = field(default_factory=dict)
-    """Of the nodes that may hold ranks, Ray's label selector."""
+    """Ray's label selector for the nodes that may hold ranks."""
     resources: dict[str, float] = field(default_factory=dict)
-    """What else each rank reserves: custom resources of nodes, which, other than labels, go with min_ranks."""
+    """Custom resources of nodes that each rank reserves; unlike labels, they can be combined with min_ranks."""
     max_failures: int = 3
-    """Restarts after a lost rank or node; -1 for any number. Preemptions that were announced do not count."""
+    """Maximum number of restarts after a lost rank or node, not counting announced preemptions; -1 for no maximum."""
     resize_seconds: float = 60.0
-    """How often to look whether there is room for more ranks."""
+    """Seconds between checks for room for more ranks."""
 
     def __post_init__(self) -> None:
         if self.labels and self.min_ranks:

@@ -1,7 +1,7 @@
-"""What a run says while it runs: a live display, metrics.jsonl, TensorBoard and Weights & Biases, all on rank 0.
+"""The logs of a run, all on rank 0: a live display, metrics.jsonl, TensorBoard and Weights & Biases.
 
-All of it is best effort: what cannot be written is one warning. A thread writes it, so that a slow disk, or a slow
-reader of stdout, does not keep the other ranks waiting in a collective.
+All are best effort: a failure to write is one warning. A thread writes them, so that a slow disk, or a slow reader of
+stdout, does not keep the other ranks waiting in a collective.
 """
 
 from __future__ import annotations
@@ -26,15 +26,22 @@ from longnet_dist.extras import extra
 
 
 class RunLog:
-    """Writes into `folder`, None says and writes nothing; and to the `project` of Weights & Biases, if there is one."""
+    """Writes the logs of a run. Use it as a context, and call `begin` before the first step.
+
+    Args:
+        folder: the folder to write into; None, on ranks other than 0, for no logs at all.
+        config: the run's options, as JSON holds them.
+        steps: number of steps of the whole run.
+        project: a project of Weights & Biases to log to; empty for none.
+    """
 
     def __init__(self, folder: Path | None, config: dict[str, Any], steps: int, project: str = "") -> None:
         self.folder, self.config, self.steps, self.project = folder, config, steps, project
         self.wandb: Any = None
-        self.metrics: IO[str] | None = None
+        self.metrics_file: IO[str] | None = None
         self.board: Any = None
-        self._to_file, self._to_board = BestEffort("lines of metrics.jsonl"), BestEffort("figures in TensorBoard")
-        self._to_wandb = BestEffort("figures in Weights & Biases")
+        self._to_file, self._to_board = BestEffort("lines of metrics.jsonl"), BestEffort("metrics in TensorBoard")
+        self._to_wandb = BestEffort("metrics in Weights & Biases")
         self._writer = ThreadPoolExecutor(1, "log")
         self._pending: deque[Future[None]] = deque()
 
@@ -58,20 +65,20 @@ class RunLog:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, type_: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             self.flush()
         finally:
             self._writer.shutdown()
             if self.folder is not None:
-                self._close(failed=kind is not None)
+                self._close(failed=type_ is not None)
 
     def _close(self, failed: bool) -> None:
         self.progress.stop()
         with self._to_file:
-            if self.metrics is not None:
-                self.metrics.close()
+            if self.metrics_file is not None:
+                self.metrics_file.close()
         with self._to_board:
             if self.board is not None:
                 self.board.close()
@@ -80,7 +87,7 @@ class RunLog:
                 self.wandb.finish(exit_code=int(failed))
 
     def begin(self, step: int) -> None:
-        """Go on after `step`: what is logged of later steps, by a run that was stopped, is dropped."""
+        """Open the logs after `step` steps. Lines of later steps, from a run that was stopped, are dropped."""
         if self.folder is None:
             return
         with BestEffort(f"{self.folder / 'config.json'} and its options"):
@@ -88,12 +95,12 @@ class RunLog:
         path = self.folder / "metrics.jsonl"
         with self._to_file:
             before = path.read_text().splitlines(keepends=True) if path.exists() else []
-            kept = [line for line in before if _step_of(line) <= step]
-            if kept != before:
-                write_whole(path, "".join(kept))
+            retained = [line for line in before if _step_of(line) <= step]
+            if retained != before:
+                write_whole(path, "".join(retained))
         with self._to_file:
-            self.metrics = path.open("a", buffering=1)
-        # Events of later steps are of the run that was stopped, and TensorBoard drops them too.
+            self.metrics_file = path.open("a", buffering=1)
+        # TensorBoard drops events of later steps, too.
         with self._to_board:
             self.board = self._board(purge_step=step + 1)
         if self.project:
@@ -104,82 +111,82 @@ class RunLog:
         assert self.folder is not None
         with extra("wandb", f"--wandb {self.project}"):
             import wandb
-        # The same id for the same folder: a run that goes on is one run there, too.
+        # The same folder has the same id, so a run that resumes is one run there, too.
         run = hashlib.sha256(str(self.folder.resolve()).encode()).hexdigest()[:16]
         options: dict[str, Any] = {"project": self.project, "dir": self.folder, "id": run, "name": self.folder.name}
         try:
             return wandb.init(**options, config=self.config, resume="allow")
-        except OSError as error:  # A wrong option or key is the caller's mistake, and raises.
+        except OSError as error:  # Other exceptions are the caller's mistake, such as a wrong key.
             with self._to_wandb:
                 raise error
             return None
 
     def _board(self, purge_step: int) -> Any:
-        # It takes a second to import, and only a training run's rank 0 needs it.
+        # The import takes a second, and only rank 0 of a training run needs it.
         from torch.utils.tensorboard import SummaryWriter
 
         board = SummaryWriter(str(self.folder), purge_step=purge_step)
-        described = json.dumps(self.config, indent=2)
-        board.add_text("config", f"```json\n{described}\n```")
+        options = json.dumps(self.config, indent=2)
+        board.add_text("config", f"```json\n{options}\n```")
         return board
 
-    def step(self, measured: dict[str, float]) -> None:
-        """One step's numbers: `step`, `loss`, `tokens_per_second` and others."""
+    def step(self, metrics: dict[str, float]) -> None:
+        """Log one step's metrics: `step`, `loss`, `tokens_per_second` and others."""
         if self.folder is not None:
-            self._later(self._step, measured)
+            self._submit(self._step, metrics)
 
     def say(self, text: str) -> None:
-        """A line above the live display."""
+        """Print a line above the live display."""
         if self.folder is not None:
-            self._later(self._print, text)
+            self._submit(self._print, text)
 
     def flush(self) -> None:
-        """Wait until everything so far is written, as far as it can be."""
+        """Wait until everything so far is written, or has failed."""
         while self._pending:
             self._pending.popleft().result()
 
-    def _later(self, write: Callable[[Any], None], what: Any) -> None:
+    def _submit(self, write: Callable[[Any], None], argument: Any) -> None:
         """Write in the background, in the order of the calls."""
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
-        self._pending.append(self._writer.submit(write, what))
+        self._pending.append(self._writer.submit(write, argument))
 
-    def _step(self, measured: dict[str, float]) -> None:
+    def _step(self, metrics: dict[str, float]) -> None:
         # JSON has no NaN and no infinity.
-        finite = {name: value if math.isfinite(value) else None for name, value in measured.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with self._to_file:
-            if self.metrics is not None:
-                self.metrics.write(json.dumps(finite) + "\n")
+            if self.metrics_file is not None:
+                self.metrics_file.write(json.dumps(finite) + "\n")
         with self._to_board:
             if self.board is not None:
-                for name, value in measured.items():
-                    self.board.add_scalar(name, value, int(measured["step"]))
+                for name, value in metrics.items():
+                    self.board.add_scalar(name, value, int(metrics["step"]))
         with self._to_wandb:
             if self.wandb is not None:
-                self.wandb.log(finite, step=int(measured["step"]))
-        self.progress.update(self.task, advance=1, loss=measured["loss"], rate=measured["tokens_per_second"])
+                self.wandb.log(finite, step=int(metrics["step"]))
+        self.progress.update(self.task, advance=1, loss=metrics["loss"], rate=metrics["tokens_per_second"])
         every = max(1, self.steps // 20)
-        if "validation_bits_per_byte" in measured or (not self.console.is_terminal and measured["step"] % every == 0):
-            self._print(_line(measured, self.steps))
+        if "validation_bits_per_byte" in metrics or (not self.console.is_terminal and metrics["step"] % every == 0):
+            self._print(_describe_step(metrics, self.steps))
 
     def _print(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; infinity for what a crash left of one."""
+    """Return the step of a line of metrics; infinity if a crash left the line incomplete."""
     try:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, TypeError, KeyError):
         return math.inf
 
 
-def _line(measured: dict[str, float], steps: int) -> str:
-    left = (steps - measured["step"]) * measured["seconds"]
+def _describe_step(metrics: dict[str, float], steps: int) -> str:
+    left = (steps - metrics["step"]) * metrics["seconds"]
     line = (
-        f"step {measured['step']:g}/{steps}  loss {measured['loss']:.3f}  "
-        f"{measured['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
+        f"step {metrics['step']:g}/{steps}  loss {metrics['loss']:.3f}  "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
     )
-    if "validation_bits_per_byte" in measured:
-        line += f"  validation {measured['validation_bits_per_byte']:.3f} bits per byte"
+    if "validation_bits_per_byte" in metrics:
+        line += f"  validation {metrics['validation_bits_per_byte']:.3f} bits per byte"
     return line

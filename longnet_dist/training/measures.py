@@ -1,4 +1,4 @@
-"""What a step cost: tokens and operations a second, memory, bytes from other ranks, the wait for data."""
+"""The cost of a step: tokens and operations per second, memory, bytes from other ranks, time to read data."""
 
 from __future__ import annotations
 
@@ -15,19 +15,30 @@ from longnet_dist.training.config import TrainConfig
 
 @dataclass
 class StepCost:
-    """Seconds of a step, and of them those that went by reading data."""
+    """The duration of a step."""
 
     seconds: float = 0.0
+    """Duration of the whole step."""
     data_seconds: float = 0.0
+    """The part of it in which data was read."""
 
 
-def measures(
+def step_metrics(
     config: TrainConfig, step: int, cost: StepCost, step_flops: float, step_bytes: int, num_ranks: int
 ) -> dict[str, float]:
-    """The figures of a step for its metrics; MFU only where the peak of a device was given."""
+    """Return the metrics of a step that follow from its cost; MFU only if the options give a device's peak.
+
+    Args:
+        config: the run's options.
+        step: the step's number, from 1.
+        cost: the step's duration.
+        step_flops: floating-point operations per step, over all ranks.
+        step_bytes: bytes that this rank receives for attention in a step.
+        num_ranks: the number of all ranks.
+    """
     tokens = config.batch_size * config.grad_accumulation * config.seq_len
     flops = step_flops / cost.seconds / num_ranks
-    measured = {
+    metrics = {
         "tokens": step * tokens,
         "tokens_per_second": tokens / cost.seconds,
         "seconds": cost.seconds,
@@ -36,13 +47,17 @@ def measures(
         "attention_bytes_received": step_bytes,
         "peak_memory_bytes": peak_memory(),
     }
-    return measured | ({"mfu": flops / 1e12 / config.peak_tflops} if config.peak_tflops else {})
+    return metrics | ({"mfu": flops / 1e12 / config.peak_tflops} if config.peak_tflops else {})
 
 
 def step_flops(config: TrainConfig, model: LongNet) -> float:
-    """Floating point operations of the model in a step, over all ranks; what is computed again does not count.
+    """Count the model's floating-point operations in a step, over all ranks, without recomputation.
 
-    6 a parameter and token (an embedding that is only looked up in is none), and 3.5 forwards of attention.
+    They are 6 per parameter and token, and 3.5 forwards of attention. An embedding that is only looked up counts none.
+
+    Args:
+        config: the run's options.
+        model: the model, before or after sharding.
     """
     matrices = sum(p.numel() for p in model.parameters())
     if not config.model.tie_embeddings:
@@ -56,22 +71,28 @@ def step_flops(config: TrainConfig, model: LongNet) -> float:
 
 
 def step_bytes(config: TrainConfig, shard: Shard, data_ranks: int) -> int:
-    """Bytes that this rank receives in a step for attention, by the plan; see `bytes_received`."""
+    """Count the bytes that this rank receives for attention in a step, by the plan; see `bytes_received`.
+
+    Args:
+        config: the run's options.
+        shard: this rank's rows of a sequence.
+        data_ranks: number of data-parallel ranks.
+    """
     model = config.model
-    size = 2 if config.autocast else getattr(torch, config.dtype).itemsize
-    layer = bytes_received(
+    itemsize = 2 if config.autocast else getattr(torch, config.dtype).itemsize
+    bytes_per_layer = bytes_received(
         model.pattern,
         shard,
         model.num_kv_heads or model.num_heads,
         model.d_model // model.num_heads,
-        size,
+        itemsize,
         config.keep_kv,
     )
-    return sum(layer) * model.num_layers * config.grad_accumulation * config.batch_size // data_ranks
+    return sum(bytes_per_layer) * model.num_layers * config.grad_accumulation * config.batch_size // data_ranks
 
 
 def peak_memory() -> int:
-    """The most bytes that this process held so far: on the GPU, where there is one, else in all."""
+    """Return the peak memory of this process so far, in bytes: on the GPU if there is one, otherwise resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

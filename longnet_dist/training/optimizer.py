@@ -11,19 +11,24 @@ from longnet_dist.training.config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Of the step after `step` others: linear warmup, then a cosine."""
-    return config.learning_rate * _share_of_peak(config, step)
+    """Return the learning rate of a step: a linear warmup, then a cosine.
+
+    Args:
+        config: the run's options.
+        step: number of steps made before it.
+    """
+    return config.learning_rate * _fraction_of_peak(config, step)
 
 
-def _share_of_peak(config: TrainConfig, step: int) -> float:
+def _fraction_of_peak(config: TrainConfig, step: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
     return config.final_learning_rate + (1 - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def decayed_and_not(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups: weight decay is of matrices, and not of biases and norms."""
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: matrices with weight decay, biases and norms without."""
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""How ranks are arranged: dp_replicate x dp_shard x sp, one DeviceMesh with named axes, and FSDP2 over it."""
+"""The arrangement of ranks: dp_replicate x dp_shard x sp, one DeviceMesh with named axes, and FSDP2 over it."""
 
 from __future__ import annotations
 
@@ -14,40 +14,45 @@ AXES = ("dp_replicate", "dp_shard", "sp")
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Ranks along each axis; their product is the number of ranks."""
+    """The number of ranks along each axis; their product is the number of all ranks."""
 
     dp_replicate: int = 1
-    """Replicas of the parameters, each with other sequences."""
+    """Number of replicas of the parameters, each with sequences of its own."""
     dp_shard: int = 1
-    """Ranks with other sequences that share one copy of the parameters (FSDP2)."""
+    """Number of groups of ranks with sequences of their own that share one copy of the parameters (FSDP2)."""
     sp: int = 0
-    """Ranks that hold one sequence together, and share the parameters too; 0 for all that are left."""
+    """Number of ranks that hold one sequence together, and share the parameters too; 0 for all remaining ranks."""
 
     def degrees(self, num_ranks: int) -> tuple[int, int, int]:
-        """(dp_replicate, dp_shard, sp) for this many ranks.
+        """Return (dp_replicate, dp_shard, sp) for a number of ranks.
 
         Raises:
-            ValueError: where they do not multiply to the number of ranks.
+            ValueError: if their product cannot be the number of ranks.
+
+        Example:
+            >>> ParallelConfig(dp_shard=2).degrees(8)
+            (1, 2, 4)
         """
-        given = (self.dp_replicate, self.dp_shard, self.sp)
+        degrees = (self.dp_replicate, self.dp_shard, self.sp)
         if self.dp_replicate < 1 or self.dp_shard < 1 or self.sp < 0:
-            raise ValueError(f"parallel axes {dict(zip(AXES, given, strict=True))}: each must be at least 1 (sp: or 0)")
+            axes = dict(zip(AXES, degrees, strict=True))
+            raise ValueError(f"parallel axes {axes}: each must be at least 1 (sp: or 0)")
         data = self.dp_replicate * self.dp_shard
         sp = self.sp or num_ranks // data
         if data * sp != num_ranks:
             raise ValueError(
                 f"dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} x sp {self.sp or '(the rest)'} does not "
-                f"make the {num_ranks} ranks that there are: start a multiple of {data * max(1, self.sp)} ranks, or "
-                "leave sp at 0 for the rest"
+                f"make the {num_ranks} ranks of this job: start a multiple of {data * max(1, self.sp)} ranks, or leave "
+                "sp at 0 for the rest"
             )
         return self.dp_replicate, self.dp_shard, sp
 
 
 def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | None:
-    """The mesh of all ranks, with `AXES`; None for a process without others. Collective.
+    """Make the mesh of all ranks, with the axes `AXES`; None without a process group. Collective.
 
     Raises:
-        ValueError: where the axes do not multiply to the number of ranks.
+        ValueError: if the axes' product cannot be the number of ranks.
     """
     # Imported here because the options of `longnet-dist train --help` need no torch.
     import torch.distributed as dist
@@ -58,9 +63,14 @@ def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | N
 
 
 def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh | None) -> None:
-    """FSDP2, in place: parameters, gradients and optimizer state sharded over dp_shard x sp, replicated over the rest.
+    """Apply FSDP2, in place: shard parameters, gradients and optimizer state over dp_shard x sp.
 
-    Gradients come out as the *mean* over all ranks, as FSDP has it. Collective.
+    They are replicated over dp_replicate. Gradients become the *mean* over all ranks, FSDP's default. Collective.
+
+    Args:
+        model: the model.
+        blocks: its blocks, which are gathered one at a time.
+        mesh: the mesh of all ranks; None leaves the model as it is.
     """
     if mesh is None:
         return

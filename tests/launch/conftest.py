@@ -13,7 +13,7 @@ from tests.launch.jobs import TWELVE_STEPS, losses, run, train
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of `TWELVE_STEPS` on two ranks, started by torchrun, that nobody stops."""
+    """The losses of `TWELVE_STEPS` on two ranks, started by torchrun, without a disturbance."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     done = run(2, *train(folder, *TWELVE_STEPS))
     assert done.returncode == 0, done.stderr
@@ -22,15 +22,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.fixture(scope="session")
 def ray_nodes(s3_server: None) -> Iterator[object]:
-    """One Ray cluster for all, whose nodes have what it takes to reach the store; see tests/launch/ray_cluster.py."""
+    """One Ray cluster for all tests, whose nodes can reach the store; see tests/launch/ray_cluster.py."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of ray's own.
+        warnings.simplefilter("ignore")  # Ray's own warnings.
         from tests.launch.ray_cluster import Nodes
 
         nodes = Nodes()
     yield nodes
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Sockets that ray leaves to the collector.
+        warnings.simplefilter("ignore")  # Ray leaves sockets to the garbage collector.
         nodes.close()
         del nodes
         gc.collect()

@@ -1,4 +1,4 @@
-"""`longnet-dist train`, in which rank 1 meets faults in step 5: FAULTS, separated by commas, one in each start."""
+"""`longnet-dist train`, with faults of rank 1 in step 5: one of FAULTS, separated by commas, in each start."""
 
 import os
 import signal
@@ -8,14 +8,15 @@ from pathlib import Path
 
 import longnet_dist.checkpoints.checkpoints
 from longnet_dist.cli import app
+from longnet_dist.training.steps import StepRunner
 from longnet_dist.training.trainer import _Trainer
 
 STEP = 5
-MARKS = Path(os.environ.get("FAULT_MARKS", "."))  # A folder, of a file for each fault that a start has met.
-LEFT = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and not (MARKS / fault).exists()]
-FAULT = (LEFT or ["nowhere nothing"])[0]
+MARKS = Path(os.environ.get("FAULT_MARKS", "."))  # A folder with a file for each fault that has happened.
+REMAINING = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and not (MARKS / fault).exists()]
+FAULT = (REMAINING or ["nowhere nothing"])[0]
 WHERE, WHAT = FAULT.split()
-windows, loss, save = _Trainer._windows, _Trainer._loss, longnet_dist.checkpoints.checkpoints.save
+windows, loss, save = StepRunner._windows, StepRunner._loss, longnet_dist.checkpoints.checkpoints.save
 state = _Trainer._state
 now = 0
 
@@ -26,7 +27,7 @@ def fault():
         return
     mark.touch()
     if WHAT == "raise":
-        raise RuntimeError("a fault that was asked for")
+        raise RuntimeError("an injected fault")
     if WHAT == "sleep":
         oversleep()
     os.kill(os.getpid(), getattr(signal, WHAT))
@@ -36,12 +37,12 @@ def oversleep():
     time.sleep(12)
 
 
-def windows_with_fault(self, step, micro, every=False):
+def windows_with_fault(self, step, micro, all_ranks=False):
     global now
     now = step
     if WHERE == "forward":
         fault()
-    return windows(self, step, micro, every)
+    return windows(self, step, micro, all_ranks)
 
 
 def loss_with_fault(self, stream, indices):
@@ -54,10 +55,10 @@ def loss_with_fault(self, stream, indices):
 
 
 def state_with_fault(self):
-    found = state(self)
+    tensors = state(self)
     if FAULT == "state nan" and now == STEP + 1 and os.environ["RANK"] == "1":
-        found["optimizer.exp_avg.norm.weight"].to_local().fill_(float("nan"))
-    return found
+        tensors["optimizer.exp_avg.norm.weight"].to_local().fill_(float("nan"))
+    return tensors
 
 
 def save_with_fault(*args, **kwargs):
@@ -67,6 +68,7 @@ def save_with_fault(*args, **kwargs):
 
 
 if __name__ == "__main__":
-    _Trainer._windows, _Trainer._loss, _Trainer._state = windows_with_fault, loss_with_fault, state_with_fault
+    StepRunner._windows, StepRunner._loss = windows_with_fault, loss_with_fault
+    _Trainer._state = state_with_fault
     longnet_dist.checkpoints.checkpoints.save = save_with_fault
     sys.exit(app.main(sys.argv[1:]))

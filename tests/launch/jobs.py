@@ -1,7 +1,7 @@
-"""Real jobs for tests: torchrun, or python alone, of a tiny float64 model.
+"""Real jobs for tests, by torchrun or python alone, that train a tiny float64 model.
 
-Where a test is about what ranks compute, and not about how they are started, `forked` spares each of them, and
-torchrun's agent, the seconds that it takes to import torch.
+In a test of what ranks compute, not of how they are started, `forked` saves the ranks, and torchrun's agent, the
+seconds that an import of torch takes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -33,13 +34,13 @@ TWELVE_STEPS = ("--steps", 12, *SHORT)
 
 
 def command(ranks: int, *arguments: object, launcher: tuple[object, ...] = ()) -> list[str]:
-    """python, or torchrun where there are several ranks."""
+    """Return the command line: python, or torchrun if there are several ranks or options for it."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *launcher]
     return [sys.executable, *map(str, torchrun if ranks > 1 or launcher else []), *map(str, arguments)]
 
 
 def by_accelerate(ranks: int, folder: Path, example: str) -> str:
-    """What an example says, started by `accelerate launch`."""
+    """Run an example by `accelerate launch`, and return its output."""
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--num_machines=1", "--mixed_precision=no"]
     launch += ["--dynamo_backend=no", "--main_process_port=0", "--cpu", f"--num_processes={ranks}"]
     environment = os.environ | ENVIRONMENT | {"HF_HOME": str(folder)}
@@ -62,29 +63,29 @@ def start(ranks: int, *arguments: object, **options: object) -> subprocess.Popen
 
 
 def run(ranks: int, *arguments: object, limit: float = 150, **options: object) -> subprocess.CompletedProcess[str]:
-    """A job to its end."""
+    """Run a job to its end."""
     job = start(ranks, *arguments, **options)
     try:
         out, error = job.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
         os.killpg(job.pid, 9)
-        raise AssertionError(f"no end in {limit} s: {job.communicate()}") from None
+        raise AssertionError(f"still running after {limit} s: {job.communicate()}") from None
     return subprocess.CompletedProcess(job.args, job.returncode, out, error)
 
 
 def forked(ranks: int, *arguments: object, limit: float = 150) -> subprocess.CompletedProcess[str]:
-    """As `run`, with ranks that are forked from the pool's server, which has imported torch: one fails, all end."""
+    """Run a job whose ranks are forked from the pool's server, which has imported torch. If one fails, all end."""
     context = forkserver()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    of_job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
-    of_job |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
+    job |= {"LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     words = list(map(str, arguments))
-    with tempfile.TemporaryDirectory() as said:
+    with tempfile.TemporaryDirectory() as outputs:
         processes = []
         for rank in range(ranks):
-            of_rank = {} if ranks == 1 else of_job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment = dict(os.environ) | ENVIRONMENT | of_rank
-            processes.append(context.Process(target=_rank, args=(environment, words, f"{said}/{rank}")))
+            rank_variables = {} if ranks == 1 else job | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = dict(os.environ) | ENVIRONMENT | rank_variables
+            processes.append(context.Process(target=_rank, args=(environment, words, f"{outputs}/{rank}")))
             processes[-1].start()
         deadline = time.monotonic() + limit
         while running := [p.sentinel for p in processes if p.exitcode is None]:
@@ -93,21 +94,27 @@ def forked(ranks: int, *arguments: object, limit: float = 150) -> subprocess.Com
                 break
         late = time.monotonic() >= deadline
         for process in processes:
-            process.join(0 if late else 10)  # Of those that fail together each says why.
+            process.join(0 if late else 10)  # Ranks that fail together all print why.
             process.kill()
             process.join()
-        out, error = ("".join(path.read_text() for path in sorted(Path(said).glob(f"*.{kind}"))) for kind in "oe")
-    assert not late, f"no end in {limit} s: {out}{error}"
+        out, error = (
+            "".join(path.read_text() for path in sorted(Path(outputs).glob(f"*.{stream}"))) for stream in "oe"
+        )
+    assert not late, f"still running after {limit} s: {out}{error}"
     code = next((p.exitcode for p in processes if p.exitcode), 0)
     return subprocess.CompletedProcess(words, code, out, error)
 
 
-def _rank(environment: dict[str, str], words: list[str], said: str) -> None:
+def _concatenate(paths: Iterable[Path]) -> str:
+    return "".join(path.read_text() for path in sorted(paths))
+
+
+def _rank(environment: dict[str, str], words: list[str], output: str) -> None:
     os.environ.clear()
     os.environ |= environment
     os.chdir(ROOT)
-    for descriptor, kind in ((1, "o"), (2, "e")):
-        os.dup2(os.open(f"{said}.{kind}", os.O_CREAT | os.O_WRONLY), descriptor)
+    for descriptor, stream in ((1, "o"), (2, "e")):
+        os.dup2(os.open(f"{output}.{stream}", os.O_CREAT | os.O_WRONLY), descriptor)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if words[0] == "-m":
@@ -119,7 +126,7 @@ def _rank(environment: dict[str, str], words: list[str], said: str) -> None:
 
 
 def train(folder: Path, *options: object) -> list[object]:
-    """The arguments of a tiny training run in `folder`, which holds text.txt."""
+    """Return the arguments of a tiny training run in `folder`, on a text next to it."""
     text, cache = folder.parent / "text.txt", folder.parent / "cache"
     if not text.exists():
         text.write_text("".join(f"line {n} of a text that repeats itself, and counts\n" for n in range(1000)))
@@ -127,19 +134,19 @@ def train(folder: Path, *options: object) -> list[object]:
 
 
 def losses(folder: Path) -> list[float]:
-    """Of every step that the run's metrics hold, in order, each once."""
+    """Return the loss of every step in a run's metrics, which must hold each step once, in order."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     return [line["loss"] for line in lines]
 
 
 def until(folder: Path, step: int, job: subprocess.Popen[str], limit: float = 90) -> None:
-    """Wait until the run's metrics hold this step."""
+    """Wait until a run's metrics hold this step."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         path = folder / "metrics.jsonl"
         if path.exists() and f'"step": {step},' in path.read_text():
             return
         assert job.poll() is None, job.communicate()
-        time.sleep(0.02)  # The job's progress shows in its files alone.
+        time.sleep(0.02)  # Only the job's files show its progress.
     raise AssertionError(f"step {step} was not reached in {limit} s")

@@ -1,4 +1,4 @@
-"""`longnet-dist train` with slow I/O of one rank: each place named in SLOW, by commas, takes SLOW_SECONDS once."""
+"""`longnet-dist train` with slow I/O of one rank: each of SLOW, separated by commas, takes SLOW_SECONDS once."""
 
 import hashlib
 import os
@@ -24,10 +24,10 @@ PLACES = {
 
 
 def slow_once(owner, name):
-    original, left = getattr(owner, name), [SECONDS]
+    original, delays = getattr(owner, name), [SECONDS]
 
     def slow(*args, **kwargs):
-        time.sleep(left.pop() if left else 0)
+        time.sleep(delays.pop() if delays else 0)
         return original(*args, **kwargs)
 
     setattr(owner, name, slow)

@@ -94,5 +94,5 @@ def test_a_broken_link_is_reported_and_the_run_resumes_when_it_is_back(hosts, tm
         for job in jobs:
             job.kill()
             job.wait()
-    assert "going on from" in logs[0].read_text() + logs[1].read_text()
+    assert "resuming from" in logs[0].read_text() + logs[1].read_text()
     assert losses(folder) == losses(tmp_path / "plain" / "run")

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from longnet_dist.training.job import held
+from longnet_dist.training.job import lock_run_folder
 from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, start, train
 from tests.launch.jobs import TWELVE_STEPS as OPTIONS
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
 
-def test_a_second_job_is_refused_on_every_rank_whatever_the_limit_of_collectives(tmp_path):
+def test_a_second_job_fails_on_every_rank_with_any_limit_of_collectives(tmp_path):
     """Rank 0 waits for the lock for longer than a collective may take."""
     folder = tmp_path / "run"
     folder.mkdir()
-    with held(folder):
+    with lock_run_folder(folder):
         done = forked(2, *train(folder, *OPTIONS, "--timeout", 3, "--io-timeout", 9))
     assert done.returncode == 2
     assert done.stderr.count(f"another job trains in {folder}: give another, or end it") == 2
@@ -30,7 +30,7 @@ def test_a_second_job_is_refused_on_every_rank_whatever_the_limit_of_collectives
 
 
 def test_slow_io_of_one_rank_does_not_end_a_run(tmp_path, undisturbed, monkeypatch):
-    """Each takes longer than a collective may, and a wait of the other rank says what it waits for."""
+    """Each operation takes longer than a collective may, and the waiting rank prints what it waits for."""
     folder, script = tmp_path / "run", Path(__file__).with_name("slow.py")
     arguments = train(folder, *OPTIONS, "--timeout", 3)[2:]
     monkeypatch.setenv("SLOW_SECONDS", "4.5")
@@ -38,13 +38,13 @@ def test_slow_io_of_one_rank_does_not_end_a_run(tmp_path, undisturbed, monkeypat
     done = forked(2, script, *arguments)
     assert done.returncode == 0, done.stderr
     assert losses(folder) == undisturbed
-    for said in (
-        "waiting for rank 0 to open metrics.jsonl and the other figures (2 s)",
+    for message in (
+        "waiting for rank 0 to open metrics.jsonl and the other logs (2 s)",
         "waiting for rank 0 to write the metrics (",
         "waiting for rank 1 to write its files of checkpoint step-00000002 (2 s)",
         "waiting for rank 0 to remove old checkpoints (2 s)",
     ):
-        assert said in done.stderr
+        assert message in done.stderr
     shutil.rmtree(folder / "checkpoints" / "step-00000012")
     monkeypatch.setenv("SLOW", "hash,read")
     done = forked(2, script, *arguments)
@@ -52,11 +52,11 @@ def test_slow_io_of_one_rank_does_not_end_a_run(tmp_path, undisturbed, monkeypat
     assert "of step 10 on 2 ranks" in done.stdout
     assert losses(folder) == undisturbed
     step = folder / "checkpoints" / "step-00000010"
-    for said in (f"waiting for rank 1 to verify {step} (2 s)", f"waiting for rank 1 to read {step} (2 s)"):
-        assert said in done.stderr
+    for action in ("verify", "read"):
+        assert f"waiting for rank 1 to {action} {step} (2 s)" in done.stderr
 
 
-def test_io_that_takes_too_long_is_named_with_its_rank(tmp_path, monkeypatch):
+def test_io_over_its_limit_is_an_error_that_names_the_rank(tmp_path, monkeypatch):
     monkeypatch.setenv("SLOW_SECONDS", "8")
     monkeypatch.setenv("SLOW", "remove")
     script = Path(__file__).with_name("slow.py")
@@ -67,8 +67,8 @@ def test_io_that_takes_too_long_is_named_with_its_rank(tmp_path, monkeypatch):
     )
 
 
-def test_a_full_disk_under_the_run_folder_costs_what_is_best_effort(tmp_path, undisturbed):
-    """No room for the options, metrics, traces and figures; checkpoints are on another disk."""
+def test_a_full_disk_under_the_run_folder_costs_only_best_effort_output(tmp_path, undisturbed):
+    """There is no room for options, metrics and traces; checkpoints are on another disk."""
     folder, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     folder.mkdir()
     elsewhere.mkdir()
@@ -82,15 +82,15 @@ def test_a_full_disk_under_the_run_folder_costs_what_is_best_effort(tmp_path, un
         done = forked(2, *train(folder, *OPTIONS, "--profile"))
         assert done.returncode == 0, done.stderr
         assert {p.name for p in elsewhere.iterdir()} == {"step-00000010", "step-00000012"}
-        for said, ranks in (
+        for output, ranks in (
             ("config.json and its options", 1),
             ("lines of metrics.jsonl", 1),
-            ("figures in TensorBoard", 1),
+            ("metrics in TensorBoard", 1),
             ("traces of ranks that hang", 2),
             ("profiler traces", 2),
         ):
-            pattern = rf"Warning: .*{said} may be missing or incomplete, and the run continues: .*No space left"
-            assert len(re.findall(pattern, done.stderr)) == ranks, (said, done.stderr)
+            pattern = rf"Warning: .*{output} may be missing or incomplete, and the run continues: .*No space left"
+            assert len(re.findall(pattern, done.stderr)) == ranks, (output, done.stderr)
         (folder / "filler").unlink()
         shutil.rmtree(elsewhere / "step-00000012")
         assert forked(2, *train(folder, *OPTIONS)).returncode == 0
@@ -100,8 +100,8 @@ def test_a_full_disk_under_the_run_folder_costs_what_is_best_effort(tmp_path, un
         subprocess.run(["umount", folder], check=True)
 
 
-def test_stdout_whose_reader_ends_does_not_end_the_run(tmp_path, undisturbed, monkeypatch):
-    """As of `| head -1`; what is still in a buffer must not change the exit code, either."""
+def test_a_closed_stdout_does_not_end_the_run(tmp_path, undisturbed, monkeypatch):
+    """As after `| head -1`. Text left in a buffer must not change the exit code, either."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     folder = tmp_path / "run"
     job = start(1, *train(folder, *OPTIONS))

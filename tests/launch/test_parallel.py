@@ -26,4 +26,4 @@ def test_every_arrangement_of_ranks_has_the_same_losses(tmp_path):
 def test_an_arrangement_that_does_not_fit_the_ranks_is_an_error(tmp_path):
     job = run(2, *train(tmp_path / "run", "--parallel.dp-shard", 3))
     assert job.returncode != 0
-    assert "does not make the 2 ranks that there are" in job.stderr
+    assert "does not make the 2 ranks of this job" in job.stderr

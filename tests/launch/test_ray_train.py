@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from longnet_dist import TrainConfig
-from longnet_dist.checkpoints.storage import place
-from longnet_dist.training.job import figures_of
+from longnet_dist.checkpoints.storage import storage_path
+from longnet_dist.training.job import local_run_files
 from tests.launch.jobs import ENVIRONMENT, ROOT, SHORT, command, losses, start, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
@@ -58,7 +58,7 @@ class Job:
 
     def resumed(self) -> list[str]:
         """The number of ranks that wrote each checkpoint from which the run resumed."""
-        return re.findall(r"going on from .* on (\d) ranks", self.log.read_text())
+        return re.findall(r"resuming from .* on (\d) ranks", self.log.read_text())
 
     def steps(self) -> int:
         """The number of steps that were run, including those that a restart repeats."""
@@ -106,7 +106,7 @@ def test_a_run_whose_workers_are_killed_twice_equals_the_run_under_torchrun(
     os.kill(job.groups()[-1][0], signal.SIGKILL)
     output = job.end()
     assert len(job.groups()) == 3
-    assert "going on from" in output
+    assert "resuming from" in output
     assert losses(tmp_path / "run") == undisturbed
     ray_nodes.remove(node)
 
@@ -150,9 +150,9 @@ def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_pat
     first = ray_nodes.add("spot")
     options = ("--ranks", 1, "--ray.labels", "pool", "spot", "--ray.max-failures", 0, "--checkpoint-every", 0)
     job = start_job(tmp_path / "run", "--steps", 3000, *options, "--run-folder", store)
-    job.folder = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
+    job.folder = local_run_files(storage_path(store), TrainConfig(cache=tmp_path / "cache"), upload=False).folder
     job.wait_for(lambda: job.trained(5), "step")
-    checkpoints = place(store) / "checkpoints"
+    checkpoints = storage_path(store) / "checkpoints"
     assert not checkpoints.exists()
     second = ray_nodes.add("spot")
     drain = ["drain-node", "--node-id", first.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
@@ -161,8 +161,8 @@ def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_pat
     program = Path(sys.executable).with_name("ray")
     subprocess.run([program, *drain], env=environment, check=True, capture_output=True, timeout=60)
     job.wait_for(lambda: list(checkpoints.glob("step-*/manifest.json")), "checkpoint", limit=20)
-    job.wait_for(lambda: "going on from s3://" in job.log.read_text(), "second start")
+    job.wait_for(lambda: "resuming from s3://" in job.log.read_text(), "second start")
     assert job.process.poll() is None
-    assert (place(store) / "checkpoint_manager_snapshot.json").exists()
+    assert (storage_path(store) / "checkpoint_manager_snapshot.json").exists()
     ray_nodes.remove(first)
     ray_nodes.remove(second)

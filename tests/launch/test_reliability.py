@@ -1,4 +1,4 @@
-"""A failure here means: a run that was left alone overnight is not what it was promised to be in the morning."""
+"""A failure here means: a run does not survive what docs/reliability.md promises that it survives."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ import torch
 from longnet_dist import TrainConfig
 from longnet_dist.checkpoints.checkpoints import Checkpoints
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.checkpoints.storage import place
-from longnet_dist.training.job import figures_of, held
+from longnet_dist.checkpoints.storage import storage_path
+from longnet_dist.training.job import local_run_files, lock_run_folder
 from tests.launch.jobs import SHORT, forked, losses, run, start, train, until
 from tests.launch.jobs import TWELVE_STEPS as OPTIONS
 
@@ -29,12 +29,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
 
 def workers(agent: int) -> list[int]:
-    """The processes that an agent started, by rank."""
+    """Return the process ids of the workers that an agent started, in order."""
     children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
     return sorted(int(pid) for pid in children)
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
+    """Return whether a process has ended, waited for or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
@@ -42,7 +43,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(("ranks", "signal_number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_path, undisturbed, ranks, signal_number):
+def test_a_signal_finishes_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path, undisturbed, ranks, signal_number):
     folder = tmp_path / "run"
     job = start(ranks, *train(folder, *OPTIONS))
     until(folder, 3, job)
@@ -50,7 +51,7 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
         os.kill(pid, signal_number)
     out, error = job.communicate(timeout=90)
     assert job.returncode == 0, error
-    assert "the same command goes on from it" in out
+    assert "to resume, run the same command with --run-folder" in out
     stopped_at = len(losses(folder))
     assert 3 <= stopped_at < len(undisturbed)
     done = forked(ranks, *train(folder, *OPTIONS))
@@ -63,7 +64,7 @@ def test_a_signal_finishes_the_step_and_the_next_run_goes_on_bit_for_bit(tmp_pat
 
 
 def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
-    """Written on four ranks, gone on with from the middle on one, two and eight, in other arrangements: one curve."""
+    """A run on four ranks, resumed from its middle on one, two and eight in other arrangements, has the same curve."""
     folder = tmp_path / "run"
     assert forked(4, *train(folder, *OPTIONS, "--keep-checkpoints", 9, "--parallel.dp-shard", 2)).returncode == 0
     for ranks, axes in ((1, ()), (2, ("--parallel.dp-shard", 2)), (8, ("--parallel.dp-replicate", 2))):
@@ -88,7 +89,7 @@ def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
     ],
 )
 def test_resumes_bit_for_bit_from_a_step_that_also_validated(tmp_path, ranks, options):
-    """In every arrangement the checkpoint holds the moments of every parameter, though a validation came before."""
+    """In every arrangement, the checkpoint holds the moments of every parameter, although a validation came before."""
     whole, again = tmp_path / "whole", tmp_path / "again"
     arguments = (*SHORT, "--steps", 6, "--keep-checkpoints", 9, *options)
     done = forked(ranks, *train(whole, *arguments))
@@ -104,7 +105,7 @@ def test_resumes_bit_for_bit_from_a_step_that_also_validated(tmp_path, ranks, op
 
 
 def moment_steps(path: Path) -> dict[str, float]:
-    """AdamW's count of steps of every parameter, in a checkpoint."""
+    """Read AdamW's count of steps of every parameter from a checkpoint."""
     stored = TensorsOnlyReader(path).read_metadata().state_dict_metadata
     steps = {name: torch.zeros(()) for name in stored if name.startswith("optimizer.step.")}
     assert len(steps) == sum(name.startswith("model.") for name in stored)
@@ -113,7 +114,7 @@ def moment_steps(path: Path) -> dict[str, float]:
 
 
 def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
-    """While it trains, while it starts again, and later: under --max-restarts it goes on to the very same losses."""
+    """While training, while restarting, and later: with --max-restarts, the losses are exactly the same."""
     folder, chance = tmp_path / "run", random.Random(0)
     job = start(2, *train(folder, *OPTIONS), launcher=("--max-restarts=3",))
     step = chance.randint(2, 5)
@@ -122,37 +123,37 @@ def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
     os.kill(chance.choice(killed), signal.SIGKILL)
     deadline = time.monotonic() + 60
     while len(again := set(workers(job.pid)) - set(killed)) < 2:
-        assert time.monotonic() < deadline, "the workers were not started again"
+        assert time.monotonic() < deadline, "the workers were not restarted"
         time.sleep(0.02)
-    time.sleep(chance.uniform(0, 2))  # Of the seconds that a start takes.
+    time.sleep(chance.uniform(0, 2))  # A start takes seconds; this is a moment in it.
     os.kill(chance.choice(sorted(again)), signal.SIGKILL)
     until(folder, chance.randint(step + 3, 9), job)
     os.kill(chance.choice(workers(job.pid)), signal.SIGKILL)
     out, error = job.communicate(timeout=150)
     assert job.returncode == 0, error
-    assert out.count("going on from") >= 2
+    assert out.count("resuming from") >= 2
     assert losses(folder) == undisturbed
 
 
-def test_a_run_in_a_store_survives_sigkill_and_goes_on_elsewhere(tmp_path, undisturbed, bucket):
-    """By S3's protocol: two ranks, one of them killed; then from the middle on one, of a machine that knows nothing."""
+def test_a_run_in_a_store_survives_sigkill_and_resumes_elsewhere(tmp_path, undisturbed, bucket):
+    """Two ranks, one of them killed, over S3's protocol; then, from the middle, one rank with an empty cache."""
     folder, store = tmp_path / "run", f"{bucket}/runs/first"
-    here = figures_of(place(store), TrainConfig(cache=tmp_path / "cache"), first=False).folder
+    here = local_run_files(storage_path(store), TrainConfig(cache=tmp_path / "cache"), upload=False).folder
     arguments = train(folder, *OPTIONS, "--keep-checkpoints", 9, "--run-folder", store)
     job = start(2, *arguments, launcher=("--max-restarts=1",))
     until(here, 5, job)
     os.kill(workers(job.pid)[1], signal.SIGKILL)
     out, error = job.communicate(timeout=150)
     assert job.returncode == 0, error
-    assert "going on from s3://" in out
-    assert losses(here) == losses(place(store)) == undisturbed
+    assert "resuming from s3://" in out
+    assert losses(here) == losses(storage_path(store)) == undisturbed
     for step in (12, 10, 8):
-        (place(store) / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
+        (storage_path(store) / "checkpoints" / f"step-{step:08d}" / "manifest.json").unlink()
     shutil.rmtree(here)
     done = forked(1, *arguments)
     assert done.returncode == 0, done.stderr
     assert "of step 6 on 2 ranks" in done.stdout
-    assert losses(place(store)) == pytest.approx(undisturbed, rel=1e-10)
+    assert losses(storage_path(store)) == pytest.approx(undisturbed, rel=1e-10)
     assert not folder.exists()
 
 
@@ -164,13 +165,13 @@ def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):
     job.kill()
     job.communicate(timeout=30)
     deadline = time.monotonic() + 20
-    while not all(map(gone, pids)):
-        assert time.monotonic() < deadline, "a worker trains on"
+    while not all(map(has_ended, pids)):
+        assert time.monotonic() < deadline, "a worker is still training"
         time.sleep(0.05)
 
 
 def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
-    """One with a flipped byte, one truncated, one without a file, and half of one under its temporary name."""
+    """One has a flipped byte, one is truncated, one lacks a file, and one is unfinished."""
     folder = tmp_path / "run"
     assert forked(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9)).returncode == 0
     flipped, truncated, without = (folder / "checkpoints" / f"step-{step:08d}" for step in (12, 10, 8))
@@ -182,13 +183,13 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, undisturbed):
     shutil.copytree(truncated, folder / "checkpoints" / "step-00000014.tmp-0123abcd")
     done = forked(2, *train(folder, *OPTIONS, "--keep-checkpoints", 9))
     assert done.returncode == 0, done.stderr
-    for said in (
+    for message in (
         r"step-00000012 is damaged and passed over: rank \d: __1_0.distcp is not as it was written",
         r"step-00000010 is damaged and passed over: rank \d: __0_0.distcp is not .* \(1000 bytes now",
         r"step-00000008 is damaged and passed over: rank \d: __0_0.distcp is missing",
-        r"going on from .*step-00000006, of step 6",
+        r"resuming from .*step-00000006, of step 6",
     ):
-        assert re.search(said, done.stdout), done.stdout
+        assert re.search(message, done.stdout), done.stdout
     assert losses(folder) == undisturbed
     assert not list((folder / "checkpoints").glob("*.tmp-*"))
 
@@ -199,13 +200,13 @@ def test_a_step_that_is_not_finite_is_skipped_on_every_rank(tmp_path, monkeypatc
     done = forked(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
     assert done.returncode == 0, done.stderr
     assert "step 5 is skipped: loss nan" in done.stderr
-    found = losses(tmp_path / "run")
-    assert [step for step, loss in enumerate(found, start=1) if loss is None] == [5]
-    assert found[11] < found[0]
+    curve = losses(tmp_path / "run")
+    assert [step for step, loss in enumerate(curve, start=1) if loss is None] == [5]
+    assert curve[11] < curve[0]
 
 
-def test_a_state_that_is_not_finite_on_one_rank_displaces_nothing(tmp_path, monkeypatch):
-    """NaN in rank 1's moments at step 6; the steps after it are skipped until the run stops."""
+def test_a_state_that_is_not_finite_on_one_rank_replaces_no_checkpoint(tmp_path, monkeypatch):
+    """Rank 1's moments hold NaN at step 6; later steps are skipped until the run stops."""
     monkeypatch.setenv("FAULTS", "state nan")
     monkeypatch.setenv("FAULT_MARKS", str(tmp_path))
     done = forked(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS, "--steps", 20)[2:])
@@ -217,7 +218,7 @@ def test_a_state_that_is_not_finite_on_one_rank_displaces_nothing(tmp_path, monk
 
 
 def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
-    """In the forward, the backward or a save, one after the other: the job ends with the very same losses."""
+    """One after the other, in the forward, the backward and a save: the job ends with exactly the same losses."""
     faults = ["forward raise", "backward raise", "save raise", "save SIGKILL", "forward SIGSTOP", "backward SIGTERM"]
     script, folder = Path(__file__).with_name("faults.py"), tmp_path / "run"
     monkeypatch.setenv("FAULTS", ",".join(faults))
@@ -225,15 +226,15 @@ def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
     done = run(2, script, *train(folder, *OPTIONS, "--timeout", 5)[2:], launcher=("--max-restarts=5",))
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / fault).exists() for fault in faults)
-    assert done.stdout.count("going on from") == 5
-    assert len(losses(folder)) == 5  # SIGTERM is no fault: all ranks end well, and the next start goes on.
+    assert done.stdout.count("resuming from") == 5
+    assert len(losses(folder)) == 5  # SIGTERM is no fault: all ranks exit normally, and the next start resumes.
     done = forked(2, *train(folder, *OPTIONS))
-    assert "going on from" in done.stdout
+    assert "resuming from" in done.stdout
     assert losses(folder) == undisturbed
 
 
 def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
-    """Rank 1 sleeps in its fifth step; rank 0 says so, and where."""
+    """Rank 1 sleeps in its fifth step; rank 0's error names it, and where it is."""
     monkeypatch.setenv("FAULTS", "forward sleep")
     monkeypatch.setenv("FAULT_MARKS", str(tmp_path))
     done = run(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS, "--timeout", 5)[2:])
@@ -245,7 +246,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
 
 
 def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path, monkeypatch):
-    """Rank 1 sleeps; rank 0 waits for it, in C, and is told twice."""
+    """Rank 1 sleeps; rank 0, which waits for it in C code, gets two signals."""
     monkeypatch.setenv("FAULTS", "forward sleep")
     monkeypatch.setenv("FAULT_MARKS", str(tmp_path))
     job = start(2, Path(__file__).with_name("faults.py"), *train(tmp_path / "run", *OPTIONS)[2:])
@@ -255,26 +256,26 @@ def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path, monkey
     while not (tmp_path / "forward sleep").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(first, signal.SIGTERM)
-    time.sleep(3.2)  # Sooner, a second signal is taken for the first, passed on by a launcher.
+    time.sleep(3.2)  # A second signal sooner than this counts as the first, passed on by a launcher.
     os.kill(first, signal.SIGTERM)
     began = time.monotonic()
-    while not gone(first):
+    while not has_ended(first):
         assert time.monotonic() - began < 5
         time.sleep(0.02)
     job.communicate(timeout=60)
     assert job.returncode != 0
 
 
-def test_a_second_job_in_the_same_folder_is_refused(tmp_path, monkeypatch):
+def test_a_second_job_in_the_same_folder_raises(tmp_path, monkeypatch):
     monkeypatch.setattr("longnet_dist.training.job.LOCK_SECONDS", 0.2)
-    with held(tmp_path), pytest.raises(ValueError, match="another job trains in"), held(tmp_path):
+    with lock_run_folder(tmp_path), pytest.raises(ValueError, match="another job trains in"), lock_run_folder(tmp_path):
         pass
-    with held(tmp_path):
+    with lock_run_folder(tmp_path):
         pass
 
 
-def test_ranks_with_other_options_are_refused(tmp_path):
-    """A rank of its own mind: an error that names the option, on every rank, and no hang."""
+def test_ranks_with_different_options_fail(tmp_path):
+    """Every rank raises an error that names the option, and none hangs."""
     script = tmp_path / "own.sh"
     options = " ".join(map(str, train(tmp_path / "run", *OPTIONS)))
     script.write_text(f"exec {sys.executable} {options} --learning-rate 0.00$((RANK + 1))\n")
@@ -285,7 +286,7 @@ def test_ranks_with_other_options_are_refused(tmp_path):
 
 @contextlib.contextmanager
 def small_disk(run: Path, size: str) -> Iterator[Path]:
-    """A file system of this size under the checkpoints of a run."""
+    """Mount a file system of this size as the checkpoints folder of a run."""
     small = run / "checkpoints"
     small.mkdir(parents=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", small], capture_output=True)
@@ -297,8 +298,8 @@ def small_disk(run: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", small], check=True)
 
 
-def test_a_full_disk_is_said_and_training_goes_on_to_its_end(tmp_path, undisturbed):
-    """A file system that holds one checkpoint, and not two: the run ends with an error, for want of its last one."""
+def test_a_full_disk_warns_and_training_continues_to_its_end(tmp_path, undisturbed):
+    """The disk holds one checkpoint, not two: the run ends with an error, because its last one is missing."""
     with small_disk(tmp_path / "run", "1m") as small:
         done = forked(2, *train(tmp_path / "run", *OPTIONS))
         assert done.returncode == 1, done.stderr
@@ -313,7 +314,7 @@ def test_a_full_disk_is_said_and_training_goes_on_to_its_end(tmp_path, undisturb
 
 
 def test_a_signal_on_a_full_disk_promises_no_checkpoint(tmp_path):
-    """The disk has no room for one: exit 1, and no word of a checkpoint to go on from."""
+    """The disk has no room for one: the exit code is 1, and no message mentions one to resume from."""
     folder = tmp_path / "run"
     with small_disk(folder, "16k"):
         job = start(1, *train(folder, *OPTIONS, "--steps", 10_000))

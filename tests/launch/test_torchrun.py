@@ -1,4 +1,4 @@
-"""A failure here means: what a user types does not work, or training over ranks is not training on one."""
+"""A failure here means: what a user types does not work, or training over ranks differs from training on one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 @pytest.mark.parametrize(
     ("ranks", "seq_len", "options"), [(2, 256, ()), (4, 250, ("--keep-kv", "--grad-accumulation", 2))]
 )
-def test_ranks_train_as_one(tmp_path, ranks, seq_len, options):
-    """Same seed, same data: the curve of one process within rounding, even or uneven."""
+def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, options):
+    """With the same seed and data, the curve is that of one process to rounding, for even and uneven chunks."""
     curves = {}
-    for number, begin in ((1, forked), (ranks, run if ranks == 2 else forked)):
+    for number, start in ((1, forked), (ranks, run if ranks == 2 else forked)):
         folder = tmp_path / f"run-{number}"
-        done = begin(number, *train(folder, "--steps", 6, "--seq-len", seq_len, *options))
+        done = start(number, *train(folder, "--steps", 6, "--seq-len", seq_len, *options))
         assert done.returncode == 0, done.stderr
         assert "byte-unigram model" in done.stdout
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
@@ -28,13 +28,14 @@ def test_ranks_train_as_one(tmp_path, ranks, seq_len, options):
     assert curves[ranks] == pytest.approx(curves[1], rel=1e-10)
 
 
-def test_bad_data_is_said_and_fails(tmp_path):
+def test_bad_data_fails_with_a_message(tmp_path):
     done = run(2, "-m", "longnet_dist", "train", "--data", "nothing-there/", "--run-folder", tmp_path)
     assert done.returncode != 0
     assert "longnet-dist: --data nothing-there/: no such file" in done.stderr
 
 
 def test_the_example_gives_the_same_numbers_on_any_number_of_ranks():
-    said = {begin(n, "examples/attention.py").stdout.split(":")[1] for begin, n in ((run, 1), (run, 2), (forked, 4))}
-    assert len(said) == 1
-    assert "dq" in said.pop()
+    jobs = ((run, 1), (run, 2), (forked, 4))
+    outputs = {start(n, "examples/attention.py").stdout.split(":")[1] for start, n in jobs}
+    assert len(outputs) == 1
+    assert "dq" in outputs.pop()

@@ -1,4 +1,4 @@
-"""A failure here means: a checkpoint is lost, or a damaged or hostile one is believed."""
+"""A failure here means: a checkpoint is lost, or a damaged or hostile one is trusted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.training.state import load_model, make_moments, names_without, training_state
+from longnet_dist.training.state import load_model, make_moments, training_state, without_prefixes
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -27,17 +27,17 @@ def state(value: float) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three saves, of steps 1, 2 and 3; the last two are kept."""
+    """Checkpoints after saves of steps 1, 2 and 3; those of 2 and 3 are left."""
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2, 3):
         checkpoints.save(step, state(float(step)), {"step": step})
     return tmp_path
 
 
-def newest(folder: Path, said: list[str] | None = None) -> int:
-    """The step of the newest whole checkpoint, loaded and compared."""
+def newest(folder: Path, messages: list[str] | None = None) -> int:
+    """Load the newest complete checkpoint, compare its tensors, and return its step."""
     checkpoints = Checkpoints(folder)
-    path, facts = checkpoints.newest((said if said is not None else []).append)
+    path, facts = checkpoints.newest((messages if messages is not None else []).append)
     loaded = state(0.0)
     checkpoints.load(path, loaded)
     for name, expected in state(float(facts["step"])).items():
@@ -45,12 +45,12 @@ def newest(folder: Path, said: list[str] | None = None) -> int:
     return facts["step"]
 
 
-def test_the_newest_is_loaded_and_the_last_two_are_kept(folder):
+def test_loads_the_newest_and_keeps_the_last_two(folder):
     assert newest(folder) == 3
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000002", "step-00000003"]
 
 
-def test_every_mth_is_kept_for_good(tmp_path):
+def test_keeps_multiples_of_keep_every_for_good(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep_last=2, keep_every=4)
     for step in range(1, 11):
         checkpoints.save(step, state(step), {"step": step})
@@ -90,21 +90,21 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(folder, damage):
-    do, said_of_it = DAMAGES[damage]
-    do(folder / "step-00000003")
-    said: list[str] = []
-    assert newest(folder, said) == 2
-    assert len(said) == 1
-    assert "step-00000003 is damaged" in said[0]
-    assert said_of_it in said[0]
+def test_names_a_damaged_checkpoint_and_uses_the_one_before(folder, damage):
+    do_damage, problem = DAMAGES[damage]
+    do_damage(folder / "step-00000003")
+    messages: list[str] = []
+    assert newest(folder, messages) == 2
+    assert len(messages) == 1
+    assert "step-00000003 is damaged" in messages[0]
+    assert problem in messages[0]
 
 
-def test_none_whole_is_an_error(folder):
+def test_only_damaged_checkpoints_are_an_error(folder):
     for path in folder.iterdir():
         _flip(path / "__0_0.distcp")
     with pytest.raises(RuntimeError, match=r"no checkpoint is whole.*step-00000003.*step-00000002"):
-        Checkpoints(folder).newest(lambda said: None)
+        Checkpoints(folder).newest(lambda message: None)
 
 
 def test_a_half_written_folder_is_not_a_checkpoint(folder):
@@ -115,13 +115,13 @@ def test_a_half_written_folder_is_not_a_checkpoint(folder):
     assert not list(folder.glob("*.tmp-*"))
 
 
-def test_a_damaged_one_of_the_same_step_is_replaced_whole(folder):
+def test_a_save_replaces_a_damaged_checkpoint_of_its_step(folder):
     _flip(folder / "step-00000003" / "__0_0.distcp")
     Checkpoints(folder).save(3, state(3.0), {"step": 3})
     assert newest(folder) == 3
 
 
-def test_a_disk_that_fails_is_a_warning_and_the_last_checkpoint_stays(folder, monkeypatch):
+def test_a_failing_disk_is_a_warning_and_the_last_checkpoint_stays(folder, monkeypatch):
     """A real full disk is in tests/launch/test_reliability.py."""
     import longnet_dist.checkpoints.checkpoints
 
@@ -136,8 +136,8 @@ def test_a_disk_that_fails_is_a_warning_and_the_last_checkpoint_stays(folder, mo
     assert before == {p: p.stat().st_mtime_ns for p in folder.iterdir()}
 
 
-def test_in_the_background_what_was_passed_is_what_is_written(tmp_path, monkeypatch):
-    """Training writes to its tensors at once: the checkpoint must have been staged."""
+def test_a_background_save_writes_the_values_at_the_call(tmp_path, monkeypatch):
+    """Training overwrites its tensors at once, so a save must copy them first."""
     import longnet_dist.checkpoints.checkpoints
 
     gate, real = threading.Event(), longnet_dist.checkpoints.checkpoints.save
@@ -159,35 +159,35 @@ def test_in_the_background_what_was_passed_is_what_is_written(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "change", [{"model.a": torch.zeros(3)}, {"model.b": torch.zeros(3)}, {"model.a": torch.zeros(100, 7).half()}]
 )
-def test_another_models_checkpoint_is_refused(folder, change):
+def test_the_checkpoint_of_another_model_raises(folder, change):
     checkpoints = Checkpoints(folder)
     with pytest.raises(ValueError, match=f"{next(iter(change))} is .* in this run"):
         checkpoints.load(checkpoints.newest()[0], change)
 
 
-def test_damaged_ones_do_not_count_as_the_newest(tmp_path):
-    """A run that passed over two damaged checkpoints keeps the one it went on from, and the one it writes."""
+def test_damaged_checkpoints_do_not_count_as_the_newest(tmp_path):
+    """A run that passed over two damaged checkpoints keeps the one it resumed from, and the one it writes."""
     for step in (4, 8, 10):
         Checkpoints(tmp_path, keep_last=3).save(step, state(float(step)), {"step": step})
     for step in (8, 10):
         _flip(tmp_path / f"step-{step:08d}" / "__0_0.distcp")
     checkpoints = Checkpoints(tmp_path, keep_last=2)
-    assert checkpoints.newest(lambda said: None)[1] == {"step": 4}
+    assert checkpoints.newest(lambda message: None)[1] == {"step": 4}
     checkpoints.save(6, state(6.0), {"step": 6})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000006"]
     assert newest(tmp_path) == 6
 
 
-def test_what_could_not_be_read_once_is_kept(folder):
-    """An input/output error proves no damage: neither a later nor an earlier save may remove the checkpoint."""
+def test_an_unreadable_checkpoint_is_kept(folder):
+    """An input/output error proves no damage, so no save of an earlier or later step may remove the checkpoint."""
     Checkpoints(folder).save(8, state(8.0), {"step": 8})
     file = folder / "step-00000008" / "__0_0.distcp"
     whole = file.read_bytes()
     file.unlink()
-    file.symlink_to("/proc/self/mem")  # Of which a read at 0 is an input/output error.
-    checkpoints, said = Checkpoints(folder), []
-    assert checkpoints.newest(said.append)[1] == {"step": 3}
-    assert re.search(r"step-00000008 cannot be read, and is passed over and kept: .*Input/output error", said[0])
+    file.symlink_to("/proc/self/mem")  # A read at 0 is an input/output error.
+    checkpoints, messages = Checkpoints(folder), []
+    assert checkpoints.newest(messages.append)[1] == {"step": 3}
+    assert re.search(r"step-00000008 cannot be read, and is passed over and kept: .*Input/output error", messages[0])
     checkpoints.save(4, state(4.0), {"step": 4})
     with pytest.warns(
         UserWarning, match=r"no checkpoint of step 8: .*step-00000008 could not be read and may be whole"
@@ -203,18 +203,18 @@ def test_what_could_not_be_read_once_is_kept(folder):
     assert newest(folder) == 8
 
 
-def test_none_can_be_read_is_an_error(tmp_path):
+def test_only_unreadable_checkpoints_are_an_error(tmp_path):
     Checkpoints(tmp_path).save(1, state(1.0), {"step": 1})
     manifest = tmp_path / "step-00000001" / "manifest.json"
     manifest.unlink()
     manifest.symlink_to(manifest)
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole.*step-00000001: .*symbolic links"):
-        Checkpoints(tmp_path).newest(lambda said: None)
+        Checkpoints(tmp_path).newest(lambda message: None)
 
 
 @contextmanager
 def _forbidden(path: Path) -> Iterator[None]:
-    """Root may list every folder, so that another user must try."""
+    """Make a folder that cannot be listed; root can list any folder, so become another user."""
     path.mkdir()
     path.chmod(0)
     user = os.geteuid()
@@ -227,7 +227,7 @@ def _forbidden(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _made(path: Path, how: str) -> Iterator[None]:
+def _unlistable(path: Path, how: str) -> Iterator[None]:
     if how == "a file":
         path.write_text("")
     else:
@@ -238,7 +238,7 @@ def _made(path: Path, how: str) -> Iterator[None]:
 @pytest.mark.parametrize("how", ["forbidden", "a file", "a loop", "a link to nothing"])
 def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path, how):
     path = tmp_path / "checkpoints"
-    with _forbidden(path) if how == "forbidden" else _made(path, how):
+    with _forbidden(path) if how == "forbidden" else _unlistable(path, how):
         with pytest.raises(CheckpointError, match=r"the checkpoints in .* cannot be read: \w+Error"):
             Checkpoints(path).newest()
         with pytest.raises(CheckpointError, match=r"the checkpoints in .* cannot be read: \w+Error"):
@@ -265,7 +265,7 @@ def test_a_state_that_is_not_finite_displaces_nothing(folder, value, asynchronou
     assert newest(folder) == 5
 
 
-def test_moments_are_never_made_up():
+def test_missing_or_stale_moments_raise():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(RuntimeError, match="the optimizer has no step, exp_avg, exp_avg_sq of weight"):
@@ -286,7 +286,7 @@ class _Hostile:
         return os.system, ("touch /tmp/this-must-never-run",)
 
 
-def test_a_hostile_pickle_is_refused(folder):
+def test_a_hostile_pickle_raises(folder):
     (folder / "step-00000003" / ".metadata").write_bytes(pickle.dumps(_Hostile()))
     with pytest.raises(pickle.UnpicklingError, match=r"posix\.system, which no checkpoint needs"):
         TensorsOnlyReader(folder / "step-00000003").read_metadata()
@@ -294,11 +294,11 @@ def test_a_hostile_pickle_is_refused(folder):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_pickled_objects_among_the_tensors_are_refused(tmp_path):
+def test_pickled_objects_among_the_tensors_raise(tmp_path):
     torch.distributed.checkpoint.save({"model.a": _Hostile.__name__}, checkpoint_id=tmp_path, no_dist=True)
     with pytest.raises(pickle.UnpicklingError, match="holds pickled objects"):
         TensorsOnlyReader(tmp_path).read_metadata()
 
 
-def test_names_without():
-    assert list(names_without(state(1), ["random."])) == ["model.a", "optimizer.step.a"]
+def test_without_prefixes():
+    assert list(without_prefixes(state(1), ["random."])) == ["model.a", "optimizer.step.a"]

@@ -1,4 +1,4 @@
-"""A failure here means: a run that is kept in an object store is lost, or half of a checkpoint there is believed."""
+"""A failure here means: a run in an object store is lost, or half a checkpoint there is taken for a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from longnet_dist import TrainConfig, train
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
-from longnet_dist.checkpoints.storage import Store, copy, place
+from longnet_dist.checkpoints.storage import Store, copy, storage_path
 from longnet_dist.cli import app
 from longnet_dist.training.state import load_model
 from tests.unit.test_checkpoint import DAMAGES, newest, state
@@ -24,13 +24,13 @@ pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
-def kept(bucket):
-    """Three saves into a store, of steps 1, 2 and 3; the last two are kept."""
-    folder = place(f"{bucket}/runs/first/checkpoints")
-    checkpoints = Checkpoints(folder)
+def folder(bucket):
+    """Checkpoints in a store after saves of steps 1, 2 and 3; those of 2 and 3 are left."""
+    path = storage_path(f"{bucket}/runs/first/checkpoints")
+    checkpoints = Checkpoints(path)
     for step in (1, 2, 3):
         checkpoints.save(step, state(float(step)), {"step": step})
-    return folder
+    return path
 
 
 def names(folder) -> list[str]:
@@ -38,19 +38,19 @@ def names(folder) -> list[str]:
 
 
 def test_a_path_names_a_file_system_or_a_store(tmp_path):
-    assert place("runs/first") == place(place("runs/first"))
-    assert str(place("file:///runs/first")) == "/runs/first"
-    assert str(place("s3://bucket/runs/first/")) == "s3://bucket/runs/first"
+    assert storage_path("runs/first") == storage_path(storage_path("runs/first"))
+    assert str(storage_path("file:///runs/first")) == "/runs/first"
+    assert str(storage_path("s3://bucket/runs/first/")) == "s3://bucket/runs/first"
     config = TrainConfig(run_folder="s3://bucket/runs/first")
     assert json.loads(json.dumps(dataclasses.asdict(config), default=str))["run_folder"] == "s3://bucket/runs/first"
     with pytest.raises(ValueError, match="no store is known by nonsense://"):
-        place("nonsense://bucket/runs")
+        storage_path("nonsense://bucket/runs")
     with pytest.raises(ValueError, match="gcsfs"):
-        place("gs://bucket/runs")
+        storage_path("gs://bucket/runs")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("text", "message"),
     [
         ("", "names no file or folder"),
         ("file://", "names no file or folder"),
@@ -60,56 +60,56 @@ def test_a_path_names_a_file_system_or_a_store(tmp_path):
         ("memory://", "names no bucket"),
         ("://runs", "no store is known"),
         ("s3:/bucket/runs", "s3:/bucket/runs is no path on this machine"),
-        (Path("s3://bucket/runs"), "is no path on this machine; a run in a store is given as text"),
+        (Path("s3://bucket/runs"), "is no path on this machine; only a run folder can be in a store, given as text"),
         ("~nobody-of-this-name/runs", "no home folder is known"),
     ],
 )
-def test_a_path_that_names_no_place_is_refused(given, said):
-    for use in (place, lambda run_folder: TrainConfig(run_folder=run_folder)):
-        with pytest.raises(ValueError, match=said):
-            use(given)
+def test_a_path_that_names_no_storage_raises(text, message):
+    for use in (storage_path, lambda run_folder: TrainConfig(run_folder=run_folder)):
+        with pytest.raises(ValueError, match=message):
+            use(text)
 
 
 @pytest.mark.parametrize("option", ["cache", "tokenizer"])
-def test_paths_of_files_are_of_this_machine(option, monkeypatch):
+def test_paths_of_files_are_local(option, monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert getattr(TrainConfig(**{option: "~/x.json"}), option) == Path("/home/somebody/x.json")
-    for given in ("", "s3://bucket/x", "~nobody-of-this-name/x"):
+    for text in ("", "s3://bucket/x", "~nobody-of-this-name/x"):
         with pytest.raises(ValueError, match=r"names no file or folder|no path on this machine|no home folder"):
-            TrainConfig(**{option: given})
+            TrainConfig(**{option: text})
 
 
-def test_the_newest_is_loaded_and_the_last_two_are_kept(kept):
-    assert newest(kept) == 3
-    assert names(kept) == ["step-00000002", "step-00000003"]
-    assert "manifest.json" in names(kept / "step-00000003")
+def test_loads_the_newest_and_keeps_the_last_two(folder):
+    assert newest(folder) == 3
+    assert names(folder) == ["step-00000002", "step-00000003"]
+    assert "manifest.json" in names(folder / "step-00000003")
 
 
 @pytest.mark.parametrize("damage", ["a byte flipped", "a file gone", "no manifest", "half a manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(kept, damage):
-    do, said_of_it = DAMAGES[damage]
-    do(kept / "step-00000003")
-    said: list[str] = []
-    assert newest(kept, said) == 2
-    if damage == "no manifest":  # The half of one that was being written, and so none.
-        assert said == []
+def test_names_a_damaged_checkpoint_and_uses_the_one_before(folder, damage):
+    do_damage, problem = DAMAGES[damage]
+    do_damage(folder / "step-00000003")
+    messages: list[str] = []
+    assert newest(folder, messages) == 2
+    if damage == "no manifest":  # As while one is being written, so it is no checkpoint.
+        assert messages == []
     else:
-        assert said_of_it in said[0]
-    # It is replaced whole when its step comes again.
-    Checkpoints(kept).save(3, state(3.0), {"step": 3})
-    assert newest(kept) == 3
+        assert problem in messages[0]
+    # The next checkpoint of this step replaces it.
+    Checkpoints(folder).save(3, state(3.0), {"step": 3})
+    assert newest(folder) == 3
 
 
-def test_what_a_crash_left_is_no_checkpoint_and_is_removed(kept):
-    """The files of one that was not finished, and of one whose removal was not."""
+def test_remains_of_a_crash_are_no_checkpoint_and_are_removed(folder):
+    """Files of an unfinished checkpoint, and of an unfinished removal."""
     for name in ("step-00000001", "step-00000004"):
-        copy(kept / "step-00000003" / "__0_0.distcp", kept / name / "__0_0.distcp")
-    assert newest(kept) == 3
-    Checkpoints(kept).save(5, state(5.0), {"step": 5})
-    assert names(kept) == ["step-00000003", "step-00000005"]
+        copy(folder / "step-00000003" / "__0_0.distcp", folder / name / "__0_0.distcp")
+    assert newest(folder) == 3
+    Checkpoints(folder).save(5, state(5.0), {"step": 5})
+    assert names(folder) == ["step-00000003", "step-00000005"]
 
 
-def test_a_crash_at_any_moment_of_a_save_leaves_the_last_whole(kept, monkeypatch):
+def test_a_crash_at_any_moment_of_a_save_leaves_the_last_checkpoint(folder, monkeypatch):
     """After every call that changes the store, as if the process had ended there."""
     for method in ("begin", "put", "finish", "remove"):
         with monkeypatch.context() as patch:
@@ -119,27 +119,27 @@ def test_a_crash_at_any_moment_of_a_save_leaves_the_last_whole(kept, monkeypatch
 
             patch.setattr(Store, method, end)
             with pytest.raises(KeyboardInterrupt):
-                Checkpoints(kept).save(4, state(4.0), {"step": 4})
-        assert newest(kept) == (4 if method == "remove" else 3)
+                Checkpoints(folder).save(4, state(4.0), {"step": 4})
+        assert newest(folder) == (4 if method == "remove" else 3)
 
 
-def test_a_store_that_fails_is_a_warning_and_an_unreachable_one_is_said(kept, monkeypatch):
+def test_an_unreachable_store_is_a_warning_in_a_save_and_an_error_in_a_resume(folder, monkeypatch):
     import s3fs
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     s3fs.S3FileSystem.clear_instance_cache()
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
-    folder = place(str(kept))
+    unreachable = storage_path(str(folder))
     with pytest.warns(UserWarning, match=r"no checkpoint of step 4: .*EndpointConnectionError"):
-        Checkpoints(folder).save(4, state(4.0), {"step": 4})
+        Checkpoints(unreachable).save(4, state(4.0), {"step": 4})
     with pytest.raises(RuntimeError, match=r"cannot be read: .*EndpointConnectionError"):
-        Checkpoints(folder).newest()
+        Checkpoints(unreachable).newest()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
 class _Denied(BaseHTTPRequestHandler):
-    """Answers every request as S3 does where the credentials may not do it."""
+    """Answers every request as S3 does if the credentials do not allow it."""
 
     def do_GET(self):
         body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
@@ -155,7 +155,7 @@ class _Denied(BaseHTTPRequestHandler):
         pass
 
 
-def test_a_store_that_may_not_be_listed_is_not_an_empty_one(kept, monkeypatch):
+def test_a_store_that_denies_a_listing_is_not_an_empty_one(folder, monkeypatch):
     import s3fs
 
     with ThreadingHTTPServer(("127.0.0.1", 0), _Denied) as server:
@@ -164,7 +164,7 @@ def test_a_store_that_may_not_be_listed_is_not_an_empty_one(kept, monkeypatch):
         s3fs.S3FileSystem.clear_instance_cache()
         monkeypatch.setattr(s3fs.S3FileSystem, "retries", 1)
         with pytest.raises(CheckpointError, match=r"cannot be read: PermissionError.*Access Denied"):
-            Checkpoints(place(str(kept))).newest()
+            Checkpoints(storage_path(str(folder))).newest()
         server.shutdown()
     s3fs.S3FileSystem.clear_instance_cache()
 
@@ -179,11 +179,11 @@ def config(tmp_path, bucket):
     )  # fmt: skip
 
 
-def test_a_run_goes_on_from_a_store_on_another_machine(config, tmp_path, capsys):
-    """Another cache, so nothing that was on the first machine: the very losses of a run on a disk."""
+def test_a_run_in_a_store_resumes_on_another_machine(config, tmp_path, capsys):
+    """Another cache stands for another machine; the losses are exactly those of a run on a disk."""
     on_disk = train(dataclasses.replace(config, run_folder=tmp_path / "run"))
     train(config)
-    folder = place(config.run_folder)
+    folder = storage_path(config.run_folder)
     (folder / "checkpoints" / "step-00000004" / "manifest.json").unlink()
     result = train(dataclasses.replace(config, cache=tmp_path / "other"))
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -193,7 +193,7 @@ def test_a_run_goes_on_from_a_store_on_another_machine(config, tmp_path, capsys)
     assert str(result.run_folder) == str(folder)
     assert len(list(folder.glob("events.out.tfevents.*"))) == 2
     assert {"config.json", "metrics.jsonl", "checkpoints"} <= set(names(folder))
-    # What reads a run reads one of a store.
+    # Commands that read a run read one in a store, too.
     run, weights = str(folder), load_model(folder).state_dict()
     for arguments in (["eval", run, "--edges", "64"], ["report", run, "--out", tmp_path / "report.html"]):
         assert app.main(list(map(str, arguments))) == 0
@@ -203,7 +203,7 @@ def test_a_run_goes_on_from_a_store_on_another_machine(config, tmp_path, capsys)
         assert_close(x, weights[name])
 
 
-def test_a_bucket_that_is_not_there_is_said_before_any_step(config):
+def test_a_missing_bucket_raises_before_any_step(config):
     with pytest.raises(ValueError, match=r"s3://no-such-bucket/run cannot be written: .*bucket"):
         train(dataclasses.replace(config, run_folder="s3://no-such-bucket/run"))
 
@@ -211,4 +211,4 @@ def test_a_bucket_that_is_not_there_is_said_before_any_step(config):
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "upath", None)
     with pytest.raises(ValueError, match=r"needs the package upath: pip install 'longnet-dist\[s3\]'"):
-        place("s3://bucket/runs")
+        storage_path("s3://bucket/runs")

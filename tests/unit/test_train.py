@@ -1,4 +1,4 @@
-"""A failure here means: a run on one process does not train, or does not say what it did."""
+"""A failure here means: a run in one process does not train, or does not record what it did."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import longnet_dist
 from longnet_dist import LongNetConfig, TrainConfig
 from longnet_dist.checkpoints.checkpoints import CheckpointError
 from longnet_dist.cli import app
+from longnet_dist.training.job import read_config
 from longnet_dist.training.state import load_model
 
 TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32, 128), dilation_rates=(1, 4))
@@ -23,7 +24,7 @@ TINY = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(32,
 
 @pytest.fixture
 def config(tmp_path):
-    """A few small files, and a run of a few steps."""
+    """A run of a few steps over a few small files."""
     (tmp_path / "text").mkdir()
     for n in range(4):
         (tmp_path / "text" / f"{n}.txt").write_text(f"the same words again and again {n}\n" * 200)
@@ -49,15 +50,15 @@ def test_a_run_writes_its_folder(config, capsys):
     assert saved["model"]["ffn_dim"] == 64
     assert saved["ranks"] == 1
     assert list(config.run_folder.glob("events.out.tfevents.*"))
-    said = capsys.readouterr().out
-    assert "bits per byte; byte-unigram model" in said
-    assert "tokens/s" in said
+    output = capsys.readouterr().out
+    assert "bits per byte; byte-unigram model" in output
+    assert "tokens/s" in output
     model = load_model(config.run_folder)
     assert model(torch.zeros(1, 10, dtype=torch.int64)).shape == (1, 10, 257)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-def test_accumulated_steps_are_steps_of_larger_batches(config):
+def test_accumulating_gradients_equals_larger_batches(config):
     base = {"dtype": "float64", "steps": 3}
     one = longnet_dist.train(dataclasses.replace(config, **base, batch_size=4))
     other = config.run_folder.with_name("other")
@@ -66,13 +67,13 @@ def test_accumulated_steps_are_steps_of_larger_batches(config):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-def test_it_learns(config):
+def test_training_learns(config):
     result = longnet_dist.train(dataclasses.replace(config, steps=60, learning_rate=1e-2, autocast=True))
     assert result.validation_bits_per_byte < result.unigram_bits_per_byte
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"data": ("nothing-there/",)}, "no such file"),
         ({"seq_len": 10**6}, "one sequence with the token after it is 1000001"),
@@ -84,12 +85,12 @@ def test_it_learns(config):
         ({"keep_checkpoints": 1}, "keep_checkpoints is 1; it must be at least 2"),
     ],
 )
-def test_bad_options_are_errors_before_any_step(config, change, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_options_raise_before_any_step(config, change, message):
+    with pytest.raises(ValueError, match=message):
         longnet_dist.train(dataclasses.replace(config, **change))
 
 
-def test_paths_may_be_text(tmp_path):
+def test_paths_may_be_strings(tmp_path):
     config = TrainConfig(data="some/folder", run_folder="run", cache="cache")
     assert config.data == ("some/folder",)
     assert config.run_folder == Path("run")
@@ -97,7 +98,7 @@ def test_paths_may_be_text(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"position": "alibi"}, "'alibi'; it must be one of rotary, xpos, none"),
         ({"activation_checkpointing": "some"}, "one of none, selective, full"),
@@ -106,16 +107,16 @@ def test_paths_may_be_text(tmp_path):
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],
 )
-def test_bad_models(change, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_models_raise(change, message):
+    with pytest.raises(ValueError, match=message):
         LongNetConfig(**change)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard", "ignore:step . is skipped")
 def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
-    """The last good checkpoint stays; metrics are still JSON."""
+    """The last good checkpoint stays, and metrics are still JSON."""
     longnet_dist.train(dataclasses.replace(config, steps=2, checkpoint_every=2))
-    broken = dataclasses.replace(config, steps=20, learning_rate=1e30, clip_norm=0.0, most_skipped=3)
+    broken = dataclasses.replace(config, steps=20, learning_rate=1e30, clip_norm=0.0, max_skipped_steps=3)
     with pytest.raises(RuntimeError, match=r"3 steps in a row were not finite.*at sequences \[\[\d+\]\] of 128 tokens"):
         longnet_dist.train(broken)
     assert [p.name for p in (config.run_folder / "checkpoints").iterdir()] == ["step-00000002"]
@@ -128,7 +129,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
 )
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchronous):
-    """Whether the run then ends with an error, at its end, or goes on with what mends it."""
+    """Whether the run then fails, ends, or resumes with options that mend it."""
     config = dataclasses.replace(config, async_checkpoints=asynchronous, steps=10, checkpoint_every=2)
     longnet_dist.train(config)
     before = {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
@@ -136,8 +137,8 @@ def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchro
     broken = dataclasses.replace(config, steps=40, learning_rate=1e30)
     with pytest.raises(RuntimeError, match=r"5 steps in a row were not finite.*if it is of step 11, .* remove it"):
         longnet_dist.train(broken)
-    said = r"ended after step 12 without a checkpoint of it: steps are being skipped.*newest .* is .*step-00000010$"
-    with pytest.raises(CheckpointError, match=said):
+    message = r"ended after step 12 without a checkpoint of it: steps are being skipped.*newest .* is .*step-00000010$"
+    with pytest.raises(CheckpointError, match=message):
         longnet_dist.train(dataclasses.replace(broken, steps=12))
     assert before == {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
     result = longnet_dist.train(dataclasses.replace(config, steps=12))
@@ -145,8 +146,8 @@ def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchro
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-def test_checkpoints_that_cannot_be_listed_are_not_begun_anew_over(config, capsys):
-    """A folder that is not mounted, for example: no step is made, and the run's figures stay as they are."""
+def test_checkpoints_that_cannot_be_listed_are_not_overwritten_by_a_new_run(config, capsys):
+    """As in a folder that is not mounted: no step is made, and the metrics stay as they are."""
     longnet_dist.train(dataclasses.replace(config, steps=2))
     folder, metrics = config.run_folder / "checkpoints", (config.run_folder / "metrics.jsonl").read_text()
     folder.rename(folder.with_name("elsewhere"))
@@ -160,14 +161,14 @@ def test_checkpoints_that_cannot_be_listed_are_not_begun_anew_over(config, capsy
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
-def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
-    """Dropout and the order of the data included."""
+def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(config, options):
+    """Including dropout and the order of the data."""
     model = dataclasses.replace(TINY, dropout=0.1)
     whole = dataclasses.replace(config, steps=8, checkpoint_every=3, model=model, **options)
     expected = longnet_dist.train(whole).losses
     again = dataclasses.replace(whole, run_folder=config.run_folder.with_name("again"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["longnet_dist.training.trainer"], "measures", _stop_at(5))
+        patch.setattr(sys.modules["longnet_dist.training.trainer"], "step_metrics", _stop_at(5))
         with pytest.raises(KeyboardInterrupt):
             longnet_dist.train(again)
     result = longnet_dist.train(again)
@@ -178,9 +179,9 @@ def test_going_on_is_bit_for_bit_the_run_that_never_stopped(config, options):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_traces_folder_that_is_removed_does_not_end_the_run(config, monkeypatch, replaced):
-    """Removed, it is made again; with a file in its place, that is one warning."""
-    from longnet_dist.training.measures import measures
+def test_a_removed_traces_folder_does_not_end_the_run(config, monkeypatch, replaced):
+    """It is made again, or, if a file took its place, that is one warning."""
+    from longnet_dist.training.measures import step_metrics
 
     traces = config.run_folder / "traces"
 
@@ -189,24 +190,24 @@ def test_a_traces_folder_that_is_removed_does_not_end_the_run(config, monkeypatc
             shutil.rmtree(traces)
             if replaced:
                 traces.touch()
-        return measures(config, step, *rest)
+        return step_metrics(config, step, *rest)
 
-    monkeypatch.setattr(sys.modules["longnet_dist.training.trainer"], "measures", remove)
-    with warnings.catch_warnings(record=True) as said:
+    monkeypatch.setattr(sys.modules["longnet_dist.training.trainer"], "step_metrics", remove)
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert longnet_dist.train(config).step == 6
-    said = [str(w.message) for w in said if "traces of ranks that hang may be missing" in str(w.message)]
-    assert len(said) == replaced
+    messages = [str(w.message) for w in caught if "traces of ranks that hang may be missing" in str(w.message)]
+    assert len(messages) == replaced
     assert (traces / "rank-0.txt").exists() != replaced
 
 
 def _stop_at(step):
-    from longnet_dist.training.measures import measures
+    from longnet_dist.training.measures import step_metrics
 
     def stop(config, now, *rest):
         if now == step:
             raise KeyboardInterrupt
-        return measures(config, now, *rest)
+        return step_metrics(config, now, *rest)
 
     return stop
 
@@ -234,16 +235,26 @@ def test_eval_export_and_report_of_a_run(config, tmp_path, capsys):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_eval_by_position_adds_up_to_the_validation(config):
     from longnet_dist.inference.evaluate import bits_by_position
-    from longnet_dist.training.job import corpus_of
+    from longnet_dist.training.job import load_corpus
 
     result = longnet_dist.train(config)
-    held_out = corpus_of(config).validation
+    held_out = load_corpus(config).validation
     (whole,) = bits_by_position(load_model(config.run_folder), held_out, 128, 2, ())
     assert whole[:2] == (0, 128)
     assert whole[2] == pytest.approx(result.validation_bits_per_byte, rel=1e-5)
 
 
-def test_weights_of_another_model_are_refused(tmp_path):
+def test_options_of_an_older_run_are_read(tmp_path):
+    """One option had another name then, and one did not exist."""
+    saved = json.loads(json.dumps(dataclasses.asdict(TrainConfig(seq_len=99, max_skipped_steps=7)), default=str))
+    del saved["io_timeout"]
+    saved["most_skipped"] = saved.pop("max_skipped_steps")
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    config = read_config(tmp_path)
+    assert (config.seq_len, config.max_skipped_steps, config.io_timeout) == (99, 5, 3600.0)
+
+
+def test_weights_of_another_model_raise(tmp_path):
     from longnet_dist import LongNet
 
     TINY.build().save_pretrained(tmp_path)
@@ -279,7 +290,7 @@ def test_operations_of_a_step_are_counted():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(config, capsys):
+def test_another_model_does_not_resume_and_changed_options_are_printed(config, capsys):
     longnet_dist.train(dataclasses.replace(config, steps=2))
     written = (config.run_folder / "config.json").read_text()
     other = dataclasses.replace(TINY, num_layers=2)
@@ -292,7 +303,7 @@ def test_another_model_does_not_go_on_from_it_and_changed_options_are_said(confi
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_weights_and_biases(config, monkeypatch):
-    """The package itself, offline."""
+    """With the real package, offline."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -304,7 +315,7 @@ def test_weights_and_biases(config, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
-    """Tokenised by the command with a real tokenizer; a vocabulary that is too small is said before any step."""
+    """The folder is made by the command with a real tokenizer; too small a vocabulary raises before any step."""
     from tokenizers import ByteLevelBPETokenizer
 
     text = (tmp_path / "text" / "0.txt").read_text()
@@ -335,7 +346,7 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     assert result.validation_bits_per_byte < 8.1 * ratio
 
 
-def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
+def test_report_in_html_and_of_a_run_that_was_interrupted(tmp_path, capsys):
     lines = [{"step": n, "tokens": 10 * n, "loss": 5.0 / n, "tokens_per_second": 3.0} for n in (1, 2)]
     (tmp_path / "run<1>").mkdir()
     path = tmp_path / "run<1>" / "metrics.jsonl"
@@ -353,26 +364,26 @@ def test_report_in_html_and_of_runs_that_were_cut_off(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_launcher_hears_of_checkpoints_and_can_ask_for_one(config, monkeypatch, asynchronous):
-    """A machine that is about to go: a checkpoint at once, beside those of every third step."""
+def test_a_launcher_receives_checkpoints_and_can_ask_for_one(config, monkeypatch, asynchronous):
+    """If a machine is about to leave, there is a checkpoint at once, in addition to every third step's."""
 
     class Session:
         def __init__(self):
-            self.asked, self.heard = 0, []
+            self.num_asked, self.reports = 0, []
 
-        def leaving(self):
-            self.asked += 1
-            return self.asked == 2
+        def is_machine_leaving(self):
+            self.num_asked += 1
+            return self.num_asked == 2
 
-        def checkpointed(self, path, measured):
+        def report_checkpoint(self, path, metrics):
             assert (path / "manifest.json").exists()
-            self.heard.append((path.name, measured["step"]))
+            self.reports.append((path.name, metrics["step"]))
 
     monkeypatch.setattr(sys.modules["longnet_dist.training.trainer"], "ASK_SECONDS", 0.0)
     session, every = Session(), {"checkpoint_every": 3, "steps": 7, "keep_checkpoints": 9}
     longnet_dist.train(dataclasses.replace(config, async_checkpoints=asynchronous, **every), session)
     written = sorted(path.name for path in (config.run_folder / "checkpoints").iterdir())
     assert written == [f"step-{step:08d}" for step in (2, 3, 6, 7)]
-    assert [name for name, _ in session.heard] == written
-    seen_at = [3, 6, 7, 7] if asynchronous else [2, 3, 6, 7]
-    assert [step for _, step in session.heard] == seen_at
+    assert [name for name, _ in session.reports] == written
+    reported_at = [3, 6, 7, 7] if asynchronous else [2, 3, 6, 7]
+    assert [step for _, step in session.reports] == reported_at

@@ -12,11 +12,11 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from longnet_dist.checkpoints.storage import in_store, place
+from longnet_dist.checkpoints.storage import in_store, storage_path
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.integrations.ray.crew import connect
 from longnet_dist.training.config import RayConfig, TrainConfig
-from longnet_dist.training.job import figures_of, held, warn_of_no_checkpoint
+from longnet_dist.training.job import local_run_files, lock_run_folder, warn_if_no_checkpoints
 from longnet_dist.training.parallel import ParallelConfig
 from longnet_dist.training.trainer import TrainResult, train
 
@@ -54,11 +54,11 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         arrangement(config, count)
     config = _with_absolute_paths(config)
     assert config.run_folder is not None
-    folder = place(config.run_folder)
-    with held(figures_of(folder, config, first=True).folder):
+    folder = storage_path(config.run_folder)
+    with lock_run_folder(local_run_files(folder, config, upload=True).folder):
         # Ray's list of an earlier start's checkpoints. Ray refuses to start if our retention has removed one.
         (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
-    warn_of_no_checkpoint(config)
+    warn_if_no_checkpoints(config)
     connect(dashboard=True)
     try:
         result = _trainer(config, folder, ranks, options).fit().return_value
@@ -175,10 +175,10 @@ class _Session:
     def __init__(self) -> None:
         self._last_notice: Any = None
 
-    def checkpointed(self, path: Path, measured: dict[str, float]) -> None:
+    def report_checkpoint(self, path: Path, metrics: dict[str, float]) -> None:
         """Register with Ray a checkpoint that is already in the run's folder; nothing is uploaded."""
         ray.train.report(
-            measured,
+            metrics,
             # With Ray's own client: Ray takes a path in any other, even of the same store, for another place.
             checkpoint=Checkpoint(
                 _ray_path(path),
@@ -187,7 +187,7 @@ class _Session:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    def leaving(self) -> bool:
+    def is_machine_leaving(self) -> bool:
         """Return whether there is a new notice that a node will be preempted."""
         notice = ray.train.get_preemption_info()
         new = notice is not None and notice != self._last_notice
