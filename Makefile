@@ -55,6 +55,7 @@ lint: install
 # Measure alone: anything else on the machine shows.
 bench: install
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/attention.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/ranks.py
 
 # The documentation site, into site/.

@@ -1,60 +1,62 @@
-"""Time and peak memory of dilated attention beside its floor, dense attention, and a peer, in one run.
+"""Compare the time and peak memory of dilated attention with its floor, dense attention and a peer, in one run.
 
-    python benchmarks/attention.py [--seq-len 16384] [--rounds 7]
+    OMP_NUM_THREADS=2 python benchmarks/attention.py [--seq-len 16384] [--rounds 7]
 
-The floor is the best possible: the same flash kernel on blocks that are already contiguous, of the
-shapes that the pattern's branches have, and nothing else: no gathering of rows, no merging.
-Contestants take turns, round by round, so that a noisy machine is noisy for all; ratios are of
-medians. Before any figure, the result is compared with the floor's own blocks' oracle.
+The floor is the least time possible: the same flash kernel on blocks that are already contiguous, with the shapes of
+the pattern's branches. Nothing gathers rows, and nothing merges results. Ratios are of medians. Before anything is
+measured, a result is compared with the float64 oracle.
 """
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import math
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import tyro
+from measure import dtype_name, machine, median_seconds, peak_mib
 
 from longnet_dist import Pattern, dense_reference, dilated_attention
 from longnet_dist.attention.kernels import torch_flash
 
 Contestant = Callable[[bool], None]
-"""Runs once; with True also the backward."""
+"""Runs the forward once; with True also the backward."""
 
 
 @dataclass
 class Options:
+    """The sizes to measure."""
+
     seq_len: int = 16384
+    """Tokens, N."""
     heads: int = 8
+    """Query heads, and as many key/value heads."""
     head_dim: int = 64
+    """Dimensions per head."""
     rounds: int = 7
+    """Measured runs of each contestant."""
     causal: bool = True
-    pattern_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    pattern_rates: tuple[int, ...] = (1, 2, 4, 8)
+    """Whether a query sees only keys at or before it."""
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    """Segment length of each branch, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 8)
+    """Dilation rate of each branch."""
 
 
 def main(options: Options) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pattern = Pattern(options.pattern_lengths, options.pattern_rates)
+    pattern = Pattern(options.segment_lengths, options.dilation_rates)
     verify(device)
-    where = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    )
     print(
-        f"torch {torch.__version__}, {where}; {options.heads} heads of {options.head_dim}, pattern {pattern}, ", end=""
+        f"{machine(device)}; {options.heads} heads of {options.head_dim}, pattern {pattern}, N = {options.seq_len}, "
+        f"{'causal' if options.causal else 'not causal'}, {options.rounds} rounds\n"
     )
-    print(f"N = {options.seq_len}, {'causal' if options.causal else 'not causal'}, {options.rounds} rounds\n")
-    print("| dtype | pass | contestant | median s | x floor | peak MiB above inputs | kept for backward MiB |")
+    print("| dtype | pass | contestant | median s | x floor | peak MiB above inputs | saved for backward MiB |")
     print("|---|---|---|---:|---:|---:|---:|")
+    peer: Contestant | str = ""
     for dtype in (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16, torch.float16):
         contestants = {
             "longnet_dist": ours(options, pattern, dtype, device),
@@ -65,30 +67,24 @@ def main(options: Options) -> None:
         if not isinstance(peer, str):
             contestants["dilated-attention-pytorch"] = peer
         for backward in (False, True):
-            table(contestants, dtype, backward, options.rounds, device)
+            print_rows(contestants, dtype, backward, options.rounds, device)
     if isinstance(peer, str):
         print(f"\ndilated-attention-pytorch: {peer}")
 
 
-def table(contestants: dict[str, Contestant], dtype: torch.dtype, backward: bool, rounds: int, device: str) -> None:
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    peaks = {
-        name: peak_mib(lambda run=run: run(backward), device) for name, run in contestants.items()
-    }  # Warms up too.
-    for turn in range(rounds):
-        for name in sorted(contestants, reverse=turn % 2 == 1):
-            began = time.perf_counter()
-            contestants[name](backward)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    base = statistics.median(seconds["floor"])
-    for name, measured in seconds.items():
-        kept = f"{kept_mib(contestants[name]):.0f}" if backward and name == "longnet_dist" else ""
-        median = statistics.median(measured)
-        label = "forward + backward" if backward else "forward"
-        row = f"| {dtype} | {label} | {name} | {median:.3f} | {median / base:.2f} | {peaks[name]:.0f} | {kept} |"
-        print(row.replace("torch.", ""), flush=True)
+def print_rows(
+    contestants: dict[str, Contestant], dtype: torch.dtype, backward: bool, rounds: int, device: str
+) -> None:
+    """Measure the contestants, and print a table's row for each."""
+    runs = {name: partial(contestant, backward) for name, contestant in contestants.items()}
+    peaks = {name: peak_mib(run, device) for name, run in runs.items()}  # The first runs are also the warmup.
+    medians = median_seconds(runs, rounds, device)
+    label = "forward + backward" if backward else "forward"
+    for name, seconds in medians.items():
+        saved = f"{saved_mib(contestants[name]):.0f}" if backward and name == "longnet_dist" else ""
+        ratio = seconds / medians["floor"]
+        cells = [dtype_name(dtype), label, name, f"{seconds:.3f}", f"{ratio:.2f}", f"{peaks[name]:.0f}", saved]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def ours(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -> Contestant:
@@ -106,26 +102,26 @@ def ours(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) ->
 
 
 def floor(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -> Contestant:
-    """The branches' blocks, each contiguous: (segments x phases, kept rows, heads of a phase, D)."""
+    """Attend on the blocks of each branch, made contiguous: (segments x phases, kept rows, heads per phase, D)."""
     blocks = []
     for branch in pattern.branches:
         w, r = min(branch.segment_length, options.seq_len), branch.dilation_rate
-        phases = min(r, options.heads)  # Of a rate above the number of heads, the other phases have no head.
+        phases = min(r, options.heads)
         shape = (options.seq_len // w * phases, w // r, options.heads // phases, options.head_dim)
         blocks.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(4)])
-    given = {"causal": options.causal, "scale": 1 / math.sqrt(options.head_dim)}
+    scale = 1 / math.sqrt(options.head_dim)
 
     def run(backward: bool) -> None:
         for q, k, v, dout in blocks:
-            out, lse = torch_flash.forward(q, k, v, **given)
+            out, lse = torch_flash.forward(q, k, v, causal=options.causal, scale=scale)
             if backward:
-                torch_flash.backward(dout, q, k, v, out, lse, **given)
+                torch_flash.backward(dout, q, k, v, out, lse, causal=options.causal, scale=scale)
 
     return run
 
 
 def dense(options: Options, dtype: torch.dtype, device: str) -> Contestant:
-    """torch's own attention over the whole sequence."""
+    """Attend over the whole sequence, by torch's own attention."""
     shape = (1, options.heads, options.seq_len, options.head_dim)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
 
@@ -139,11 +135,11 @@ def dense(options: Options, dtype: torch.dtype, device: str) -> Contestant:
 
 
 def dilated_attention_pytorch(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -> Contestant | str:
-    """fkodom's package, or why it is not here. It gives each branch its own heads, so it does less work."""
+    """Attend by fkodom's package, or return why it cannot. It computes less: each branch has heads of its own."""
     try:
         package = importlib.import_module("dilated_attention_pytorch.dilated_attention")
     except ImportError as error:
-        return f"not measured: it does not import here ({error}); it needs xformers < 0.0.22, which needs torch 2.0"
+        return f"not measured, as it cannot be imported ({error}); it needs xformers < 0.0.22, which needs torch 2.0"
     layer = package.DilatedAttention(list(pattern.segment_lengths), list(pattern.dilation_rates))
     shape = (1, options.seq_len, options.heads, options.head_dim)
     q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for _ in range(3))
@@ -158,7 +154,7 @@ def dilated_attention_pytorch(options: Options, pattern: Pattern, dtype: torch.d
 
 
 def verify(device: str) -> None:
-    """No figure on a wrong answer."""
+    """Compare a result with the oracle: a wrong answer is not worth measuring."""
     pattern = Pattern((64, 128, 256), (1, 2, 4))
     q, k, v = torch.randn(3, 1, 512, 8, 64, dtype=torch.float64, device=device).unbind()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -168,39 +164,18 @@ def verify(device: str) -> None:
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=tolerance)
 
 
-def peak_mib(run: Callable[[], None], device: str) -> float:
-    """The most memory held at once, above what was held before."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    run()  # Threads' stacks and the kernels' scratch memory are not this call's.
-    ctypes.CDLL(None).malloc_trim(0)  # Nor is what earlier calls freed and the allocator kept.
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = _status_kib("VmRSS")
-    run()
-    return (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(name: str) -> int:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(name))
-
-
-def kept_mib(run: Contestant) -> float:
-    """What autograd keeps between forward and backward, each storage once."""
-    kept: dict[int, int] = {}
+def saved_mib(run: Contestant) -> float:
+    """Measure what autograd saves between forward and backward, in MiB; each storage counts once."""
+    sizes: dict[int, int] = {}
 
     def pack(x: torch.Tensor) -> torch.Tensor:
-        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run(True)
-    return sum(kept.values()) / 2**20
+    return sum(sizes.values()) / 2**20
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))

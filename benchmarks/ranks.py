@@ -1,4 +1,4 @@
-"""Two ranks of one thread beside one process of two threads, on the same sequence, in one run.
+"""Compare two ranks of one thread each with one process of two threads, on the same sequence, in one run.
 
     python benchmarks/ranks.py [--seq-len 16384] [--rounds 7]
 
@@ -8,85 +8,101 @@ All processes live throughout and take turns; those that wait are blocked, not s
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 import tempfile
-import time
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
 import tyro
+from measure import dtype_name, median_seconds
 
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 
 
 @dataclass
 class Options:
+    """The sizes to measure."""
+
     seq_len: int = 16384
+    """Tokens, N."""
     heads: int = 8
+    """Query heads, and as many key/value heads."""
     head_dim: int = 64
+    """Dimensions per head."""
     rounds: int = 7
+    """Measured runs of each side."""
     causal: bool = True
+    """Whether a query sees only keys at or before it."""
     ranks: int = 2
-    pattern_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
-    pattern_rates: tuple[int, ...] = (1, 2, 4, 8)
+    """Number of ranks, and of threads of the single process."""
+    segment_lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
+    """Segment length of each branch, in tokens."""
+    dilation_rates: tuple[int, ...] = (1, 2, 4, 8)
+    """Dilation rate of each branch."""
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern(self.segment_lengths, self.dilation_rates)
 
 
-def work(rank: int, ranks: int, threads: int, store: str, pipe: Connection, options: Options) -> None:
-    """Run forward and backward once for each dtype that is asked for."""
+def serve(rank: int, ranks: int, threads: int, store: str, pipe: Connection, options: Options) -> None:
+    """Run forward and backward once for each dtype that the pipe delivers, until it delivers None."""
     torch.set_num_threads(threads)
     group = None
     if ranks > 1:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
         group = dist.group.WORLD
-    pattern = Pattern(options.pattern_lengths, options.pattern_rates)
-    mesh = SequenceMesh(group, pattern, options.seq_len)
+    mesh = SequenceMesh(group, options.pattern, options.seq_len)
     while (dtype := pipe.recv()) is not None:
         shape = (1, mesh.shard.num_rows, options.heads, options.head_dim)
         q, k, v, dout = (torch.randn(shape, dtype=dtype).requires_grad_(i < 3) for i in range(4))
-        out = dilated_attention(q, k, v, pattern, causal=options.causal, mesh=mesh)
+        out = dilated_attention(q, k, v, options.pattern, causal=options.causal, mesh=mesh)
         torch.autograd.grad(out, (q, k, v), dout)
         pipe.send("done")
 
 
-def main(options: Options) -> None:
+def start_processes(ranks: int, threads: int, store: str, options: Options) -> list[Connection]:
+    """Start one process per rank, and return a pipe to each."""
     context = multiprocessing.get_context("spawn")
+    pipes = []
+    for rank in range(ranks):
+        ours, theirs = context.Pipe()
+        context.Process(target=serve, args=(rank, ranks, threads, store, theirs, options), daemon=True).start()
+        pipes.append(ours)
+    return pipes
+
+
+def run_once(pipes: list[Connection], dtype: torch.dtype) -> None:
+    """Let all processes of one side run at once, and wait for them."""
+    for pipe in pipes:
+        pipe.send(dtype)
+    for pipe in pipes:
+        pipe.recv()
+
+
+def main(options: Options) -> None:
     store = f"{tempfile.mkdtemp()}/store"
-    teams: dict[str, list[Connection]] = {}
-    for name, ranks, threads in (("one process", 1, options.ranks), ("ranks", options.ranks, 1)):
-        teams[name] = []
-        for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            context.Process(target=work, args=(rank, ranks, threads, store, theirs, options), daemon=True).start()
-            teams[name].append(ours)
-
-    def turn(name: str, dtype: torch.dtype) -> float:
-        began = time.perf_counter()
-        for pipe in teams[name]:
-            pipe.send(dtype)
-        for pipe in teams[name]:
-            pipe.recv()
-        return time.perf_counter() - began
-
-    pattern = Pattern(options.pattern_lengths, options.pattern_rates)
-    print(f"torch {torch.__version__}, N = {options.seq_len}, pattern {pattern}, forward + backward, ", end="")
-    print(f"{options.rounds} rounds\n")
+    sides = {
+        "process": start_processes(1, options.ranks, store, options),
+        "ranks": start_processes(options.ranks, 1, store, options),
+    }
+    print(f"torch {torch.__version__}, N = {options.seq_len}, pattern {options.pattern}, ", end="")
+    print(f"forward + backward, {options.rounds} rounds\n")
     print(f"| dtype | one process, {options.ranks} threads, s | {options.ranks} ranks, one each, s | speed of ranks |")
     print("|---|---:|---:|---:|")
     for dtype in (torch.float32, torch.bfloat16):
-        for name in teams:
-            turn(name, dtype)
-        seconds = {name: [] for name in teams}
-        for _ in range(options.rounds):
-            for name in teams:
-                seconds[name].append(turn(name, dtype))
-        one, ranks = (statistics.median(seconds[name]) for name in teams)
-        print(f"| {str(dtype).removeprefix('torch.')} | {one:.3f} | {ranks:.3f} | {one / ranks:.2f} |", flush=True)
-    for pipes in teams.values():
+        runs = {name: partial(run_once, pipes, dtype) for name, pipes in sides.items()}
+        for warm_up in runs.values():
+            warm_up()
+        medians = median_seconds(runs, options.rounds)
+        process, ranks = medians["process"], medians["ranks"]
+        print(f"| {dtype_name(dtype)} | {process:.3f} | {ranks:.3f} | {process / ranks:.2f} |", flush=True)
+    for pipes in sides.values():
         for pipe in pipes:
             pipe.send(None)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    main(tyro.cli(Options, description=__doc__))
