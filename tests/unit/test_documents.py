@@ -1,16 +1,22 @@
-"""A failure here means: a document shows code that does not run, or has a broken link or an outdated list."""
+"""A failure here means: a document shows code that does not run, or names a file that does not exist, or misses one."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "longnet_dist"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS_WITH_CODE = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "integrations"))
+
+SUFFIXES = "py|sh|sbatch|yaml|toml|md"
+OF_A_RUN = ("runs/", "traces/", "site/")
+"""Folders that documents name, and that are made by running something."""
 
 
 @pytest.mark.filterwarnings("ignore")  # Those of the frameworks, when they are imported.
@@ -21,21 +27,31 @@ def test_code_blocks_run(block, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_links_and_named_tests_exist(document):
+def test_links_and_paths_exist(document):
     text = document.read_text()
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert (document.parent / link).exists(), link
-    for file in re.findall(r"`((?:tests|examples)/[\w/]+\.py)`", text):
-        assert (ROOT / file).exists(), file
+    for path in re.findall(rf"`([\w./-]+\.(?:{SUFFIXES})|(?:[\w-]+/)+)`", text):
+        if path not in OF_A_RUN:
+            assert any((folder / path).exists() for folder in (ROOT, PACKAGE, ROOT / "launchers")), path
 
 
-def test_every_module_is_in_the_readmes_table():
-    modules = {p.name for p in (ROOT / "longnet_dist").glob("*.py") if not p.name.startswith("__")}
-    assert not [m for m in modules if f"`{m}`" not in README]
+def test_the_readme_lists_every_folder_and_module_of_the_package_and_no_other():
+    section = README.split("## How to read the code")[1].split("\n## ")[0]
+    listed = re.findall(r"`([\w./]+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
+    folders = [f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")]
+    modules = [path.name for path in PACKAGE.glob("*.py") if not path.name.startswith("__")]
+    assert sorted(listed) == sorted(folders + modules)
 
 
-def test_every_dependency_is_in_the_readmes_table():
-    project = (ROOT / "pyproject.toml").read_text()
-    listed = re.findall(r'"([\w-]+)>=', project.split("dependencies = [")[1].split("]")[0])
-    assert listed
-    assert not [name for name in listed if f"\n| {name}" not in README]
+def test_lines_of_the_readme_have_at_most_100_characters():
+    assert not [line for line in README.splitlines() if len(line) > 100]
+
+
+def test_every_dependency_and_extra_is_in_a_table_of_the_readme():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = [re.match(r"[\w-]+", dependency)[0] for dependency in project["dependencies"]]
+    assert dependencies
+    assert not [name for name in dependencies if f"\n| {name} " not in README]
+    rows = "".join(re.findall(r"^\|(.*?)\|", README.split("\n## Dependencies")[1], re.MULTILINE))
+    assert not [name for name in project["optional-dependencies"] if f"`{name}`" not in rows]
