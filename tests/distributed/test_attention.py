@@ -1,4 +1,4 @@
-"""A failure here means: ranks together do not compute what one process does."""
+"""A failure here means: the ranks together do not compute what one process does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 from longnet_dist.distributed import collectives
-from tests.drawn import Case, cases
+from tests.cases import Case, cases
 from tests.pool import WORLDS
 
 ALIGNED = Pattern((8, 16, 64), (1, 2, 4))
@@ -24,36 +24,37 @@ UNALIGNED = Pattern((8, 24, 56), (1, 5, 3))
 def distributed(
     group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, **mesh_options
 ) -> list[Tensor]:
-    """out and the gradients of every input, by the ranks of `group`, joined on each."""
+    """Return the output and the gradient of every input, computed by the ranks of `group` and joined on each."""
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
     inputs = case.tensors(dtype)
     local = {name: mesh.split(x) if name in ("q", "k", "v") else x for name, x in inputs.items()}
     out = mesh.join(dilated_attention(**case.arguments(local), mesh=mesh))
     grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype)))
-    if case.biased:  # As any parameter's: each rank has its queries' part.
+    if case.biased:  # As for any parameter, each rank has the part of its own queries.
         grads[3] = mesh.sum(grads[3])
     return [out.detach(), *grads]
 
 
-def worst(group, case: Case, dtype: torch.dtype = torch.float64, **mesh_options) -> list[float]:
-    """How far `distributed` is from the oracle, NaN included."""
+def largest_errors(group, case: Case, dtype: torch.dtype = torch.float64, **mesh_options) -> list[float]:
+    """Return the largest difference of each result from the oracle's; NaN counts as infinity."""
     exact = case.oracle(dtype) if dtype == torch.float64 else case.oracle()
     pairs = zip(distributed(group, case, dtype, **mesh_options), exact, strict=True)
     return [
-        (mine.double() - right).abs().nan_to_num(torch.inf).max().item() if right.numel() else 0
-        for mine, right in pairs
+        (actual.double() - expected).abs().nan_to_num(torch.inf).max().item() if expected.numel() else 0
+        for actual, expected in pairs
     ]
 
 
-def check(group, drawn, dtype=torch.float64):
-    """Every drawn case on this rank, to 1e-12."""
-    for case, mesh_options in drawn:
-        errors = worst(group, case, dtype, **mesh_options)
+def check(group, cases_and_options, dtype=torch.float64):
+    """Check that every case equals the oracle's on this rank, within 1e-12."""
+    for case, mesh_options in cases_and_options:
+        errors = largest_errors(group, case, dtype, **mesh_options)
         assert max(errors) <= 1e-12, (case, mesh_options, errors)
 
 
 @st.composite
-def drawn(draw, world: int):
+def cases_and_options(draw, world: int):
+    """Draw a case, half of the time of one of the fixed patterns, and options of its mesh."""
     case = draw(cases(longest=60))
     if draw(st.booleans()):
         case = dataclasses.replace(case, pattern=draw(st.sampled_from([ALIGNED, UNALIGNED])))
@@ -62,36 +63,36 @@ def drawn(draw, world: int):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_drawn_cases_are_the_oracles(pool, world):
-    """Any pattern, N, chunk; even, uneven and empty ranks."""
-    found = []
+def test_drawn_cases_equal_the_oracle(pool, world):
+    """With any pattern, N and chunk, and even, uneven and empty ranks."""
+    examples = []
 
     @settings(
         max_examples=60, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(drawn(world))
-    def collect(one):
-        found.append(one)
+    @given(cases_and_options(world))
+    def collect(example):
+        examples.append(example)
 
     collect()
-    pool.run(world, check, found)
+    pool.run(world, check, examples)
 
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("pattern", [ALIGNED, UNALIGNED])
 @pytest.mark.parametrize("num_tokens", [128, 125, 65, 5])
-def test_even_and_uneven_lengths(pool, world, pattern, num_tokens):
-    drawn = [
+def test_even_and_uneven_lengths_equal_the_oracle(pool, world, pattern, num_tokens):
+    examples = [
         (Case(pattern, N=num_tokens, H=4, G=2, B=2, D=8, causal=causal), {"keep_kv": keep})
         for causal in (True, False)
         for keep in (True, False)
     ]
-    pool.run(world, check, drawn)
+    pool.run(world, check, examples)
 
 
-def without_gather(group, case):
-    """The largest error where the gather brings each rank its own rows in place of the others'."""
+def errors_with_and_without_gather(group, case):
+    """Return the largest error as it is, and where the gather gives a rank its own rows instead of the others'."""
 
     def own_rows(self, x, what):
         return collectives.Pending(self, what, x.expand(self.size, *x.shape).contiguous())
@@ -100,49 +101,49 @@ def without_gather(group, case):
     mesh = SequenceMesh(group, case.pattern, case.N)
     inputs = {name: x.detach() for name, x in case.tensors().items()}
     local = {name: mesh.split(x) for name, x in inputs.items()}
-    exact = mesh.split(case.oracle()[0].detach())
-    right = dilated_attention(**case.arguments(local), mesh=mesh)
+    expected = mesh.split(case.oracle()[0].detach())
+    gathered = dilated_attention(**case.arguments(local), mesh=mesh)
     collectives.Communicator.all_gather = own_rows
     try:
-        wrong = dilated_attention(**case.arguments(local), mesh=mesh)
+        not_gathered = dilated_attention(**case.arguments(local), mesh=mesh)
     finally:
         collectives.Communicator.all_gather = original
-    return (right - exact).abs().max().item(), (wrong - exact).abs().max().item()
+    return tuple((out - expected).abs().max().item() for out in (gathered, not_gathered))
 
 
-def test_the_gather_matters(pool):
-    """These tests can fail: without the others' rows the answer is another."""
+def test_the_result_depends_on_the_gather(pool):
+    """Without the other ranks' rows the result is wrong, so the tests of this module can fail."""
     case = Case(ALIGNED, N=128, H=4, G=4, B=1, D=8, causal=False)
-    for right, wrong in pool.run(4, without_gather, case):
-        assert right <= 1e-12
-        assert wrong > 1e-2
+    for gathered, not_gathered in pool.run(4, errors_with_and_without_gather, case):
+        assert gathered <= 1e-12
+        assert not_gathered > 1e-2
 
 
-def poisoned(group, case):
+def errors_with_poisoned_memory(group, case):
     torch.use_deterministic_algorithms(True)  # Fills every torch.empty with NaN.
     try:
-        return worst(group, case)
+        return largest_errors(group, case)
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("pattern", [ALIGNED, UNALIGNED])
-def test_uninitialised_memory_changes_nothing(pool, pattern):
-    for errors in pool.run(4, poisoned, Case(pattern, N=125, H=3, G=3, B=1, D=8, causal=True)):
+def test_uninitialized_memory_does_not_change_results(pool, pattern):
+    for errors in pool.run(4, errors_with_poisoned_memory, Case(pattern, N=125, H=3, G=3, B=1, D=8, causal=True)):
         assert max(errors) <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_error_does_not_grow_with_ranks(pool, dtype):
-    """Gradients are summed in float32: eight ranks are at most twice as far off as one."""
+    """Gradients are summed in float32, so the error of eight ranks is at most twice that of one."""
     case = Case(ALIGNED, N=128, H=4, G=2, B=1, D=8, causal=True)
-    one, eight = (pool.run(world, worst, case, dtype)[0] for world in (1, 8))
+    one, eight = (pool.run(world, largest_errors, case, dtype)[0] for world in (1, 8))
     rounding = torch.finfo(dtype).eps
-    for alone, together in zip(one, eight, strict=True):
-        assert together <= 2 * alone + 4 * rounding
+    for error_of_one, error_of_eight in zip(one, eight, strict=True):
+        assert error_of_eight <= 2 * error_of_one + 4 * rounding
 
 
-def compiled(group, case):
+def compare_compiled_with_eager(group, case):
     mesh = SequenceMesh(group, case.pattern, case.N)
     results = []
     for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
@@ -150,9 +151,9 @@ def compiled(group, case):
         call = wrap(lambda q, k, v: dilated_attention(**case.arguments({"q": q, "k": k, "v": v}), mesh=mesh))
         out = call(*inputs.values())
         results.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
-    for mine, right in zip(*results, strict=True):
-        assert_close(mine, right, rtol=0, atol=1e-13)
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, rtol=0, atol=1e-13)
 
 
 def test_compiles_over_a_mesh(pool):
-    pool.run(2, compiled, Case(ALIGNED, N=64, H=4, G=4, B=1, D=8, causal=True), limit=200)
+    pool.run(2, compare_compiled_with_eager, Case(ALIGNED, N=64, H=4, G=4, B=1, D=8, causal=True), limit=200)

@@ -1,4 +1,4 @@
-"""A failure here means: scores or embeddings of a document depend on the number of ranks, or are not the model's."""
+"""A failure here means: scores or embeddings of a document depend on the number of ranks, or are wrong on one."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""A failure here means: a sequence is split wrongly, meshes disturb each other, or disagreeing ranks hang."""
+"""A failure here means: a sequence is split wrongly, meshes disturb each other, or ranks do not equal one process."""
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
-import re
-import time
+import pickle
+import warnings
 from datetime import timedelta
 
 import pytest
@@ -30,6 +32,7 @@ PATTERN = Pattern((8, 16, 64), (1, 2, 4))
 
 
 def split_and_join(group, num_tokens):
+    """Check split, join and their gradients, and return the range of this rank's rows."""
     mesh = SequenceMesh(group, PATTERN, num_tokens)
     x = torch.arange(num_tokens * 6.0, dtype=torch.float64).view(2, num_tokens, 3).requires_grad_()
     local = mesh.split(x)
@@ -64,7 +67,7 @@ def test_one_process_needs_no_group():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"pattern": (8, 1)}, "must be a longnet_dist.Pattern"),
         ({"seq_len": -1}, "it must be the global number of tokens"),
@@ -73,13 +76,64 @@ def test_one_process_needs_no_group():
         ({"group": "world"}, "must be a ProcessGroup"),
     ],
 )
-def test_bad_arguments(given, said):
-    with pytest.raises(ValueError, match=said):
-        SequenceMesh(**({"group": None, "pattern": PATTERN, "seq_len": 100} | given))
+def test_bad_arguments_raise_errors_that_name_the_rule(options, message):
+    with pytest.raises(ValueError, match=message):
+        SequenceMesh(**({"group": None, "pattern": PATTERN, "seq_len": 100} | options))
 
 
-def loss_of_chunks(group, num_tokens):
-    """Loss, and the sum over ranks of a parameter's gradient, of uneven and empty chunks, some labels ignored."""
+def compare_derivatives(group, keep_kv):
+    """Compare torch.func's derivatives of split, attention and join, and second derivatives of split and join."""
+    mesh = SequenceMesh(group, PATTERN, 61, keep_kv=keep_kv)
+    x = torch.randn(1, 61, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def loss_of_sequence(x):
+        local = mesh.split(x)
+        return mesh.join(dilated_attention(local, local, local, PATTERN, mesh=mesh)).square().sum()
+
+    expected = torch.func.grad(lambda x: dense_reference(x, x, x, PATTERN).square().sum())(x)
+    assert_close(torch.func.grad(loss_of_sequence)(x), expected, rtol=0, atol=1e-12)
+    local = torch.stack([mesh.split(x), 2 * mesh.split(x)])
+
+    def loss_of_rows(local):
+        return dilated_attention(local, local, local, PATTERN, mesh=mesh).square().sum()
+
+    grads = torch.func.vmap(torch.func.grad(loss_of_rows))(local)
+    assert_close(grads[0], mesh.split(expected), rtol=0, atol=1e-12)
+    assert_close(grads[1], torch.func.grad(loss_of_rows)(local[1]), rtol=0, atol=1e-12)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(mesh.join(mesh.split(x)).pow(3).sum(), x, create_graph=True)
+    assert_close(torch.autograd.grad(grad.sum(), x)[0], 6 * x.detach())
+    for call in (mesh.split, lambda x: mesh.join(mesh.split(x.detach()) * x[:, :1]), mesh.sum, mesh.token_mean):
+        with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Warnings from torch itself.
+            dual = torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match="jvp"):
+                call(dual)
+
+
+@pytest.mark.parametrize(("world", "keep_kv"), [(1, False), (4, False), (4, True)])
+def test_derivatives_pass_through_the_mesh(pool, world, keep_kv):
+    pool.run(world, compare_derivatives, keep_kv)
+
+
+def copy_and_pickle(group):
+    mesh = SequenceMesh(group, PATTERN, 64)
+    holder = torch.nn.Linear(2, 2)
+    holder.mesh = mesh
+    assert copy.copy(mesh) is copy.deepcopy(mesh) is copy.deepcopy(holder).mesh is mesh
+    for save in (pickle.dumps, lambda x: torch.save(x, io.BytesIO())):
+        for value in (mesh, holder):
+            with pytest.raises(TypeError, match=r"cannot be pickled.*state_dict.*construct SequenceMesh"):
+                save(value)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_copies_are_the_same_mesh_and_pickling_raises(pool, world):
+    pool.run(world, copy_and_pickle)
+
+
+def compare_losses(group, num_tokens):
+    """Compare the loss and a parameter's gradient with one process; chunks are uneven, and some labels ignored."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(11, (2, num_tokens), generator=generator)
     labels = next_token_labels(tokens)
@@ -88,23 +142,23 @@ def loss_of_chunks(group, num_tokens):
     results = []
     for mesh in (None, SequenceMesh(group, PATTERN, num_tokens)):
         weight = torch.ones(11, dtype=torch.float64, requires_grad=True)
-        cut = (lambda x: x) if mesh is None else mesh.split
-        loss = token_loss(cut(logits) * weight, cut(labels), mesh)
+        split = (lambda x: x) if mesh is None else mesh.split
+        loss = token_loss(split(logits) * weight, split(labels), mesh)
         (grad,) = torch.autograd.grad(loss, weight)
-        in_parts = linear_token_loss(cut(logits), weight.diag(), cut(labels), mesh)
+        in_parts = linear_token_loss(split(logits), weight.diag(), split(labels), mesh)
         (grad_in_parts,) = torch.autograd.grad(in_parts, weight)
         assert_close((in_parts, grad_in_parts), (loss, grad), rtol=0, atol=1e-12)
         results.append((loss.detach(), grad if mesh is None else mesh.sum(grad)))
-    for mine, right in zip(*results, strict=True):
-        assert_close(mine, right, rtol=0, atol=1e-12)
+    for expected, actual in zip(*results, strict=True):
+        assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("world", "num_tokens"), [(1, 20), (2, 63), (4, 61), (8, 5)])
-def test_loss_weighs_every_token_the_same(pool, world, num_tokens):
-    pool.run(world, loss_of_chunks, num_tokens)
+def test_the_loss_weighs_every_token_equally(pool, world, num_tokens):
+    pool.run(world, compare_losses, num_tokens)
 
 
-def test_a_masked_value_weighs_nothing_and_may_be_nan():
+def test_masked_values_have_no_weight_and_may_be_nan():
     values = torch.tensor([1.0, torch.nan, 3.0, 5.0], requires_grad=True)
     mean = SequenceMesh(None, PATTERN, 4).token_mean(values, torch.tensor([True, False, True, False]))
     mean.backward()
@@ -112,15 +166,15 @@ def test_a_masked_value_weighs_nothing_and_may_be_nan():
     assert values.grad.tolist() == [0.5, 0, 0.5, 0]
 
 
-def two_meshes(group):
-    """Different patterns on one group, and one mesh a half of the world: data x sequence parallel."""
+def use_three_meshes(group):
+    """Use meshes with different patterns on one group, and a mesh on each half of it: data x sequence parallel."""
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     other = Pattern((16, 32), (2, 4))
     halves = [
         dist.new_group(list(range(h * world // 2, (h + 1) * world // 2)), timeout=timedelta(seconds=30)) for h in (0, 1)
     ]
     mine = halves[rank * 2 // world]
-    # The halves' ranks make another number of groups each, and then make one together.
+    # The two halves make different numbers of groups, and then one group together.
     meshes = [SequenceMesh(mine, PATTERN if rank * 2 < world else other, 60 + rank * 2 // world)]
     meshes += [SequenceMesh(group, PATTERN, 64), SequenceMesh(group, other, 61)]
     q = torch.randn(1, 64, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
@@ -133,10 +187,10 @@ def two_meshes(group):
 
 
 def test_meshes_work_side_by_side(pool):
-    pool.run(8, two_meshes)
+    pool.run(8, use_three_meshes)
 
 
-def from_device_mesh(group):
+def make_from_device_mesh(group):
     from torch.distributed.device_mesh import DeviceMesh
 
     grid = DeviceMesh("cpu", torch.arange(8).view(2, 4), mesh_dim_names=("dp", "sp"))
@@ -146,130 +200,12 @@ def from_device_mesh(group):
     return mesh.rank, mesh.size
 
 
-def test_one_axis_of_a_device_mesh(pool):
-    assert pool.run(8, from_device_mesh) == [(rank % 4, 4) for rank in range(8)]
-
-
-def disagree(group, what):
-    """The error each rank gets, and how long it took."""
-    rank = dist.get_rank(group)
-    odd = rank == 1
-    began = time.monotonic()
-    try:
-        pattern = Pattern((8,), (1,)) if what == "pattern" and odd else PATTERN
-        mesh = SequenceMesh(group, pattern, 65 if what == "seq_len" and odd else 64)
-        shape = [1, mesh.shard.num_rows, 4, 8]
-        dtype = torch.float64 if what == "dtype" and odd else torch.float32
-        if odd and what in ("rows", "batch", "heads"):
-            shape[["batch", "rows", "heads"].index(what)] += 1
-        if odd and what == "dimensions":
-            shape = shape[1:]
-        q = torch.zeros(shape, dtype=dtype)
-        other = Pattern((8, 16, 64), (1, 2, 2)) if what == "call pattern" and odd else PATTERN
-        dilated_attention(q, q, q, other, mesh=mesh, causal=what == "causal" and odd)
-    except ValueError as error:
-        return str(error), time.monotonic() - began
-    return "no error", time.monotonic() - began
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("pattern", "pattern: .* on ranks 0, 2-3, .* on rank 1"),
-        ("seq_len", "seq_len: 64 on ranks 0, 2-3, 65 on rank 1"),
-        ("dtype", "torch.float32 on ranks 0, 2-3, torch.float64 on rank 1"),
-        ("rows", "rank 1: q has 17 rows, and this rank holds 16"),
-        ("batch", r"\[2, 4, 8\] on rank 1"),
-        ("heads", r"\[1, 5, 8\] on rank 1"),
-        ("dimensions", r"rank 1: q is .*; it must be \(B, N, H, D\)"),
-        ("call pattern", "rank 1: the pattern .* is not the mesh's"),
-        ("causal", "causal: False on ranks 0, 2-3, True on rank 1"),
-    ],
-)
-def test_ranks_that_disagree_all_get_the_same_error_at_once(pool, what, said):
-    answers = pool.run(4, disagree, what)
-    assert len({text for text, _ in answers}) == 1
-    assert re.search(said, answers[0][0]), answers[0][0]
-    assert all(seconds < 20 for _, seconds in answers)
-
-
-def disagree_in_the_layer(group, what):
-    """The error each rank gets from the layer or the model, where rank 1 is given something else."""
-    odd = dist.get_rank(group) == 1
-    config = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4))
-    mesh = SequenceMesh(group, config.pattern, 64)
-    rows = mesh.shard.num_rows
-    try:
-        if what.startswith("layer"):
-            layer = DilatedAttention(16, 2, (1, 4), (8, 64), use_rotary=True, causal=True)
-            layer(
-                torch.zeros(1, rows + (odd and what == "layer rows"), 16 + (odd and what == "layer width")), mesh=mesh
-            )
-        elif what.startswith("model"):
-            tokens = torch.zeros(1, rows + (odd and what == "model rows"), dtype=torch.int64)
-            config.build()(tokens[0] if odd and what == "model dimensions" else tokens, mesh=mesh)
-        else:
-            q = torch.zeros(1, rows, 2, 8)
-            for size in (1, 2):  # Every rank has seen both by then.
-                dilated_attention(*[q.expand(size, -1, -1, -1)] * 3, config.pattern, mesh=mesh)
-            given = "none" if odd and what == "call pattern type" else config.pattern
-            q = q.expand(1 + (odd and what == "later batch"), -1, -1, -1)
-            dilated_attention(q, q, q, given, mesh=mesh)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize(
-    ("what", "said"),
-    [
-        ("layer rows", "rank 1: x has 17 rows"),
-        ("layer width", "rank 1: x is .* with d_model = 16"),
-        ("model rows", "rank 1: x has 17 rows"),
-        ("model dimensions", r"rank 1: tokens is \(16,\)"),
-        ("call pattern type", "rank 1: pattern is 'none'"),
-        ("later batch", r"\[1, 2, 8\] on ranks 0, 2-3, \[2, 2, 8\] on rank 1"),
-    ],
-)
-def test_what_one_rank_gets_wrong_every_rank_is_told(pool, what, said):
-    """From the layer, the model, and in a later call too: none of the others waits for a time limit."""
-    answers = pool.run(4, disagree_in_the_layer, what, limit=30)
-    assert len(set(answers)) == 1
-    assert re.search(said, answers[0]), answers[0]
-
-
-def one_rank_stays_away(group):
-    """What the others say when rank 3 does not call."""
-    mesh = SequenceMesh(group, PATTERN, 64, timeout=timedelta(seconds=2))
-    q = torch.zeros(1, mesh.shard.num_rows, 4, 8)
-    dilated_attention(q, q, q, PATTERN, mesh=mesh)
-    if mesh.rank == 3:
-        return "", ""
-    with pytest.raises(RuntimeError) as caught:
-        dilated_attention(q, q, q, PATTERN, mesh=mesh)
-    mesh.agree = lambda *given: None  # As with NCCL, which compares arguments on the first call alone.
-    with pytest.raises(RuntimeError) as later:
-        dilated_attention(q, q, q, PATTERN, mesh=mesh)
-    return str(caught.value), str(later.value)
-
-
-def test_a_missing_rank_is_an_attributed_error_within_the_time_limit():
-    """In a pool of its own: the groups are of no use afterwards."""
-    from tests.pool import Pool
-
-    pool = Pool()
-    try:
-        answers = pool.run(4, one_rank_stays_away, limit=60)
-    finally:
-        pool.close()
-    first, later = answers[2]
-    assert "rank 2 of the sequence failed while comparing the ranks' arguments" in first
-    assert "rank 2 of the sequence failed while gathering the keys and values of branch (w=64, r=4)" in later
-    assert "time limit 2 s" in later
+def test_a_mesh_is_made_from_one_axis_of_a_device_mesh(pool):
+    assert pool.run(8, make_from_device_mesh) == [(rank % 4, 4) for rank in range(8)]
 
 
 def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
-    """Bytes that this rank receives in each collective of a forward and backward, and the formula's."""
+    """Return the bytes that this rank receives in each collective of a step, those of the formula, and its chunk."""
     mesh = SequenceMesh(group, pattern, num_tokens, keep_kv=keep_kv, reduce_dtype=reduce_dtype)
     reduce_size = reduce_dtype.itemsize
     q, k, v = (torch.randn(1, mesh.shard.num_rows, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -277,10 +213,10 @@ def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
     received = []
 
     def counted(collective):
-        def call(output, given, *args, **kwargs):
-            # Both ways, what is a rank's own is not received.
-            received.append(abs(output.numel() - given.numel()) * given.element_size())
-            return collective(output, given, *args, **kwargs)
+        def call(output, x, *args, **kwargs):
+            # In a gather and in its dual, a rank does not receive its own part.
+            received.append(abs(output.numel() - x.numel()) * x.element_size())
+            return collective(output, x, *args, **kwargs)
 
         return call
 
@@ -295,15 +231,15 @@ def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
 
 @pytest.mark.parametrize("keep_kv", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bytes_moved_are_designs_formula(pool, keep_kv, dtype):
-    """And flat: with twice the ranks and twice N, each branch moves the same."""
+def test_bytes_received_follow_the_formula(pool, keep_kv, dtype):
+    """And they are flat: with twice the ranks and twice N, each branch moves as many bytes."""
     by_branch = {}
     for world in (2, 4, 8):
         pattern = Pattern.geometric(world * 16, base=16, growth=2)
         for received, formula, chunk in pool.run(world, count_bytes, pattern, world * 16, keep_kv, dtype, dtype):
             assert sum(received) == sum(formula)
-            collectives_each = 2 if keep_kv else 3
-            assert len(received) == collectives_each * sum(w > chunk for w in pattern.segment_lengths)
+            collectives_per_branch = 2 if keep_kv else 3
+            assert len(received) == collectives_per_branch * sum(w > chunk for w in pattern.segment_lengths)
             factor = 4 if keep_kv else 6
             for branch, count in zip(pattern.branches, formula, strict=True):
                 w, r = branch.segment_length, branch.dilation_rate
@@ -311,15 +247,15 @@ def test_bytes_moved_are_designs_formula(pool, keep_kv, dtype):
                 assert by_branch.setdefault(branch, count) == count
 
 
-def test_bytes_of_bfloat16_at_the_meshs_defaults(pool):
-    """Keys and values twice in bfloat16, their gradients in float32."""
+def test_bytes_received_in_bfloat16_with_default_options(pool):
+    """Keys and values move twice in bfloat16, and their gradients once in float32."""
     pattern = Pattern.geometric(64, base=16, growth=2)
     for received, formula, _ in pool.run(4, count_bytes, pattern, 64, False, torch.bfloat16, torch.float32):
         assert sum(received) == sum(formula) == sum(16 * (w - 16) // r * 4 * 8 for w, r in ((32, 2), (64, 4)))
 
 
-def layer_over_ranks(group, num_tokens, options):
-    """The layer is the same function on any number of ranks, its parameters' gradients summed."""
+def compare_layer(group, num_tokens, options):
+    """Compare the layer over ranks with the layer on one process, the gradients of its parameters included."""
     torch.manual_seed(1)
     layer = DilatedAttention(32, 4, (1, 3), (16, 40), dtype=torch.float64, **options)
     if layer.rel_pos_bias is not None:
@@ -331,8 +267,8 @@ def layer_over_ranks(group, num_tokens, options):
     out = mesh.join(layer(mesh.split(x), mesh=mesh))
     assert_close(out, expected, rtol=0, atol=1e-11)
     grads = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
-    for mine, right in zip(grads, expected_grads, strict=True):
-        assert_close(mesh.sum(mine), right, rtol=0, atol=1e-9)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(mesh.sum(grad), expected_grad, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("world", [2, 4, 8])
@@ -345,10 +281,11 @@ def layer_over_ranks(group, num_tokens, options):
     ],
 )
 def test_positions_and_bias_are_global(pool, world, options):
-    pool.run(world, layer_over_ranks, 100, options)
+    pool.run(world, compare_layer, 100, options)
 
 
-def model_over_ranks(group, checkpointing):
+def compare_model(group, checkpointing):
+    """Compare the model over ranks with the model on one process, the gradients of its parameters included."""
     torch.manual_seed(1)
     config = LongNetConfig(
         d_model=16, num_layers=2, segment_lengths=(8, 32), dilation_rates=(1, 4), activation_checkpointing=checkpointing
@@ -358,13 +295,13 @@ def model_over_ranks(group, checkpointing):
     tokens = torch.randint(257, (1, 90))
     labels = next_token_labels(tokens)
     expected = token_loss(model(tokens), labels)
-    right = torch.autograd.grad(expected, list(model.parameters()))
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     loss = model(mesh.split(tokens), mesh=mesh, labels=mesh.split(labels))
     assert_close(loss, expected, rtol=0, atol=1e-12)
-    for mine, whole in zip(torch.autograd.grad(loss, list(model.parameters())), right, strict=True):
-        assert_close(mesh.sum(mine), whole, rtol=0, atol=1e-11)
+    for grad, expected_grad in zip(torch.autograd.grad(loss, list(model.parameters())), expected_grads, strict=True):
+        assert_close(mesh.sum(grad), expected_grad, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_model_is_the_same_over_ranks(pool, checkpointing):
-    pool.run(4, model_over_ranks, checkpointing)
+def test_the_model_does_not_depend_on_the_number_of_ranks(pool, checkpointing):
+    pool.run(4, compare_model, checkpointing)

@@ -30,7 +30,7 @@ from longnet_dist import (
     token_loss,
 )
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
-from tests.drawn import Case
+from tests.cases import Case
 
 PATTERN = Pattern((8, 24, 64), (1, 3, 5))
 

@@ -1,4 +1,4 @@
-"""A failure here means: batches that differ between ranks pass for the same, or the same for different ones."""
+"""A failure here means: different batches on two ranks pass for equal, or equal batches for different."""
 
 from __future__ import annotations
 

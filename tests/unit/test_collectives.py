@@ -1,4 +1,4 @@
-"""A failure here means: something but collectives.py talks to other ranks, and its errors say nothing."""
+"""A failure here means: a module other than collectives.py calls a collective, whose errors then name no rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import longnet_dist
 COLLECTIVES = r"\bdist\.(all_|reduce|broadcast|gather|scatter|barrier|send|recv|isend|irecv|monitored)"
 
 
-def test_only_one_file_names_collectives():
+def test_only_collectives_py_calls_collectives():
     package = Path(longnet_dist.__file__).parent
-    named = {p.name for p in package.rglob("*.py") if re.search(COLLECTIVES, p.read_text())}
-    assert named == {"collectives.py"}
+    callers = {p.name for p in package.rglob("*.py") if re.search(COLLECTIVES, p.read_text())}
+    assert callers == {"collectives.py"}

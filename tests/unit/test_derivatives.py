@@ -1,4 +1,4 @@
-"""A failure here means: a derivative of dilated attention that it does not have is 0, or one that it has is lost."""
+"""A failure here means: an unsupported derivative of dilated attention is silently 0, or a supported one is wrong."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import Pattern, dense_reference, dilated_attention
-from tests.drawn import Case
+from tests.cases import Case
 
 TINY = Case(Pattern((4, 8), (1, 2)), N=10, H=2, G=1, B=2, D=4, causal=True)
 
 
-def of_queries(function, case=TINY):
-    """`function` of the queries alone, and the queries."""
+def with_fixed_keys(function, case=TINY):
+    """Return `function` as a function of the queries alone, and the queries."""
     fixed = {name: x.detach() for name, x in case.tensors().items()}
     return lambda q: function(**case.arguments(fixed | {"q": q})), fixed["q"]
 
@@ -26,7 +26,7 @@ def dual(function, q):
 
 
 def dual_gradient(function, q):
-    """The forward without a tangent, and its backward with one."""
+    """Run the forward without a tangent, and its backward with one."""
     q = q.clone().requires_grad_()
     out = function(q)
     with torch.autograd.forward_ad.dual_level():
@@ -37,7 +37,7 @@ def jvp(function, q):
     return torch.func.jvp(function, (q,), (torch.ones_like(q),))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is", "ignore:Attempted to insert")  # Of torch's own making.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is", "ignore:Attempted to insert")  # Warnings from torch itself.
 @pytest.mark.parametrize(
     "derivative",
     [
@@ -54,10 +54,10 @@ def jvp(function, q):
         lambda function, q: dual(torch.compile(function, backend="aot_eager"), q),
     ],
 )
-def test_forward_mode_is_refused(derivative):
-    """A zero tangent would be a wrong answer."""
+def test_forward_mode_raises(derivative):
+    """A tangent of zero would be silently wrong."""
     with pytest.raises(ValueError, match=r"forward-mode derivative.*torch\.func\.vjp.*dense_reference"):
-        derivative(*of_queries(dilated_attention))
+        derivative(*with_fixed_keys(dilated_attention))
 
 
 def second_gradient(function, q):
@@ -77,9 +77,9 @@ def second_gradient(function, q):
         ),
     ],
 )
-def test_second_derivatives_are_refused(derivative):
+def test_second_derivatives_raise(derivative):
     with pytest.raises(ValueError, match=r"second derivative.*dense_reference"):
-        derivative(*of_queries(dilated_attention))
+        derivative(*with_fixed_keys(dilated_attention))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +98,13 @@ def test_second_derivatives_are_refused(derivative):
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_reverse_mode_transforms_and_vmap_are_the_oracles(transform, biased):
+def test_reverse_mode_transforms_and_vmap_equal_the_oracles(transform, biased):
     case = dataclasses.replace(TINY, biased=biased)
-    found, expected = (transform(*of_queries(f, case)) for f in (dilated_attention, dense_reference))
-    assert_close(found, expected, rtol=0, atol=1e-12)
+    actual, expected = (transform(*with_fixed_keys(f, case)) for f in (dilated_attention, dense_reference))
+    assert_close(actual, expected, rtol=0, atol=1e-12)
 
 
-def test_a_tangent_elsewhere_is_none_of_attentions():
-    """Within a dual level, what has no tangent is computed."""
-    function, q = of_queries(dilated_attention)
+def test_inputs_without_a_tangent_are_accepted_within_a_dual_level():
+    function, q = with_fixed_keys(dilated_attention)
     with torch.autograd.forward_ad.dual_level():
         assert_close(function(q), function(q))

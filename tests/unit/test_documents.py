@@ -19,7 +19,7 @@ OF_A_RUN = ("runs/", "traces/", "site/")
 """Folders that documents name, and that are made by running something."""
 
 
-@pytest.mark.filterwarnings("ignore")  # Those of the frameworks, when they are imported.
+@pytest.mark.filterwarnings("ignore")  # Frameworks warn when they are imported.
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", DOCUMENTS_WITH_CODE, re.DOTALL))
 def test_code_blocks_run(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A failure here means: a package has lost a private part that we use, or a module uses one that is not listed."""
+"""A failure here means: a package dropped a private part that we use, or a module uses one that is not listed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def flash_attention():
 
 
 def cuda_flash_attention():
-    """Without a GPU: the operators are there, with the arguments that are passed by name."""
+    """Without a GPU, check that the operators have the arguments that are passed by name."""
     schemas = [getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")]
     return all("scale" in [argument.name for argument in schema.arguments] for schema in schemas)
 
@@ -104,7 +104,7 @@ def attention_implementation():
 
 
 def trainer_methods():
-    """A method that Trainer no longer has would be overridden, and never called."""
+    """An override of a method that Trainer no longer has would never be called."""
     from transformers import Trainer
 
     from longnet_dist.integrations.hf_trainer import DilatedTrainer
@@ -113,7 +113,7 @@ def trainer_methods():
 
 
 def accelerator_attributes():
-    """By their names in the code: to make an Accelerator would set the state of the whole process."""
+    """Check the names in the code, because an Accelerator changes the state of the whole process."""
     from accelerate import Accelerator
 
     names = set(Accelerator.__init__.__code__.co_names)
@@ -147,7 +147,7 @@ def torchtitan_modules():
 
 
 def overrides(derived, base):
-    """Whether every public method of `derived` is one of `base`, too."""
+    """Return whether every public method of `derived` overrides one of `base`."""
     return all(hasattr(base, name) for name in vars(derived) if not name.startswith("_"))
 
 
@@ -173,19 +173,19 @@ CHECKS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore")  # Those of the packages, when they are imported.
+@pytest.mark.filterwarnings("ignore")  # Packages warn when they are imported.
 @pytest.mark.parametrize(("package", "part"), CHECKS)
-def test_the_installed_version_has_every_private_part_that_is_used(package, part, tmp_path):
+def test_installed_packages_have_every_private_part_that_we_use(package, part, tmp_path):
     try:
         installed = f"{package} {version(package)}"
     except PackageNotFoundError:
         pytest.skip(f"{package} is not installed")
     check, problem = CHECKS[package, part], ""
     try:
-        found = check(tmp_path) if "folder" in inspect.signature(check).parameters else check()
+        exists = check(tmp_path) if "folder" in inspect.signature(check).parameters else check()
     except (ImportError, AttributeError, TypeError, RuntimeError) as error:
-        found, problem = False, f" ({error!r})"
-    assert found, f"{installed} no longer has {part}{problem}: see longnet_dist/internals.py"
+        exists, problem = False, f" ({error!r})"
+    assert exists, f"{installed} no longer has {part}{problem}: see longnet_dist/internals.py"
 
 
 def test_no_other_module_accesses_private_parts():
@@ -195,7 +195,7 @@ def test_no_other_module_accesses_private_parts():
 
 
 def private_accesses(path):
-    """The private attributes and imports in a module that are of other packages."""
+    """Yield each access of a module to a private attribute or name of another package."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     own = {"_longnet_dist"} | {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self"}

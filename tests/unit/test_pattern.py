@@ -1,4 +1,4 @@
-"""A failure here means: a pattern is not what it says, or a bad one passes in silence."""
+"""A failure here means: a pattern does not mean what its numbers say, or a bad pattern raises no error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from longnet_dist import Branch, Pattern
 
 
-def test_branches_are_pairs():
+def test_a_pattern_is_pairs_of_lengths_and_rates():
     pattern = Pattern(segment_lengths=(4, 8), dilation_rates=(1, 2))
     assert pattern.branches == (Branch(4, 1), Branch(8, 2))
     assert hash(pattern) == hash(Pattern([4, np.int64(8)], [1, 2]))
@@ -16,7 +16,7 @@ def test_branches_are_pairs():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "rates", "said"),
+    ("lengths", "rates", "message"),
     [
         ((), (), "segment_lengths is empty"),
         ((8,), (), "dilation_rates is empty"),
@@ -34,23 +34,23 @@ def test_branches_are_pairs():
         ((4,), (5,), "rate 5 is above its segment length 4.*at most 4"),
     ],
 )
-def test_bad_patterns_say_what_was_given_and_what_works(lengths, rates, said):
-    with pytest.raises(ValueError, match=said):
+def test_bad_patterns_raise_errors_that_name_the_rule(lengths, rates, message):
+    with pytest.raises(ValueError, match=message):
         Pattern(lengths, rates)
 
 
 @pytest.mark.parametrize(("length", "rate"), [(0, 0), (2, 4), (2.5, 1), (8, "2"), (-8, 1)])
-def test_bad_branches(length, rate):
+def test_bad_branches_raise(length, rate):
     with pytest.raises(ValueError, match=r"positive integer|above its segment length"):
         Branch(length, rate)
 
 
-def test_unknown_head_phases():
+def test_unknown_head_phases_raise():
     with pytest.raises(ValueError, match=r"'spiral'.*interleaved, blocked"):
         Pattern((8,), (2,), "spiral")
 
 
-def test_head_phases():
+def test_head_phases_are_interleaved_or_blocked():
     branch = Branch(16, 4)
     interleaved, blocked = (Pattern((16,), (4,), rule) for rule in ("interleaved", "blocked"))
     assert [interleaved.phase(h, 6, branch) for h in range(6)] == [0, 1, 2, 3, 0, 1]
@@ -58,7 +58,7 @@ def test_head_phases():
     assert [blocked.phase(h, 3, branch) for h in range(3)] == [0, 1, 2]
 
 
-def test_geometric_reaches_the_length_with_constant_ratio():
+def test_geometric_reaches_the_length_at_a_constant_ratio():
     pattern = Pattern.geometric(max_length=1 << 20, base=2048, growth=4)
     assert pattern.segment_lengths[0] == 2048
     assert pattern.segment_lengths[-1] >= 1 << 20 > pattern.segment_lengths[-2]

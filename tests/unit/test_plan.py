@@ -1,4 +1,4 @@
-"""A failure here means: the integers are wrong, whatever the tensors do: a key lost, seen twice, or sent in vain."""
+"""A failure here means: the plan is wrong before any tensor is: a key is missed, counted twice or sent needlessly."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from longnet_dist.attention.reference import branch_counts
 from longnet_dist.plan.blocks import Rows, make_plan
 from longnet_dist.plan.cost import attention_flops, bytes_received
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
-from tests.drawn import patterns
+from tests.cases import patterns
 
 ALIGNED = Pattern((16, 64, 256), (1, 4, 16))
 
 
 def positions_of(heads, rows: Rows):
-    """(head, global positions) for each head and segment of a rectangle."""
+    """Yield (head, global positions) for each head and segment of a rectangle."""
     for s in range(rows.segments):
         for f in range(heads.phases):
             for m in range(heads.per_phase):
@@ -31,7 +31,7 @@ def positions_of(heads, rows: Rows):
 @settings(max_examples=150, deadline=None)
 @given(patterns(), st.integers(0, 50), st.integers(1, 5), st.integers(1, 8), st.integers(0, 4), st.booleans())
 def test_every_pair_is_computed_as_often_as_the_oracle_counts_it(pattern, seq_len, num_heads, ranks, extra, causal):
-    """All ranks' rectangles together are the multiset of keys, whatever the chunk."""
+    """For any chunk, the rectangles of all ranks together form the multiset of keys."""
     chunk = max(1, -(-seq_len // ranks)) + extra
     counts = branch_counts(pattern, seq_len, num_heads, causal)
     for rank in range(ranks):
@@ -48,32 +48,33 @@ def test_every_pair_is_computed_as_often_as_the_oracle_counts_it(pattern, seq_le
             keys = [dict(positions_of(block.heads, rows)) for rows in block.key_rows]
             for head, rows in positions_of(block.heads, block.rows):
                 for i in rows:
-                    for j in (j for of_peer in keys for j in of_peer[head]):
+                    for j in (j for positions in keys for j in positions[head]):
                         counts[head, i, j] -= 1
     assert (counts == 0).all()
 
 
 @settings(max_examples=200, deadline=None)
 @given(patterns(), st.integers(0, 40), st.integers(1, 8), st.integers(1, 8), st.integers(1, 3), st.booleans())
-def test_heads_on_other_ranks_keep_their_phases(pattern, seq_len, total, per_rank, ranks, causal):
-    """The plans of heads that are spread over ranks, any number a rank, are together the plan of all heads."""
+def test_heads_spread_over_ranks_keep_their_phases(pattern, seq_len, total, per_rank, ranks, causal):
+    """With any number of heads per rank, the plans of the parts together are the plan of all heads."""
 
     def pairs(plan, first_head):
         own = [*plan.local, *(b for s in plan.shared for b in s.own)]
-        found = [pair for block in own for pair in positions_of(block.heads, block.rows)]
-        return sorted((first_head + head, rows) for head, rows in found)
+        local = [pair for block in own for pair in positions_of(block.heads, block.rows)]
+        return sorted((first_head + head, rows) for head, rows in local)
 
     shard = Shard(seq_len, max(1, -(-seq_len // ranks)), 0, ranks)
     spread = []
     for first in range(0, total, per_rank):
-        here = min(per_rank, total - first)
-        spread += pairs(make_plan(pattern, shard, here, causal, first, total), first)
+        num_heads = min(per_rank, total - first)
+        spread += pairs(make_plan(pattern, shard, num_heads, causal, first, total), first)
     assert sorted(spread) == pairs(make_plan(pattern, shard, total, causal), 0)
 
 
 @settings(max_examples=100, deadline=None)
 @given(patterns(), st.integers(1, 60), st.integers(1, 8), st.integers(0, 4))
-def test_groups_are_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
+def test_groups_form_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
+    """And they are exactly the groups that the plans of all ranks need."""
     shard = Shard(seq_len, -(-seq_len // ranks) + extra, 0, ranks)
     rounds = rank_groups(pattern, shard)
     for groups in rounds:
@@ -91,30 +92,30 @@ def test_groups_are_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
     ("pattern", "seq_len", "ranks", "chunk"),
     [
         (ALIGNED, 1024, 4, 256),
-        (ALIGNED, 1000, 4, 256),  # 250 would align with nothing.
+        (ALIGNED, 1000, 4, 256),  # 250 would align with no segment.
         (ALIGNED, 1024, 8, 128),
         (ALIGNED, 128, 8, 16),
         (ALIGNED, 100, 8, 16),  # The last rank holds 4 rows.
         (ALIGNED, 3, 8, 1),  # Five ranks hold none.
         (ALIGNED, 0, 4, 1),
-        (Pattern((256,), (1,)), 1000, 3, 334),  # 512 would leave a rank idle: misaligned is cheaper.
+        (Pattern((256,), (1,)), 1000, 3, 334),  # 512 would leave a rank idle, which costs more than misalignment.
         (Pattern((30, 60), (1, 2)), 240, 4, 60),
         (Pattern((1 << 20,), (4,)), 1 << 30, 1 << 10, 1 << 20),
     ],
 )
-def test_chunk(pattern, seq_len, ranks, chunk):
+def test_choose_chunk(pattern, seq_len, ranks, chunk):
     assert choose_chunk(pattern, seq_len, ranks) == chunk
 
 
 @given(patterns(), st.integers(0, 200), st.integers(1, 8))
-def test_chunk_holds_the_sequence_and_idles_at_most_a_quarter(pattern, seq_len, ranks):
+def test_chunks_hold_the_sequence_and_exceed_an_even_split_by_at_most_a_quarter(pattern, seq_len, ranks):
     chunk = choose_chunk(pattern, seq_len, ranks)
     even = max(1, -(-seq_len // ranks))
     assert even <= chunk <= max(even, even * 5 // 4)
 
 
-def test_bytes_are_designs_formula_and_flat():
-    """Twice the ranks and twice N, w / r constant: the same bytes a rank and branch; one more branch for the length."""
+def test_bytes_received_follow_the_formula_and_stay_flat():
+    """With twice the ranks and twice N at constant w / r, each rank receives the same bytes per branch."""
     chunk, heads, dim, size = 64, 4, 8, 2
     for ranks in (4, 8, 16, 32):
         pattern = Pattern.geometric(chunk * ranks, base=chunk, growth=2)
@@ -126,13 +127,13 @@ def test_bytes_are_designs_formula_and_flat():
             assert count <= 4 * chunk * heads * dim * size
 
 
-def test_ranks_receive_from_their_segment_alone():
+def test_ranks_receive_only_from_ranks_of_their_segment():
     plan = make_plan(ALIGNED, Shard(1024, 32, 5, 32), 4, False)
     assert [(s.first_rank, s.last_rank) for s in plan.shared] == [(4, 5), (0, 7)]
 
 
-def test_flops_are_the_papers():
-    """2 N d sum(w / r^2), a multiply-add counted as one (section 2.3)."""
+def test_flops_follow_the_papers_formula():
+    """2 N d sum(w / r^2), where a multiply-add counts as one operation (section 2.3)."""
     pattern = Pattern((64, 256), (1, 4))
     N, heads, dim = 1024, 4, 8
     paper = 2 * N * dim * heads * (64 + 256 / 16)
@@ -140,9 +141,9 @@ def test_flops_are_the_papers():
     assert attention_flops(pattern, N, heads, dim, causal=False, num_kv_heads=4) == 2 * paper
 
 
-def test_a_plan_of_4096_ranks_is_quick():
+def test_planning_for_4096_ranks_takes_seconds():
     pattern = Pattern.geometric(4096 * 16384, base=16384, growth=4)
-    began = time.process_time()
+    start = time.process_time()
     rank_groups(pattern, Shard(4096 * 16384, 16384, 0, 4096))
     make_plan(pattern, Shard(4096 * 16384, 16384, 1000, 4096), 32, True)
-    assert time.process_time() - began < 10
+    assert time.process_time() - start < 10

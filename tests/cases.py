@@ -1,19 +1,23 @@
-"""Drawn cases of dilated attention, and what the oracle says of them; shared by all layers of tests."""
+"""Cases of dilated attention with the oracle's results, and the Hypothesis strategies that draw them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from longnet_dist import Pattern, T5Bias, dense_reference
+from longnet_dist import Pattern, T5Bias, dense_reference, dilated_attention
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as in the paper's (16384, 6) and (32768, 12).
 
 
 @dataclass(frozen=True)
 class Case:
-    """The shape of one call; tensors are made from its seed, the same on every rank."""
+    """The shapes and options of one call. Its tensors depend on the seed alone, so every rank has the same."""
 
     pattern: Pattern
     N: int
@@ -26,36 +30,43 @@ class Case:
     seed: int = 0
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-        """q, k, v, maybe the table of a T5 bias, all requiring gradients."""
+        """Return q, k, v and, if `biased`, the table of a T5 bias; all require gradients."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = {"q": (self.B, self.N, self.H, self.D)}
         shapes |= dict.fromkeys(("k", "v"), (self.B, self.N, self.G, self.D))
         if self.biased:
             shapes["table"] = (8, self.H)
-        made = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
-        return {name: x.to(dtype).requires_grad_() for name, x in made.items()}
+        tensors = {name: torch.randn(shape, dtype=torch.float64, generator=generator) for name, shape in shapes.items()}
+        return {name: x.to(dtype).requires_grad_() for name, x in tensors.items()}
 
     def dout(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """A gradient of the output."""
+        """Return a gradient of the output."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(self.B, self.N, self.H, self.D, dtype=torch.float64, generator=generator).to(dtype)
 
     def arguments(self, inputs: dict[str, Tensor]) -> dict[str, object]:
-        """The keyword arguments of both functions for these tensors."""
+        """Return the keyword arguments for `dilated_attention` and `dense_reference`."""
         q_k_v = {name: x for name, x in inputs.items() if name != "table"}
         bias = {"bias": T5Bias(inputs["table"], max_distance=20)} if "table" in inputs else {}
         return {"pattern": self.pattern, "causal": self.causal} | q_k_v | bias
 
     def oracle(self, dtype: torch.dtype = torch.float64, inputs: dict[str, Tensor] | None = None) -> list[Tensor]:
-        """out and the gradients of every input, by `dense_reference`."""
+        """Return the output and the gradient of every input, as `dense_reference` computes them."""
         inputs = inputs or self.tensors(dtype)
         out = dense_reference(**self.arguments(inputs))
         return [out, *torch.autograd.grad(out, list(inputs.values()), self.dout(dtype))]
 
 
+def output_and_gradients(case: Case, dtype: torch.dtype = torch.float64, **options: object) -> list[Tensor]:
+    """Return the output of `dilated_attention` and the gradient of every input."""
+    inputs = case.tensors(dtype)
+    out = dilated_attention(**case.arguments(inputs), **options)
+    return [out, *torch.autograd.grad(out, list(inputs.values()), case.dout(dtype))]
+
+
 @st.composite
 def patterns(draw: st.DrawFn, longest: int = 24) -> Pattern:
-    """One to four branches of any lengths and rates, aligned or not."""
+    """Draw one to four branches of any segment lengths and dilation rates."""
     branches = draw(
         st.lists(
             st.integers(1, longest).flatmap(lambda w: st.tuples(st.just(w), st.integers(1, min(w, 7)))),
@@ -68,7 +79,7 @@ def patterns(draw: st.DrawFn, longest: int = 24) -> Pattern:
 
 @st.composite
 def cases(draw: st.DrawFn, longest: int = 40) -> Case:
-    """Any pattern, N (0 included), H, G, B, D."""
+    """Draw a case of any pattern, N (0 included), H, G, B and D."""
     G = draw(st.integers(1, 5))
     return Case(
         pattern=draw(patterns()),

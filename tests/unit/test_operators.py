@@ -1,0 +1,141 @@
+"""A failure here means: the operators break a rule of torch that compilation, CUDA graphs or checkpointing rely on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from longnet_dist import Pattern, T5Bias, dilated_attention
+from longnet_dist.attention.arguments import Options
+from tests.cases import DEVICES, PAPER, Case, output_and_gradients
+
+
+def test_only_q_k_v_out_and_lse_are_saved_for_the_backward():
+    q, k, v = (torch.randn(1, 64, 4, 8, requires_grad=True) for _ in range(3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x), x)[1], lambda x: x):
+        out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
+    storages = {x.untyped_storage().data_ptr() for x in saved}
+    assert storages == {x.untyped_storage().data_ptr() for x in (q, k, v, out, lse)}
+    assert sum(x.numel() for x in saved) == sum(x.numel() for x in (q, k, v, out, lse))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Inductor raises some in torch 2.11.
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=DEVICES[1].marks)])
+def test_compiles_without_graph_breaks(backend):
+    def function(q, k, v):
+        out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
+        return out.square() + lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
+
+    case = Case(PAPER, N=50, H=4, G=2, B=1, D=8, causal=True)
+    on_gpu = backend == "inductor"
+    options = {"device": "cuda", "dtype": torch.bfloat16} if on_gpu else {"dtype": torch.float64}
+    results = []
+    for call in (function, torch.compile(function, fullgraph=True, backend=backend)):
+        # Heads come before tokens in memory, as in many models.
+        heads_first = [x.detach().to(**options).transpose(1, 2).contiguous() for x in case.tensors().values()]
+        inputs = [x.transpose(1, 2).requires_grad_() for x in heads_first]
+        out = call(*inputs)
+        results.append([out, *torch.autograd.grad(out, inputs, case.dout().to(**options))])
+    for compiled, eager in zip(results[1], results[0], strict=True):
+        assert_close(compiled, eager, **({} if on_gpu else {"rtol": 0, "atol": 1e-14}))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_host_reads_no_tensor_value(has_bias):
+    """CUDA graphs and asynchronous devices require it of the forward and the backward operator."""
+    case = Case(PAPER, N=100, H=6, G=6, B=2, D=8, causal=True)
+    bias = {"bias": T5Bias(torch.zeros(8, 6, dtype=torch.float64, requires_grad=True))} if has_bias else {}
+    with torch.profiler.profile(acc_events=True) as profile:
+        output_and_gradients(case, **bias)
+    names = {event.key for event in profile.key_averages()}
+    assert "longnet_dist::dilated_attention_backward" in names
+    assert not names & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kernel", ["torch", "eager"])
+def test_a_cuda_graph_replays_forward_and_backward(kernel):
+    inputs = [torch.randn(1, 100, 4, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+
+    def step():
+        # New leaves on this stream: torch warns about leaves from another one.
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = dilated_attention(*leaves, PAPER, causal=True, kernel=kernel)
+        return [out, *torch.autograd.grad(out.sum(), leaves)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = step()
+    for x in inputs:
+        x.copy_(torch.randn_like(x))
+    graph.replay()
+    for actual, expected in zip(replayed, step(), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("pattern", [PAPER, Pattern((64,), (1,))])
+@pytest.mark.parametrize("kernel", ["torch", "eager"])
+@pytest.mark.parametrize("heads_first", [False, True])
+def test_operators_pass_torchs_opcheck(device, pattern, kernel, heads_first):
+    """Strides included: Inductor's code fails where the fake operator promises other strides than the real one."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float64
+    inputs = torch.randn(3, 2, 20, 2, 8, dtype=dtype, device=device).unbind()
+    if heads_first:
+        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    branches = [list(pattern.segment_lengths), list(pattern.dilation_rates)]
+    options = Options(*branches, "interleaved", True, 0.5, kernel, "", 0, 0, 0)
+    operators = torch.ops.longnet_dist
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *options), test_utils=tests)
+    with torch.no_grad():
+        out, lse, kept_kv = operators.dilated_attention(q, k, v, None, *options)
+        tensors = (torch.randn_like(q), q, k, v, out, lse, kept_kv, None)
+        arguments = (*(x if x is None else x.detach() for x in tensors), *options)
+    torch.library.opcheck(
+        operators.dilated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_fake_tensors_give_fake_results():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        q, k = torch.empty(2, 1000, 8, 64, dtype=torch.bfloat16), torch.empty(2, 1000, 2, 64, dtype=torch.bfloat16)
+        out, lse = dilated_attention(q, k, k, PAPER, return_lse=True)
+    assert out.shape == q.shape
+    assert out.dtype == torch.bfloat16
+    assert lse.shape == q.shape[:-1]
+    assert lse.dtype == torch.float32
+
+
+def test_selective_checkpointing_does_not_recompute_the_attention():
+    from functools import partial
+
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    op = torch.ops.longnet_dist.dilated_attention.default
+    calls = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function)
+            return function(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 64, 4, 8, requires_grad=True)
+    with Count():
+        contexts = partial(create_selective_checkpoint_contexts, [op])
+        out = checkpoint(
+            lambda x: dilated_attention(x * 2, x, x, PAPER).square(), q, use_reentrant=False, context_fn=contexts
+        )
+        out.sum().backward()
+    assert calls.count(op) == 1
