@@ -6,7 +6,7 @@ PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-compile
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-train lock train test test-all test-unit check lint bench docs
+.PHONY: install install-train lock train test test-slow test-all test-unit check lint bench docs
 install: .venv/installed
 install-train: .venv/installed-train
 
@@ -35,8 +35,13 @@ train: install-train
 	@echo "Training: Python and torch start in each of two processes, then each says what it does"
 	$(BIN)/torchrun --standalone --nproc-per-node 2 -m longnet_dist train
 
+# Unit and distributed tests, and at least one real job of each launcher and integration.
 test: install
 	$(BIN)/pytest
+
+# What `make test` leaves out: the longest of the real jobs.
+test-slow: install
+	$(BIN)/pytest -m slow
 
 test-all: install
 	$(BIN)/pytest -m ''

@@ -29,6 +29,7 @@ def job_results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("meshes", "num_sequences"), [("one mesh", 13), ("two meshes", 12)])
 def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, meshes, num_sequences):
     """With accumulation, uneven labels, a ragged last batch, evaluation before and after, and a resumed run."""
@@ -43,6 +44,7 @@ def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, 
             assert results[meshes][name] == pytest.approx(value, abs=tolerance), name
 
 
+@pytest.mark.slow
 def test_what_would_be_wrong_raises_on_every_rank(job_results):
     for rank, results in enumerate(job_results):
         for expected, message in results["errors"].items():

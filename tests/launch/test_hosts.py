@@ -13,7 +13,7 @@ import pytest
 
 from tests.launch.jobs import ENVIRONMENT, ROOT, forked, losses, train
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(300)]
 OPTIONS = ("--steps", 30, "--seq-len", 250, "--checkpoint-every", 4, "--batch-size", 2, "--timeout", 8)
 ATTRIBUTED = re.compile(r"step \d+: .*(Timed out|timed out|time limit 8 s|Connection)")
 PORT = 29555  # No other process has it: the addresses exist only in this test's network namespaces.

@@ -9,6 +9,7 @@ from tests.launch.examples import losses_in, output_of, outputs_with_accelerate
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 
 
+@pytest.mark.slow
 def test_transformers_has_the_losses_of_one_process_on_two_and_four():
     curves = [losses_in(output_of("transformers_train.py", ranks, forks=ranks != 2)) for ranks in (1, 2, 4)]
     assert curves[1] == pytest.approx(curves[0], abs=2e-9)

@@ -15,7 +15,7 @@ from longnet_dist.training.job import lock_run_folder
 from tests.launch.jobs import ENVIRONMENT, ROOT, command, forked, losses, start, train
 from tests.launch.jobs import TWELVE_STEPS as OPTIONS
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_a_second_job_fails_on_every_rank_with_any_limit_of_collectives(tmp_path):

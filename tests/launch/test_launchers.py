@@ -21,6 +21,7 @@ def test_a_shell_script_parses(name):
     subprocess.run(["bash", "-n", LAUNCHERS / name], check=True)
 
 
+@pytest.mark.slow
 def test_torchrun_trains(tmp_path):
     arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 128)[3:]]
     done = start("torchrun.sh", arguments, {"RANKS": "2"})
@@ -45,6 +46,7 @@ def test_slurm_starts_torchrun_on_each_machine(tmp_path):
     assert done.stdout.strip() == expected
 
 
+@pytest.mark.slow
 def test_ray_launchers_train_and_resume(ray_nodes, tmp_path):
     """A run is submitted through the jobs API, and resumed from Python with the launcher's three lines edited.
 

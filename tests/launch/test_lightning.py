@@ -89,6 +89,7 @@ def mean_losses(ranks, name):
     return [sum(loss * n for loss, n in forward) / sum(n for _, n in forward) for forward in zip(*groups, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ranks_learn_what_one_process_does(job_results, groups):
     """With accumulated batches of uneven numbers of tokens, a last batch alone in its step, and clipping."""
@@ -105,12 +106,14 @@ def test_ranks_learn_what_one_process_does(job_results, groups):
         assert results["logged"] == pytest.approx(sum(logged) / len(logged), **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["by batch", "manual"])
 def test_without_tokens_every_batch_weighs_the_same(job_results, weighting):
     """As usual in Lightning. In manual optimization, too, gradients have the right scale."""
     assert mean_losses(job_results[1], weighting) == pytest.approx(fit_alone(weighting)[0], **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["folder", "file"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_resumed_run_learns_what_an_uninterrupted_one_does(job_results, groups, layout):
@@ -145,6 +148,7 @@ ERRORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("groups", "case"), ERRORS)
 def test_what_would_be_silently_wrong_raises_on_every_rank(job_results, groups, case):
     for results in job_results[groups]:

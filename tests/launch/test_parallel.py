@@ -6,7 +6,7 @@ import pytest
 
 from tests.launch.jobs import forked, losses, run, train
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_every_arrangement_of_ranks_has_the_same_losses(tmp_path):

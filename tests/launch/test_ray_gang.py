@@ -52,7 +52,7 @@ def random_qkv(rows, dtype=torch.float64, heads=(4, 2)):
     return q, k, v
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_gang_equals_the_oracle_and_the_model(ray_nodes, exported, tmp_path, ranks):
     """Attention, scores and embeddings of tensors, text, ids and files, returned and written to files.
 
@@ -141,6 +141,7 @@ RANK_LOSSES = {
 """How rank 1 is lost, and what the error of the call in flight says about it; empty for no error."""
 
 
+@pytest.mark.slow
 def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
     """A rank is killed between calls, during a call and during a collective; one is stopped; a call is retried."""
     from longnet_dist.integrations.ray import GangError
@@ -180,6 +181,7 @@ def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
         assert gang.stats()["formed"] == 6
 
 
+@pytest.mark.slow
 def test_a_gang_over_nodes_survives_the_loss_of_one(ray_nodes):
     """Two labelled nodes hold a rank each; one node is lost, and another one joins."""
     from longnet_dist.integrations.ray import GangError
@@ -215,6 +217,7 @@ def test_a_client_without_the_token_is_refused(ray_nodes):
     assert "token" in done.stderr.lower()
 
 
+@pytest.mark.slow
 def test_the_doctor_reports_on_a_cluster(ray_nodes):
     """The command on two nodes lists both, measures the link between them, and finds no problem."""
     nodes = [ray_nodes.add("doctor")]

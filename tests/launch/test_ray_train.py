@@ -111,6 +111,7 @@ def test_a_run_whose_workers_are_killed_twice_equals_the_run_under_torchrun(
     ray_nodes.remove(node)
 
 
+@pytest.mark.slow
 def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, start_job, tmp_path):
     """Two ranks, one, two: the data keeps its order, so the losses are the same to rounding."""
     first, second = ray_nodes.add("elastic"), ray_nodes.add("elastic")
@@ -144,6 +145,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, s
     assert losses(tmp_path / "run")[:last] == pytest.approx(losses(plain)[:last], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_path, bucket):
     """Ray's own command gives notice: the run writes a checkpoint to its store at once, and resumes on another node."""
     store = f"{bucket}/runs/first"

@@ -42,6 +42,7 @@ def has_ended(pid: int) -> bool:
         return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "signal_number"), [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_signal_finishes_the_step_and_the_next_start_resumes_bit_for_bit(tmp_path, undisturbed, ranks, signal_number):
     folder = tmp_path / "run"
@@ -63,6 +64,7 @@ def test_a_signal_finishes_the_step_and_the_next_start_resumes_bit_for_bit(tmp_p
         assert losses(folder) == pytest.approx(undisturbed, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
     """A run on four ranks, resumed from its middle on one, two and eight in other arrangements, has the same curve."""
     folder = tmp_path / "run"
@@ -77,6 +79,7 @@ def test_resumes_on_other_numbers_of_ranks_and_axes(tmp_path, undisturbed):
         assert losses(again) == pytest.approx(undisturbed, rel=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ranks", "options"),
     [
@@ -135,6 +138,7 @@ def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
     assert losses(folder) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_run_in_a_store_survives_sigkill_and_resumes_elsewhere(tmp_path, undisturbed, bucket):
     """Two ranks, one of them killed, over S3's protocol; then, from the middle, one rank with an empty cache."""
     folder, store = tmp_path / "run", f"{bucket}/runs/first"
@@ -157,6 +161,7 @@ def test_a_run_in_a_store_survives_sigkill_and_resumes_elsewhere(tmp_path, undis
     assert not folder.exists()
 
 
+@pytest.mark.slow
 def test_an_agent_killed_alone_leaves_no_orphan(tmp_path):
     folder = tmp_path / "run"
     job = start(2, *train(folder, *OPTIONS, "--steps", 10_000))
@@ -217,6 +222,7 @@ def test_a_state_that_is_not_finite_on_one_rank_replaces_no_checkpoint(tmp_path,
     assert kept == ["step-00000002", "step-00000004"]
 
 
+@pytest.mark.slow
 def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
     """One after the other, in the forward, the backward and a save: the job ends with exactly the same losses."""
     faults = ["forward raise", "backward raise", "save raise", "save SIGKILL", "forward SIGSTOP", "backward SIGTERM"]
@@ -233,6 +239,7 @@ def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
     assert losses(folder) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
     """Rank 1 sleeps in its fifth step; rank 0's error names it, and where it is."""
     monkeypatch.setenv("FAULTS", "forward sleep")
@@ -245,6 +252,7 @@ def test_a_rank_that_hangs_is_named(tmp_path, monkeypatch):
     assert "in oversleep" in (tmp_path / "run" / "traces" / "rank-1.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_rank_that_waits_in_a_collective(tmp_path, monkeypatch):
     """Rank 1 sleeps; rank 0, which waits for it in C code, gets two signals."""
     monkeypatch.setenv("FAULTS", "forward sleep")
@@ -274,6 +282,7 @@ def test_a_second_job_in_the_same_folder_raises(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.slow
 def test_ranks_with_different_options_fail(tmp_path):
     """Every rank raises an error that names the option, and none hangs."""
     script = tmp_path / "own.sh"

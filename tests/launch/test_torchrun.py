@@ -28,12 +28,14 @@ def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, op
     assert curves[ranks] == pytest.approx(curves[1], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_bad_data_fails_with_a_message(tmp_path):
     done = run(2, "-m", "longnet_dist", "train", "--data", "nothing-there/", "--run-folder", tmp_path)
     assert done.returncode != 0
     assert "longnet-dist: --data nothing-there/: no such file" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_example_gives_the_same_numbers_on_any_number_of_ranks():
     jobs = ((run, 1), (run, 2), (forked, 4))
     outputs = {start(n, "examples/attention.py").stdout.split(":")[1] for start, n in jobs}

@@ -33,6 +33,7 @@ def test_the_example_has_the_losses_of_one_process_on_two():
     assert two == pytest.approx(one, abs=2e-9)
 
 
+@pytest.mark.slow
 def test_ranks_compute_what_one_process_does():
     """Each case is the function of that name."""
     job = forked(RANKS, "-m", "tests.launch.test_torchtitan")
