@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 
 class BestEffort:
@@ -63,10 +63,10 @@ class TolerantStream:
         return getattr(self._stream, name)
 
 
-def print_note(text: str) -> None:
-    """Print a line to stderr if possible."""
+def print_note(text: str, stream: TextIO | None = None) -> None:
+    """Print a line to the stream, stderr by default, if possible."""
     with contextlib.suppress(Exception):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream or sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,7 @@ class RunLog:
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("loss {task.fields[loss]:.3f} bits per byte  {task.fields[rate]:,.0f} tokens/s"),
             TimeElapsedColumn(),
             TextColumn("ETA"),
             TimeRemainingColumn(),
@@ -164,9 +164,9 @@ class RunLog:
         with self._to_wandb:
             if self.wandb is not None:
                 self.wandb.log(finite, step=int(metrics["step"]))
-        self.progress.update(self.task, advance=1, loss=metrics["loss"], rate=metrics["tokens_per_second"])
-        every = max(1, self.steps // 20)
-        if "validation_bits_per_byte" in metrics or (not self.console.is_terminal and metrics["step"] % every == 0):
+        self.progress.update(self.task, advance=1, loss=metrics["bits_per_byte"], rate=metrics["tokens_per_second"])
+        due = metrics["step"] == 1 or metrics["step"] % max(1, self.steps // 20) == 0
+        if "validation_bits_per_byte" in metrics or (due and not self.console.is_terminal):
             self._print(_describe_step(metrics, self.steps))
 
     def _print(self, text: str) -> None:
@@ -184,7 +184,7 @@ def _step_of(line: str) -> float:
 def _describe_step(metrics: dict[str, float], steps: int) -> str:
     left = (steps - metrics["step"]) * metrics["seconds"]
     line = (
-        f"step {metrics['step']:g}/{steps}  loss {metrics['loss']:.3f}  "
+        f"step {metrics['step']:g}/{steps}  loss {metrics['bits_per_byte']:.3f} bits per byte  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
     )
     if "validation_bits_per_byte" in metrics:

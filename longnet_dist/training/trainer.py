@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_dist.best_effort import BestEffort
+from longnet_dist.best_effort import BestEffort, print_note
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.data.corpus import unigram_bits
 from longnet_dist.data.tokenizers import Bytes
@@ -120,6 +121,9 @@ class _Trainer:
         limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
         self.mesh = SequenceMesh(group, config.model.pattern, config.seq_len, keep_kv=config.keep_kv, timeout=limit)
         self.patience = Patience(io_limit)
+        if self.rank == 0:
+            source = ", ".join(config.data) or "the source of Python's standard library"
+            print_note(f"reading {source}, tokenised once into {config.cache}", sys.stdout)
         self.corpus = load_corpus(config)
         self.folder = create_run_folder(config, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)

@@ -53,8 +53,19 @@ def test_a_run_writes_its_folder(config, capsys):
     output = capsys.readouterr().out
     assert "bits per byte; byte-unigram model" in output
     assert "tokens/s" in output
+    assert output.startswith(f"reading {config.data[0]}")
+    shown = [line for line in output.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in shown] == [f"{n}/6" for n in range(1, 7)]
+    assert all(f"loss {known['bits_per_byte']:.3f} bits" in line for line, known in zip(shown, lines, strict=True))
     model = load_model(config.run_folder)
     assert model(torch.zeros(1, 10, dtype=torch.int64)).shape == (1, 10, 257)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_the_first_step_of_many_is_shown(config, capsys):
+    longnet_dist.train(dataclasses.replace(config, steps=60, validate_every=0))
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in shown] == [f"{n}/60" for n in (1, *range(3, 61, 3))]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
