@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from longnet_dist import Pattern, T5Bias, dilated_attention
 from longnet_dist.attention.arguments import Options
+from longnet_dist.attention.kernels import KERNELS
 from tests.cases import DEVICES, PAPER, Case, output_and_gradients
 
 
@@ -55,7 +56,7 @@ def test_the_host_reads_no_tensor_value(has_bias):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("kernel", ["torch", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_cuda_graph_replays_forward_and_backward(kernel):
     inputs = [torch.randn(1, 100, 4, 16, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
 
@@ -83,7 +84,7 @@ def test_a_cuda_graph_replays_forward_and_backward(kernel):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pattern", [PAPER, Pattern((64,), (1,))])
-@pytest.mark.parametrize("kernel", ["torch", "eager"])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_operators_pass_torchs_opcheck(device, pattern, kernel, heads_first):
     """Strides included: Inductor's code fails where the fake operator promises other strides than the real one."""
