@@ -1,1 +1,1 @@
-"""The trainer: options, processes, parallelism, logs, and stopping well."""
+"""The trainer: options, processes, arrangement of ranks, steps, logs, and stopping on signals and hangs."""

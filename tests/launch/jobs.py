@@ -97,9 +97,7 @@ def forked(ranks: int, *arguments: object, limit: float = 150) -> subprocess.Com
             process.join(0 if late else 10)  # Ranks that fail together all print why.
             process.kill()
             process.join()
-        out, error = (
-            "".join(path.read_text() for path in sorted(Path(outputs).glob(f"*.{stream}"))) for stream in "oe"
-        )
+        out, error = (_concatenate(Path(outputs).glob(f"*.{stream}")) for stream in "oe")
     assert not late, f"still running after {limit} s: {out}{error}"
     code = next((p.exitcode for p in processes if p.exitcode), 0)
     return subprocess.CompletedProcess(words, code, out, error)

@@ -22,12 +22,13 @@ def waiting_code(path: Path):
     return names["stand_still"]
 
 
-def explanation(folder: Path, stand_still) -> str:
-    """The error of a step in which this process, rank 0 of one, stands still until its trace is written."""
+def explanation(folder: Path, stand_still, marker: str = "") -> str:
+    """The error of a step in which this process, rank 0 of one, stands still until trace and marker are written."""
     trace, deadline = folder / "rank-0.txt", time.monotonic() + 30
 
     def done() -> bool:
-        return b"in explanation" in trace.read_bytes() or time.monotonic() > deadline
+        text = trace.read_text()
+        return ("in explanation" in text and marker in text) or time.monotonic() > deadline
 
     def fail() -> None:
         with Watch(folder, rank=0, num_ranks=1, limit=0.1).over("step 3"):
@@ -70,7 +71,7 @@ def test_a_rank_with_a_marker_is_not_blamed_and_says_what_it_waits_for(tmp_path)
                 pass
             waiting_code(Path("/home/me/any.py"))(done)
 
-    error = explanation(tmp_path, wait)
+    error = explanation(tmp_path, wait, "remove old checkpoints")
     assert "in no collective" not in error
     assert "rank 0 waits for other ranks to remove old checkpoints\n" in error
 
