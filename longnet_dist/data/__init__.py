@@ -1,1 +1,1 @@
-"""Data of a run: documents in files, tokenizers, shards of tokens on disk, and the corpus of a run."""
+"""The data of a run: sources of documents, tokenizers, shards of tokens on disk, the corpus, and digests of batches."""

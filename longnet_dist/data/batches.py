@@ -14,11 +14,14 @@ from torch import Tensor
 def digest(batch: Any) -> int:
     """Return a 56-bit hash of the tensors, numbers and text in nested collections.
 
-    Batches of equal content have the same digest on every rank: other objects count only by their type, as their
-    text may contain an address.
+    Equal batches have the same digest on every rank. So any other object counts only by its type, because its `repr`
+    may contain a memory address.
 
     Args:
         batch: A tensor, number, text or other object, or a mapping, list, tuple or dataclass of these.
+
+    Returns:
+        The hash, which fits into an int64, so that ranks can compare it in a tensor.
 
     Example:
         >>> digest({"input_ids": torch.zeros(2, 3), "names": ["a", "b"]}) == digest({"input_ids": torch.zeros(2, 3)})

@@ -1,4 +1,4 @@
-"""The corpus of a run: documents are tokenised once, and read in windows whose order follows from a few integers."""
+"""The corpus of a run: documents are tokenised once, and read in windows, in an order that a few integers determine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MAX_COUNTED_TOKENS = 1 << 26
 
 @dataclass(frozen=True)
 class Corpus:
-    """A folder of tokens, the last part of which is held out for validation.
+    """A folder of tokens whose last part is held out for validation.
 
     Args:
         folder: the folder.
@@ -52,7 +52,7 @@ class Corpus:
 
     @property
     def validation(self) -> TokenStream:
-        """The tokens that are held out."""
+        """The tokens that are held out for validation."""
         return TokenStream(self.folder, self.index, self.index.num_tokens - self._num_held_out, self.index.num_tokens)
 
     @property
@@ -79,7 +79,7 @@ def tokenize(
         data: files, folders, globs and datasets; see `find_files` and `read_documents`. If empty, Python's standard
             library.
         folder: the folder to write; by default one in `cache`, whose name depends on the data and all options.
-        cache: the folder for tokens and checks of all data.
+        cache: the folder for tokenised data, and for records of which data passed its checks.
         tokenizer: file of the tokenizer; None for bytes.
         text_field: the key or column that holds the text of a row.
         seed: seed of the order of the files.
@@ -90,14 +90,14 @@ def tokenize(
         The folder.
 
     Raises:
-        ValueError: if a document cannot be read (see `read_documents`), the data includes tokens, or `folder` lies
-            inside the data.
+        ValueError: if a document cannot be read (see `read_documents`), the data includes a folder of tokens, or
+            `folder` lies inside the data.
     """
     loaded_tokenizer = load_tokenizer(tokenizer)
     sources = find_files(data) if data else list(standard_library())
     stats = [(str(s), *((s.stat().st_size, s.stat().st_mtime_ns) if isinstance(s, Path) else ())) for s in sources]
-    source = _digest([stats, seed, text_field, loaded_tokenizer.name, shard_tokens])
-    folder = folder or cache / f"tokens-{source}"
+    source_hash = _hash([stats, seed, text_field, loaded_tokenizer.name, shard_tokens])
+    folder = folder or cache / f"tokens-{source_hash}"
     _check_separate(data, sources, folder)
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
     require_utf8 = not isinstance(loaded_tokenizer, Bytes)
@@ -106,12 +106,12 @@ def tokenize(
         for index in order:
             yield from read_documents(sources[index], text_field, require_utf8=require_utf8)
 
-    write_tokens(documents, loaded_tokenizer, folder, source, shard_tokens, progress)
+    write_tokens(documents, loaded_tokenizer, folder, source_hash, shard_tokens, progress)
     return folder
 
 
 def _check_separate(data: Sequence[str], sources: Sequence[Path | str], folder: Path) -> None:
-    """Raise ValueError if the data includes tokens, or would include those in `folder` the next time."""
+    """Raise ValueError if the data includes a folder of tokens, or would include `folder` in a later run."""
     for source in sources:
         if isinstance(source, Path) and is_shard(source) and holds_tokens(source.parent):
             raise ValueError(
@@ -149,19 +149,22 @@ def open_corpus(
     text_field: str = "text",
     seed: int = 0,
 ) -> Corpus:
-    """Open the tokens of `data`, which are tokenised first where necessary.
+    """Open the tokens of `data`, tokenising it first if necessary.
 
     Args:
         data: a folder that `longnet-dist tokenize` wrote; or files, folders, globs and datasets, which are tokenised
             into `cache`. If empty, Python's standard library.
-        cache: the folder for tokens and checks of all data.
+        cache: the folder for tokenised data, and for records of which data passed its checks.
         validation_fraction: fraction of the tokens to hold out, from 0 to 1.
         tokenizer: file of the tokenizer; None for bytes, or for the tokenizer of a folder of tokens.
         text_field: the key or column that holds the text of a row.
         seed: seed of the order of the files.
 
+    Returns:
+        The corpus.
+
     Raises:
-        ValueError: if the data cannot be read, or a token is damaged; the message names the file and the byte.
+        ValueError: if the data cannot be read, or its tokens are damaged; the message names the file.
     """
     token_folders = [path for path in _local_paths(data) if holds_tokens(path)]
     if token_folders and len(data) > 1:
@@ -185,14 +188,14 @@ def _check_tokens_once(folder: Path, index: Index, cache: Path) -> None:
     """Call `check_tokens`, unless `cache` records that the same files passed before."""
     files = [folder / shard.name for shard in index.shards]
     stats = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    record = cache / f"checked-{_digest([stats, index.vocab_size])}"
+    record = cache / f"checked-{_hash([stats, index.vocab_size])}"
     if not record.exists():
         check_tokens(folder, index)
         cache.mkdir(parents=True, exist_ok=True)
         record.touch()
 
 
-def _digest(values: list[Any]) -> str:
+def _hash(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
@@ -200,7 +203,7 @@ def unigram_bits(stream: TokenStream, tokens: np.ndarray) -> float:
     """Compute the bits per token of a model that knows only the frequency of each token.
 
     Args:
-        stream: tokens to count, of which at most the first 67 million are read. One is added to each count.
+        stream: tokens to count, at most the first 67 million. Each count starts at one, so that no frequency is 0.
         tokens: the tokens to predict.
 
     Returns:
@@ -213,7 +216,7 @@ def unigram_bits(stream: TokenStream, tokens: np.ndarray) -> float:
 
 @lru_cache(maxsize=4)
 def window_order(num_windows: int, epoch: int, seed: int) -> Tensor:
-    """Return the order of the windows in an epoch; it depends on these integers alone, so that a run can resume.
+    """Return the order of an epoch's windows, which depends on the arguments alone, so that a run can resume.
 
     Args:
         num_windows: number of windows of the stream.

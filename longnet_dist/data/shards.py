@@ -109,7 +109,7 @@ def read_index(folder: Path) -> Index:
 
 
 def check_tokens(folder: Path, index: Index) -> None:
-    """Check that all tokens are below the vocabulary size, and that each shard has the hash that its index records.
+    """Check that all tokens are below the vocabulary size, and that each shard has the hash in the index.
 
     Raises:
         ValueError: if a check fails; the message names the file, and the byte of the first token that is too large.
@@ -143,7 +143,7 @@ def write_tokens(
     Args:
         documents: returns the documents, always in the same order; called at most once.
         tokenizer: the tokenizer.
-        folder: the folder to write; created if it is missing. A process that finds another one writing waits for it.
+        folder: the folder to write; created if it is missing. If another process writes it, wait until that one ends.
         source: identifies the documents, their order and the tokenizer. A folder of another source is not changed.
         shard_tokens: number of tokens after which a shard ends; the batch of documents that reaches it is its last.
         progress: called with the number of bytes of text tokenised so far.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 HUGGING_FACE = "hf:"
-"""How the name of a Hugging Face dataset begins."""
+"""The prefix of the name of a Hugging Face dataset."""
 ROW_FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 """Endings of files that have one document per row."""
 COMPRESSED_FORMATS = (
@@ -37,10 +37,10 @@ COMPRESSED_FORMATS = (
     ".zip",
     ".zst",
 )
-"""Endings of files that are refused, except those in `ROW_FORMATS`."""
+"""Endings of compressed files. Those outside `ROW_FORMATS` are refused."""
 _BATCH_ROWS = 1024
 _COMPRESSED_BYTES = 1 << 14
-"""How much of a compressed file is read at a time."""
+"""The number of bytes of a compressed file that are read at a time."""
 
 
 def standard_library() -> list[Path]:
@@ -50,7 +50,7 @@ def standard_library() -> list[Path]:
 
 
 def find_files(paths: Sequence[str]) -> list[Path | str]:
-    """Find the files that the given files, folders and globs name.
+    """Find the files and datasets that `paths` names.
 
     Args:
         paths: files, folders, globs (with `**`), and Hugging Face datasets, which begin with `hf:`. Hidden files of a
@@ -238,7 +238,7 @@ def _streamed(source: str, text_field: str) -> Iterator[bytes]:
     def rows() -> Iterator[dict[str, Any]]:
         try:
             yield from datasets.load_dataset(parts.path, streaming=True, **options)
-        except Exception as error:  # It raises exceptions of many types.
+        except Exception as error:  # The package raises exceptions of many types.
             raise ValueError(f"--data {source} cannot be opened or read: {error}") from None
 
     for number, row in enumerate(rows()):

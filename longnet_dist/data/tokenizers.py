@@ -32,6 +32,12 @@ class Tokenizer(Protocol):
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Encode each document, without an end-of-document id.
 
+        Args:
+            documents: the documents; UTF-8, unless the tokenizer is `Bytes`.
+
+        Returns:
+            The token ids of each document, as an array of integers.
+
         Raises:
             UnicodeDecodeError: if the tokenizer needs UTF-8 and a document is not.
         """
@@ -90,9 +96,10 @@ class _HuggingFaceTokenizer:
 
 
 class _TiktokenTokenizer:
-    """The tokenizer in a file of tiktoken's, whose lines are a token in base64 and its rank.
+    """The tokenizer in a `*.tiktoken` file, in which each line is a token in base64 and its rank.
 
-    The file's name says which encoding it is: the rest of an encoding is in the package, and not in the file.
+    The file's name selects the encoding, because the package, not the file, holds its other parts: the pattern that
+    splits text, and the special tokens.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -107,7 +114,7 @@ class _TiktokenTokenizer:
             )
         ranks = _read_ranks(path)
         try:
-            # In place of the ranks that it would download.
+            # The constructor would download the ranks; use the file's.
             with patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks):
                 self._encoding = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[path.stem]())
         except Exception as error:  # It raises nothing more specific.
@@ -140,6 +147,9 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
 
     Args:
         path: a file `*.json` of the package `tokenizers`, or `*.tiktoken` of the package `tiktoken`; None for bytes.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         ValueError: if the file is missing or malformed, or the package is not installed.
