@@ -1,9 +1,11 @@
 """Checkpoints that survive crashes: invisible until they are complete, and verified before they are read.
 
-A checkpoint is a folder `step-00000100` with the files of torch.distributed.checkpoint (DCP), which reshards,
-and `manifest.json`, with the size and SHA-256 of every file, and facts (step, config, ...). On a file system
-it is written under another name, and renamed when all ranks are done. In an object store the manifest is
-written last (`storage.py`). So a later difference from the manifest is the work of a disk or a person.
+A checkpoint is a folder `step-00000100`. It holds the files of torch.distributed.checkpoint (DCP), which can be
+loaded with any sharding, and `manifest.json`: the size and SHA-256 of every file, and facts (step, config, ...).
+
+On a file system, a checkpoint is written under another name, and renamed when all ranks are done. In an object
+store, the manifest is written last (`storage.py`). So if a file differs from the manifest, it was damaged or
+changed after the checkpoint was complete.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class Checkpoints:
     """The checkpoints of a run. Its methods are collective over all ranks.
 
     Args:
-        folder: storage that every rank sees: a path, or a path in an object store.
-        keep_last: number of the newest to keep; at least 2, because one may turn out to be damaged.
-        keep_every: keep the checkpoints of steps that are multiples of this for good; 0 for none.
+        folder: a folder that every rank sees, on a file system or in an object store.
+        keep_last: number of the newest checkpoints to keep; at least 2, because one may turn out to be damaged.
+        keep_every: never remove the checkpoints of steps that are multiples of this; 0 for none.
         asynchronous: write in the background, while training continues with the next step.
         timeout: how long ranks wait for another rank that reads, writes or removes files.
     """
@@ -59,7 +61,7 @@ class Checkpoints:
     ) -> None:
         self.folder, self.keep_last, self.keep_every = storage_path(folder), keep_last, keep_every
         self.storage = Store(self.folder) if in_store(self.folder) else Disk(self.folder)
-        # It has a group of its own, because a background write must not interleave with training's collectives.
+        # Patience makes a group of its own: a background write must not interleave with training's collectives.
         self.patience = Patience(timeout)
         self.group, self.rank, self.size = self.patience.group, self.patience.rank, self.patience.size
         self._removal = BestEffort("removals of old checkpoints")
@@ -75,12 +77,14 @@ class Checkpoints:
         self._writing: Future[Path | None] | None = None
 
     def save(self, step: int, state: State, facts: dict[str, Any]) -> None:
-        """Write a checkpoint. If that fails, or the state is not finite, this warns, and older checkpoints stay.
+        """Write a checkpoint, and then remove old ones.
+
+        If writing fails, or the state holds NaN or infinity, warn, and leave the older checkpoints as they are.
 
         Args:
-            step: the number of steps made; names the checkpoint.
-            state: the tensors.
-            facts: what else the checkpoint records, as JSON can hold it.
+            step: number of completed steps, which names the checkpoint.
+            state: the tensors to write.
+            facts: further values to record, which JSON must be able to represent.
         """
         self.wait()
         if self._writer is None:
@@ -90,9 +94,14 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write, step, staged, facts)
 
     def withhold(self, step: int, problem: str) -> None:
-        """Warn that no checkpoint of this step is written, with the reason."""
+        """Warn that no checkpoint of a step is written.
+
+        Args:
+            step: number of completed steps.
+            problem: the reason, for the warning and for `self.problem`.
+        """
         self.wait()
-        self._fail(step, problem)
+        self._record_failure(step, problem)
 
     def wait(self) -> None:
         """Wait until the checkpoint that is being written in the background is complete or has failed."""
@@ -157,7 +166,7 @@ class Checkpoints:
         """Fill tensors, of any sharding, from a verified checkpoint.
 
         Args:
-            path: the checkpoint. Its tensors of other names are ignored.
+            path: the checkpoint. Tensors in it that `state` does not name are ignored.
             state: the tensors, which are overwritten.
 
         Raises:
@@ -166,7 +175,7 @@ class Checkpoints:
         """
         reader = PatientReader(path, self.patience)
         stored = reader.read_metadata().state_dict_metadata
-        # A run that resumes on another type of device keeps its new random states.
+        # A run that resumes on another type of device finds no random state for it, and keeps its new one.
         state = {name: x for name, x in state.items() if name in stored or not name.startswith("random")}
         for name, x in state.items():
             entry = stored.get(name)
@@ -183,17 +192,17 @@ class Checkpoints:
             raise CheckpointError(f"checkpoint {path} cannot be read: {_describe_failures(error)}") from error
 
     def _list(self) -> tuple[list[str], str | None]:
-        """Return the names of all checkpoints, newest first, and what went wrong, or None."""
+        """Return the names of all checkpoints, newest first, and the problem, or None."""
         try:
             return self.storage.names()[::-1], None
         except OSError as error:
             return [], repr(error)
 
     def _write(self, step: int, state: State, facts: dict[str, Any]) -> Path | None:
-        """Write a checkpoint, remove old ones, and return its path; None if that failed, for which this warns."""
+        """Write a checkpoint, remove old ones, and return its path; if writing fails, warn and return None."""
         name = f"step-{step:08d}"
-        if problem := self._from_any(self._refuse(name, state), f"check the tensors of checkpoint {name}"):
-            self._fail(step, problem)
+        if problem := self._from_any(self._reason_to_refuse(name, state), f"check the tensors of checkpoint {name}"):
+            self._record_failure(step, problem)
             return None
         nonce = self._from_first(uuid.uuid4().hex[:8], f"begin checkpoint {name}")
         temporary, problem = self._begin(name, nonce)
@@ -209,31 +218,31 @@ class Checkpoints:
             self.storage.abandon(temporary)
             self._from_first(None, f"remove what it wrote of checkpoint {name}")
         if problem is not None:
-            self._fail(step, problem)
+            self._record_failure(step, problem)
             return None
         self.problem = None
         return self.folder / name
 
-    def _refuse(self, name: str, state: State) -> str | None:
+    def _reason_to_refuse(self, name: str, state: State) -> str | None:
         """Return why this rank's state must not be written under this name, or None."""
         if name in self._unreadable:
             return f"{self.folder / name} could not be read and may be whole: move it away, or restart the run"
         return find_non_finite(state)
 
-    def _fail(self, step: int, problem: str) -> None:
+    def _record_failure(self, step: int, problem: str) -> None:
         self.problem = problem
         if self.rank == 0:
             warnings.warn(f"no checkpoint of step {step}: {problem}", stacklevel=3)
 
     def _begin(self, name: str, nonce: str) -> tuple[Path, str | None]:
-        """Return where this rank writes its files, and what went wrong, or None."""
+        """Return the folder into which this rank writes its files, and the problem, or None."""
         try:
             return self.storage.begin(name, nonce), None
         except OSError as error:
             return self.folder / f"{name}.tmp-{nonce}", repr(error)
 
     def _write_and_finish(self, name: str, temporary: Path, state: State, facts: dict[str, Any]) -> str | None:
-        """Write the files of all ranks, then the manifest; return what went wrong on any rank, or None."""
+        """Write the files of all ranks, then the manifest; return the problem of any rank, or None."""
         files, problem = self._write_files(name, temporary, state)
         all_files: dict[str, Any] = {}
         for files_of_rank in self.patience.gather(files, f"write and hash its files of checkpoint {name}"):
@@ -245,7 +254,7 @@ class Checkpoints:
         return problem
 
     def _write_files(self, name: str, temporary: Path, state: State) -> tuple[dict[str, Any], str | None]:
-        """Write this rank's files; return their descriptions, and what went wrong on any rank, or None."""
+        """Write this rank's files; return their descriptions, and the problem, or None."""
         try:
             with self._without_warning(), self.patience.waiting(f"write its files of checkpoint {name}"):
                 writer = PatientWriter(temporary, self.patience)
@@ -260,7 +269,7 @@ class Checkpoints:
         return descriptions, None
 
     def _finish(self, name: str, temporary: Path, files: dict[str, Any], facts: dict[str, Any]) -> str | None:
-        """Write the manifest; return what went wrong, or None."""
+        """Write the manifest; return the problem, or None."""
         manifest = {"facts": facts, "files": files, "torch": torch.__version__}
         manifest["sha256"] = hash_manifest(manifest)
         try:
@@ -287,17 +296,17 @@ class Checkpoints:
             yield
 
     def _verify(self, path: Path) -> tuple[str | None, bool]:
-        """Return what is wrong with a checkpoint, or None, and whether any rank has proof of damage."""
+        """Return the problem of a checkpoint, or None, and whether any rank has proof of damage."""
         findings = self.patience.gather(find_damage(path, self.rank, self.size), f"verify {path}")
         problems = [(self._name_rank(rank, p), proof) for rank, (p, proof) in enumerate(findings) if p]
         return max(problems, key=lambda finding: finding[1], default=(None, False))
 
     def _from_first(self, value: Any, what: str) -> Any:
-        """Return rank 0's value on every rank; `what` is what ranks do before this call."""
+        """Return rank 0's value on every rank; `what` names the work before this call, for errors."""
         return self.patience.gather(value, what)[0]
 
     def _from_any(self, problem: str | None, what: str) -> str | None:
-        """Return the first rank's problem on every rank, or None; `what` is what ranks do before this call."""
+        """Return the first problem of any rank on every rank, or None; `what` is as for `_from_first`."""
         problems = enumerate(self.patience.gather(problem, what))
         return next((self._name_rank(rank, p) for rank, p in problems if p), None)
 

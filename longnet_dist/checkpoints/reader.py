@@ -1,4 +1,4 @@
-"""Reading a checkpoint from an untrusted source without running code from it."""
+"""Readers of checkpoints from untrusted sources, which run no code from them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class PatientReader(TensorsOnlyReader):
 
     Args:
         path: the checkpoint.
-        patience: on which the ranks wait.
+        patience: the means by which ranks wait for each other.
     """
 
     def __init__(self, path: Path, patience: Patience) -> None:

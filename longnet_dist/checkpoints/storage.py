@@ -31,10 +31,16 @@ _SCHEMES_WITHOUT_BUCKET = ("memory", "hdfs", "local")
 
 
 def storage_path(text: str | Path) -> Path:
-    """Return the path that a text names; with a scheme (s3://, gs://, ...), one in a store with a Path's methods.
+    """Return the path that a text names, on a file system or in an object store.
+
+    Args:
+        text: a path; with a scheme (s3://, gs://, ...), one in a store.
+
+    Returns:
+        A `Path`, or for a store an object with a Path's methods.
 
     Raises:
-        ValueError: if it names no place, the store is unknown, or the store's package is not installed.
+        ValueError: if `text` is empty or names no bucket, the store is unknown, or its package is not installed.
 
     Example:
         >>> storage_path("runs/first")
@@ -68,7 +74,7 @@ def in_store(path: Path) -> bool:
 
 @contextlib.contextmanager
 def as_os_error() -> Iterator[None]:
-    """Convert the exceptions of a store's client to OSError, which the failure of a disk is."""
+    """Convert the exceptions of a store's client to OSError, which a failing disk raises, too."""
     try:
         yield
     except (OSError, ValueError, AssertionError):
@@ -98,7 +104,7 @@ class Disk:
         self.folder = folder
 
     def names(self) -> list[str]:
-        """Return the names of all renamed checkpoints, oldest first, without copies of a user's.
+        """Return the names of all complete checkpoints, oldest first. Copies under other names do not count.
 
         Raises:
             OSError: if the folder cannot be listed. A folder that does not exist yet has no checkpoints.
@@ -207,10 +213,10 @@ class Store:
 
 
 class RunFiles:
-    """The files of a run other than checkpoints. Those of a run in a store lie in `work`, and are uploaded.
+    """The files of a run other than its checkpoints; if the run is in a store, local copies that are uploaded.
 
-    A file in a store cannot grow. On entry, the files in the store are downloaded: they are those of an earlier
-    start, perhaps on another machine. They are uploaded at every checkpoint, and on exit.
+    An object in a store cannot be appended to, so such a run writes its files into `work`. On entry, the files of an
+    earlier start, perhaps on another machine, are downloaded. They are uploaded at every checkpoint, and on exit.
 
     Args:
         folder: the run folder, on a file system or in a store.
@@ -239,7 +245,7 @@ class RunFiles:
         self.upload()
 
     def upload(self) -> None:
-        """Upload the files that have changed. If the store fails, that is a warning, and the run continues."""
+        """Upload the files that have changed. If the store fails, warn, and let the run continue."""
         if self.remote is None:
             return
         with self._effort:
@@ -262,7 +268,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _checkpoint_names(names: Iterable[str]) -> list[str]:
-    """Return, sorted, the names that are those of checkpoints."""
+    """Return the names that have the form of a checkpoint's, sorted."""
     return sorted(name for name in names if re.fullmatch(r"step-\d{8,}", name))
 
 

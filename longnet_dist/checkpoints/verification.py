@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from longnet_dist.checkpoints.storage import MANIFEST, as_os_error
 
 State = dict[str, Tensor]
-"""What a checkpoint holds: tensors by name."""
+"""The content of a checkpoint: tensors by name."""
 
 
 def find_non_finite(state: State) -> str | None:
@@ -37,8 +37,8 @@ def find_damage(path: Path, rank: int, size: int) -> tuple[str | None, bool]:
         size: the number of shares.
 
     Returns:
-        What is wrong, or None, and whether that proves damage. An error while reading does not: the file may be
-        readable on another day.
+        The problem, or None, and whether it proves damage. An error while reading does not, because the file may be
+        readable later.
     """
     try:
         with as_os_error():

@@ -1,4 +1,4 @@
-"""Writing this rank's files of a checkpoint."""
+"""The writer of this rank's files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PatientWriter(FileSystemWriter):
 
     Args:
         path: the folder to write into.
-        patience: on which the ranks wait.
+        patience: the means by which ranks wait for each other.
     """
 
     def __init__(self, path: Path, patience: Patience) -> None:
