@@ -1,1 +1,1 @@
-"""The trainer: options, processes, arrangement of ranks, steps, logs, and stopping on signals and hangs."""
+"""The trainer: options, processes, arrangement of ranks, steps, their cost, state, logs, and stopping."""

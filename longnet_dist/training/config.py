@@ -1,4 +1,7 @@
-"""The options of a training run, and of Ray for one, with their rules. Field docstrings are the command's help."""
+"""The options of a training run, and of Ray, with their rules.
+
+The docstrings of the fields are the help of `longnet-dist train`.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +25,9 @@ class TrainConfig:
     """
 
     data: tuple[str, ...] = ()
-    """Files, folders and globs: .jsonl, .jsonl.gz, .jsonl.zst and .parquet have one document per row, any other file is
-    one document. Or hf:NAME?name=CONFIG&split=SPLIT, a Hugging Face dataset; or a folder that `longnet-dist tokenize`
-    wrote. The default is the source of Python's standard library."""
+    """Files, folders and globs; hf:NAME?name=CONFIG&split=SPLIT for a Hugging Face dataset; or one folder that
+    `longnet-dist tokenize` wrote. Files .jsonl, .jsonl.gz, .jsonl.zst and .parquet have one document per row; any other
+    file is one document. The default is the source of Python's standard library."""
     tokenizer: Path | None = None
     """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"
@@ -34,7 +37,7 @@ class TrainConfig:
     batch_size: int = 1
     """Sequences per forward, over all data-parallel ranks together."""
     grad_accumulation: int = 1
-    """Forwards per step."""
+    """Forwards per optimizer step."""
     steps: int = 80
     """Number of optimizer steps."""
     learning_rate: float = 3e-3
@@ -66,24 +69,24 @@ class TrainConfig:
     validate_every: int = 40
     """Steps between validations, in addition to the one at the end; 0 for that one only."""
     run_folder: str | Path | None = None
-    """Folder that the run writes; the default is runs/ and the time. If it holds checkpoints, the run resumes from the
-    newest. May be in an object store, s3://BUCKET/PREFIX (extra: s3)."""
+    """Folder that the run writes; by default a new one in runs/, named by the time. If it holds checkpoints, the run
+    resumes from the newest. It may be in an object store, s3://BUCKET/PREFIX (extra: s3)."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in addition to the one at the end; 0 for that one only."""
     keep_checkpoints: int = 2
     """Number of the newest checkpoints to keep; at least 2."""
     keep_every: int = 0
-    """Keep the checkpoints of steps that are multiples of this for good; 0 for none."""
+    """Never remove the checkpoints of steps that are multiples of this; 0 for none."""
     async_checkpoints: bool = False
     """Write checkpoints in the background."""
     cache: Path = Path("~/.cache/longnet_dist")
-    """Folder in which tokenised data is kept between runs."""
+    """Folder for tokenised data, which later runs reuse."""
     keep_kv: bool = False
     """Keep gathered keys and values for the backward, instead of gathering them again."""
     wandb: str = ""
-    """Project of Weights & Biases to log to; its own variables (WANDB_MODE, ...) configure it."""
+    """Project of Weights & Biases to log to; its environment variables (WANDB_MODE, ...) configure it."""
     profile: bool = False
-    """Write a trace of the third step of this start (or the last step) into traces/ of the run folder, for Perfetto."""
+    """Write a trace for Perfetto into traces/ of the run folder: of the third step after this start, or of the last."""
     peak_tflops: float = 0.0
     """Peak of a rank's device, in 10^12 operations per second, for MFU; 0 to omit MFU."""
     timeout: float = 600.0
@@ -93,7 +96,7 @@ class TrainConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """Arrangement of the ranks; by default all hold one sequence."""
     model: LongNetConfig = field(default_factory=LongNetConfig)
-    """Architecture of the model."""
+    """Architecture of the model, and how it computes."""
 
     def __post_init__(self) -> None:
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
@@ -140,7 +143,7 @@ class RayConfig:
     gpus_per_rank: float = 0
     """Number of GPUs that each rank reserves; ranks with GPUs communicate by NCCL."""
     placement: str = "PACK"
-    """Ray's placement strategy; PACK keeps the ranks of a segment together."""
+    """Ray's placement strategy; PACK uses few nodes, so that most ranks of a segment share one."""
     labels: dict[str, str] = field(default_factory=dict)
     """Ray's label selector for the nodes that may hold ranks."""
     resources: dict[str, float] = field(default_factory=dict)
@@ -148,7 +151,7 @@ class RayConfig:
     max_failures: int = 3
     """Maximum number of restarts after a lost rank or node, not counting announced preemptions; -1 for no maximum."""
     resize_seconds: float = 60.0
-    """Seconds between checks for room for more ranks."""
+    """Seconds between checks whether the cluster has room for more ranks."""
 
     def __post_init__(self) -> None:
         if self.labels and self.min_ranks:

@@ -1,4 +1,4 @@
-"""The surroundings of a run: its processes and device, its folder and its data, the same on every rank."""
+"""What a run needs before its first step: processes and a device, a locked folder, data, and options that agree."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ LOCK_SECONDS = 120.0
 def init_processes(config: TrainConfig) -> Iterator[torch.device]:
     """Provide this rank's device, and a process group if a launcher set WORLD_SIZE and there is none yet.
 
+    Args:
+        config: the run's options.
+
+    Yields:
+        The device.
+
     Raises:
         ValueError: on every rank, if the ranks have different options.
     """
@@ -47,15 +53,15 @@ def init_processes(config: TrainConfig) -> Iterator[torch.device]:
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    ours = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if ours:
+    owns_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if owns_group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     try:
         _compare_options(config)
         yield device
     finally:
-        if ours:
+        if owns_group:
             dist.destroy_process_group()
 
 
@@ -74,16 +80,23 @@ def _prepare_for_torchrun(config: TrainConfig) -> None:
 
 
 def create_run_folder(config: TrainConfig, patience: Patience) -> Path:
-    """Create the run folder, which rank 0 names. Collective.
+    """Create the run folder, whose name rank 0 chooses. Collective.
+
+    Args:
+        config: the run's options.
+        patience: the means by which ranks wait for rank 0.
+
+    Returns:
+        The folder; the same on every rank.
 
     Raises:
-        ValueError: on every rank, if it is in a store that cannot be written.
+        ValueError: on every rank, if the folder is in a store that cannot be written.
     """
     # A restarted job must find its folder again. torchrun's own id, if the user set one, outlives restarts.
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
-    named = patience.gather(str(config.run_folder or Path("runs") / name), "name the run's folder")[0]
-    folder = storage_path(named)
+    text = patience.gather(str(config.run_folder or Path("runs") / name), "name the run's folder")[0]
+    folder = storage_path(text)
     if not in_store(folder):
         folder.mkdir(parents=True, exist_ok=True)
     elif problem := patience.gather(write_problem(folder) if _rank() == 0 else None, f"write into {folder}")[0]:
@@ -97,7 +110,7 @@ def local_run_files(folder: Path, config: TrainConfig, upload: bool) -> RunFiles
     Args:
         folder: the run folder.
         config: the run's options.
-        upload: whether this process copies them to the store. One process of a run does.
+        upload: whether this process uploads them to the store. One process of a run does.
     """
     name = hashlib.sha256(str(folder).encode()).hexdigest()[:16]
     return RunFiles(folder, config.cache / "runs" / name, upload)
@@ -105,11 +118,11 @@ def local_run_files(folder: Path, config: TrainConfig, upload: bool) -> RunFiles
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path, patience: Patience | None = None) -> Iterator[None]:
-    """Lock the run folder on rank 0, inside the context, so that no second job writes into it. Collective.
+    """Inside the context, hold a lock on rank 0, so that no second job writes into the run folder. Collective.
 
     Args:
         folder: the run folder, on a file system.
-        patience: on which the other ranks wait for rank 0; None in a process that is alone.
+        patience: the means by which the other ranks wait for rank 0; None in a process that is alone.
 
     Raises:
         ValueError: on every rank, if another job holds the lock and does not end within `LOCK_SECONDS`.
@@ -160,7 +173,7 @@ def _wait_for_lock(file: IO[str], seconds: float, folder: Path) -> bool:
 
 
 def warn_if_no_checkpoints(config: TrainConfig) -> None:
-    """Warn, if a launcher restarts failed runs, that there will be no checkpoint to restart from."""
+    """Warn that a launcher which restarts failed runs will find no checkpoint, if the options ask for none."""
     if not config.checkpoint_every:
         warnings.warn(
             "no checkpoint before the end: after a failure the run begins anew; give --checkpoint-every", stacklevel=2
@@ -168,7 +181,7 @@ def warn_if_no_checkpoints(config: TrainConfig) -> None:
 
 
 def _compare_options(config: TrainConfig) -> None:
-    """Check that every rank has the same options, because others would make different models on different ranks."""
+    """Check that every rank has the same options. Otherwise ranks would train different models."""
     options_by_rank = [
         {name: json.dumps(value, default=str) for name, value in options.items()}
         for options in gather_objects(dataclasses.asdict(config))
@@ -183,7 +196,13 @@ def _compare_options(config: TrainConfig) -> None:
 
 
 def load_corpus(config: TrainConfig) -> Corpus:
-    """Load the tokenised data; the first rank of each machine tokenises it if that was not done before. Collective.
+    """Load the tokenised data; the first rank of each machine tokenises it if necessary. Collective.
+
+    Args:
+        config: the run's options.
+
+    Returns:
+        The corpus on this rank's machine.
 
     Raises:
         ValueError: on every rank, if the data cannot be read, does not fit the options, or differs between machines.
@@ -239,6 +258,9 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
         now: the options of this run.
         path: the checkpoint.
 
+    Returns:
+        A sentence for each difference that changes what the run learns.
+
     Raises:
         ValueError: if the checkpoint's parameters are those of another model.
     """
@@ -246,7 +268,7 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
         pairs = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in differing)
         raise ValueError(f"{path} is of another model: {pairs}; use its options, or another run folder")
     return [
-        f"not the run that was stopped: {name} was {before[name]} and is {now[name]}"
+        f"this does not continue the same run: {name} was {before[name]} and is {now[name]}"
         for name in sorted(set(before) & set(now) - _FREE_OPTIONS)
         if before[name] != now[name]
     ]
@@ -271,6 +293,9 @@ def _misfit(corpus: Corpus, config: TrainConfig) -> str | None:
 
 def read_config(run: Path) -> TrainConfig:
     """Read the options of a run from its config.json; options that it does not name have their defaults.
+
+    Args:
+        run: the run folder.
 
     Raises:
         ValueError: if the folder is not that of a run.

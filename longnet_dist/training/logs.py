@@ -1,7 +1,7 @@
 """The logs of a run, all on rank 0: a live display, metrics.jsonl, TensorBoard and Weights & Biases.
 
-All are best effort: a failure to write is one warning. A thread writes them, so that a slow disk, or a slow reader of
-stdout, does not keep the other ranks waiting in a collective.
+All are best effort: the first failure to write is a warning, later ones are ignored, and the run continues. A thread
+writes them, so that a slow disk, or a slow reader of stdout, does not keep the other ranks waiting in a collective.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from longnet_dist.extras import extra
 
 
 class RunLog:
-    """Writes the logs of a run. Use it as a context, and call `begin` before the first step.
+    """The logs of a run. Use it as a context manager, and call `begin` before the first step.
 
     Args:
         folder: the folder to write into; None, on ranks other than 0, for no logs at all.
@@ -87,7 +87,7 @@ class RunLog:
                 self.wandb.finish(exit_code=int(failed))
 
     def begin(self, step: int) -> None:
-        """Open the logs after `step` steps. Lines of later steps, from a run that was stopped, are dropped."""
+        """Open the logs after `step` steps, and drop lines of later steps, which an earlier start wrote."""
         if self.folder is None:
             return
         with BestEffort(f"{self.folder / 'config.json'} and its options"):
@@ -141,12 +141,12 @@ class RunLog:
             self._submit(self._print, text)
 
     def flush(self) -> None:
-        """Wait until everything so far is written, or has failed."""
+        """Wait until all that was logged so far is written, or has failed."""
         while self._pending:
             self._pending.popleft().result()
 
     def _submit(self, write: Callable[[Any], None], argument: Any) -> None:
-        """Write in the background, in the order of the calls."""
+        """Call `write` in the background, after all calls submitted before."""
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
         self._pending.append(self._writer.submit(write, argument))
@@ -182,10 +182,10 @@ def _step_of(line: str) -> float:
 
 
 def _describe_step(metrics: dict[str, float], steps: int) -> str:
-    left = (steps - metrics["step"]) * metrics["seconds"]
+    seconds_left = (steps - metrics["step"]) * metrics["seconds"]
     line = (
         f"step {metrics['step']:g}/{steps}  loss {metrics['bits_per_byte']:.3f} bits per byte  "
-        f"{metrics['tokens_per_second']:,.0f} tokens/s  ETA {left:.0f} s"
+        f"{metrics['tokens_per_second']:,.0f} tokens/s  ETA {seconds_left:.0f} s"
     )
     if "validation_bits_per_byte" in metrics:
         line += f"  validation {metrics['validation_bits_per_byte']:.3f} bits per byte"

@@ -1,4 +1,4 @@
-"""The cost of a step: tokens and operations per second, memory, bytes from other ranks, time to read data."""
+"""The cost of a step: its duration, operations, memory, and the bytes that it receives from other ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StepCost:
 def step_metrics(
     config: TrainConfig, step: int, cost: StepCost, step_flops: float, step_bytes: int, num_ranks: int
 ) -> dict[str, float]:
-    """Return the metrics of a step that follow from its cost; MFU only if the options give a device's peak.
+    """Return the metrics that describe the cost of a step; MFU is among them only if the options name a peak.
 
     Args:
         config: the run's options.
@@ -35,6 +35,9 @@ def step_metrics(
         step_flops: floating-point operations per step, over all ranks.
         step_bytes: bytes that this rank receives for attention in a step.
         num_ranks: the number of all ranks.
+
+    Returns:
+        The values by the names that metrics.jsonl uses.
     """
     tokens = config.batch_size * config.grad_accumulation * config.seq_len
     flops = step_flops / cost.seconds / num_ranks
@@ -53,7 +56,8 @@ def step_metrics(
 def step_flops(config: TrainConfig, model: LongNet) -> float:
     """Count the model's floating-point operations in a step, over all ranks, without recomputation.
 
-    They are 6 per parameter and token, and 3.5 forwards of attention. An embedding that is only looked up counts none.
+    They are 6 per parameter and token, and 3.5 times the forward of attention. An input embedding that is not also the
+    output projection counts none.
 
     Args:
         config: the run's options.
@@ -92,7 +96,7 @@ def step_bytes(config: TrainConfig, shard: Shard, data_ranks: int) -> int:
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process so far, in bytes: on the GPU if there is one, otherwise resident."""
+    """Return the peak memory of this process so far, in bytes: GPU memory if there is a GPU, otherwise resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

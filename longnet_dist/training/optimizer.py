@@ -15,7 +15,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
     Args:
         config: the run's options.
-        step: number of steps made before it.
+        step: number of steps completed before it.
     """
     return config.learning_rate * _fraction_of_peak(config, step)
 

@@ -19,12 +19,15 @@ class ParallelConfig:
     dp_replicate: int = 1
     """Number of replicas of the parameters, each with sequences of its own."""
     dp_shard: int = 1
-    """Number of groups of ranks with sequences of their own that share one copy of the parameters (FSDP2)."""
+    """Number of groups, each with sequences of its own, over which one copy of the parameters is sharded (FSDP2)."""
     sp: int = 0
-    """Number of ranks that hold one sequence together, and share the parameters too; 0 for all remaining ranks."""
+    """Number of ranks that hold one sequence, and over which parameters are sharded too; 0 for all remaining ranks."""
 
     def degrees(self, num_ranks: int) -> tuple[int, int, int]:
         """Return (dp_replicate, dp_shard, sp) for a number of ranks.
+
+        Args:
+            num_ranks: number of all ranks.
 
         Raises:
             ValueError: if their product cannot be the number of ranks.
@@ -50,6 +53,10 @@ class ParallelConfig:
 
 def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | None:
     """Make the mesh of all ranks, with the axes `AXES`; None without a process group. Collective.
+
+    Args:
+        config: the number of ranks along each axis.
+        device_type: "cpu" or "cuda".
 
     Raises:
         ValueError: if the axes' product cannot be the number of ranks.
@@ -79,7 +86,7 @@ def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh |
 
     replicate, shard, sp = mesh.shape
     grid = init_device_mesh(mesh.device_type, (replicate, shard * sp), mesh_dim_names=("dp_replicate", "fsdp"))
-    over = grid if replicate > 1 else grid["fsdp"]
+    fsdp_mesh = grid if replicate > 1 else grid["fsdp"]
     for block in blocks:
-        fully_shard(block, mesh=over)
-    fully_shard(model, mesh=over)
+        fully_shard(block, mesh=fsdp_mesh)
+    fully_shard(model, mesh=fsdp_mesh)

@@ -1,4 +1,4 @@
-"""The state of a training run as a flat dict of tensors, which is what a checkpoint holds, and models from one."""
+"""The state of a training run as a flat dict of tensors, for checkpoints; and models loaded from checkpoints."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.decoder import LongNet
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""Names of AdamW's state of a parameter."""
+"""The names under which AdamW stores its state of a parameter."""
 
 
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
@@ -29,13 +29,17 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
 def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> State:
     """Collect the tensors that a run resumes from: parameters, AdamW's moments, and this rank's random state.
 
-    There are only tensors, because DCP would store anything else as a pickle. FSDP modules are resharded first: one
-    that is still gathered, after a forward without gradients, shows parameters that the optimizer does not know.
+    There are only tensors, because DCP would store anything else as a pickle. FSDP modules are resharded first: after
+    a forward without gradients one may still be gathered, and its parameters are then not those of the optimizer.
 
     Args:
         model: the model, of any sharding.
         optimizer: AdamW over the model's parameters.
         rank: this rank, which names the random state.
+
+    Returns:
+        The tensors, which share memory with the model and the optimizer. Their names begin with `model.`, `optimizer.`
+        or `random`.
 
     Raises:
         RuntimeError: if the optimizer lacks moments of a parameter of the model, or has those of another parameter.
@@ -81,8 +85,11 @@ def load_model(folder: Path | str) -> LongNet:
     Args:
         folder: the run folder.
 
+    Returns:
+        The model, with the run's dtype, in training mode.
+
     Raises:
-        FileNotFoundError: if it has no checkpoint.
+        FileNotFoundError: if the run has no checkpoint.
         CheckpointError: if every checkpoint is damaged, or cannot be read.
 
     Example::

@@ -53,7 +53,7 @@ class StepRunner:
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = self.rank // mesh.size
         self.skipped = 0
-        """Number of steps skipped since the last one that was made."""
+        """Number of steps in a row, up to now, that were skipped."""
         self.cost = StepCost()
 
     def step(self, step: int, vote: Callable[[], Sequence[bool]]) -> tuple[dict[str, float], list[bool]]:
@@ -100,7 +100,7 @@ class StepRunner:
         return self.bits_per_byte(sum(losses) / len(losses) / math.log(2))
 
     def bits_per_byte(self, bits_per_token: float) -> float:
-        """Convert bits per token to bits per byte; the end of a document is a token of no bytes."""
+        """Convert bits per token to bits per byte; an end-of-document id is a token without bytes."""
         return bits_per_token * self.corpus.index.tokens_per_byte
 
     def held_out_labels(self) -> np.ndarray:
@@ -115,8 +115,8 @@ class StepRunner:
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(micro == config.grad_accumulation - 1)
             loss = self._loss(self.corpus.train, self._windows(step, micro))
-            # Every forward has as many tokens as the next, so their mean is the step's mean over tokens.
-            # FSDP takes the mean over all ranks, but those of one sequence hold parts, which must be summed.
+            # All forwards have equally many tokens, so the mean of their losses is the step's mean over tokens.
+            # FSDP takes the mean over all ranks, but those of one sequence hold parts of a sum.
             (loss * (self.mesh.size / config.grad_accumulation)).backward()
             total += loss.item() / config.grad_accumulation
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)

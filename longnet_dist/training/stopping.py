@@ -1,4 +1,4 @@
-"""Stopping well: on a signal, when the process that started this one is gone, and when a rank hangs."""
+"""The ways in which a run stops early: on a signal, when its parent process ends, and when a rank hangs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from longnet_dist.distributed.waits import current_wait
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_SECONDS = 3.0
-"""Signals within this many seconds are one: a scheduler signals launcher and workers, and the launcher passes it on."""
+"""Signals within this many seconds count as one: a scheduler signals launcher and ranks, and the launcher passes it on."""
 _MARKER_BYTES = 400
 _MAX_RANKS_LISTED = 16
 
@@ -41,7 +41,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Set a flag, inside the context, on the first SIGTERM or SIGINT, and exit at once on the second.
+    """Inside the context, set a flag on the first SIGTERM or SIGINT, and exit at once on the second.
 
     Outside the main thread, where Python delivers no signals, this does nothing.
     """
@@ -50,8 +50,8 @@ def stop_on_signals() -> Iterator[StopFlag]:
         yield flag
         return
 
-    # The signal's number arrives through a pipe in a thread. So it is seen at once, even while the main thread waits
-    # in a collective, where no Python signal handler runs.
+    # A thread reads the signal's number from a pipe. So the signal has its effect at once, even while the main thread
+    # waits in a collective, when no Python signal handler runs.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     listener = threading.Thread(target=_listen, args=(reader, flag), name="signals", daemon=True)
@@ -98,7 +98,7 @@ def end_with_parent() -> None:
 
 
 class Watch:
-    """Finds the rank that hangs: each rank writes its stack and its wait to a file when something takes too long.
+    """Finds the rank that hangs: on each rank, writes the stack, and what it waits for, if something takes too long.
 
     Args:
         folder: the run's folder of traces, which every rank sees; `rank-N.txt` in it belongs to rank N.
@@ -134,7 +134,7 @@ class Watch:
                 marker.start()
                 stack.callback(marker.join)
                 stack.callback(marker.cancel)  # Runs before the join.
-                # faulthandler needs no lock of the interpreter, so it writes even while C code hangs with the lock.
+                # faulthandler does not need the interpreter's lock, so it writes even while C code that holds it hangs.
                 faulthandler.dump_traceback_later(seconds, file=trace)
             try:
                 yield
@@ -154,11 +154,11 @@ class Watch:
         if wait := current_wait(thread):
             text = f"waits for other ranks {wait}".encode("ascii", "backslashreplace")[:_MARKER_BYTES]
             with self._effort:
-                # Next to faulthandler's writes, whose position in the file this does not move.
+                # Unlike `write`, this does not move the position at which faulthandler writes.
                 os.pwrite(trace.fileno(), text, len(_thread_id(thread)) + 1)
 
     def _explain_hang(self) -> str:
-        """Return lines for an error: the ranks that hang, and what each other rank waits for. Empty if none is late."""
+        """Return lines for an error: the ranks that hang, and what the others wait for. Empty without any trace."""
         states = [_read_state(self.folder / f"rank-{rank}.txt") for rank in range(self.num_ranks)]
         if all(state is None for state in states):
             return ""
@@ -178,10 +178,10 @@ class Watch:
 
 @dataclass
 class _State:
-    """What the trace of a rank says that it was doing."""
+    """What a rank was doing, by its trace."""
 
     wait: str
-    """What it waited for, as the marker says; empty without a marker."""
+    """What it waited for, by the marker; empty without a marker."""
     innermost: str
     """The innermost call of the watched thread."""
     in_torch: bool
@@ -189,19 +189,20 @@ class _State:
 
     @property
     def hangs(self) -> bool:
-        """Whether the rank waited for no other one."""
+        """Whether it is this rank that hangs: it was not waiting for another one."""
         return not self.wait and not self.in_torch
 
 
 def _read_state(path: Path) -> _State | None:
-    """Read a rank's trace file; None if the rank was not late, or its file cannot be read."""
+    """Read a rank's trace file; None if the file holds no stack, or cannot be read."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
         return None
     thread, _, rest = text.partition("\n")
     marker, _, stacks = rest.partition("\n")
-    # The stack of the thread that the first line names, its innermost call first.
+    # The stack of the thread that the first line names, its innermost call first. A stack begins with "Thread ID", or
+    # with "Current thread ID".
     stack = next((block for block in stacks.split("hread ")[1:] if thread and block.startswith(thread)), "")
     frames = [line.strip() for line in stack.splitlines() if line.lstrip().startswith("File ")]
     if not frames:

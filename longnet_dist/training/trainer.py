@@ -45,7 +45,7 @@ from longnet_dist.training.steps import StepRunner
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals
 
 ASK_SECONDS = 5.0
-"""The interval at which a launcher is asked whether a machine is leaving."""
+"""How often the launcher is asked whether a machine is leaving, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class TrainResult:
     run_folder: Path
     """The folder that the run wrote."""
     losses: tuple[float, ...]
-    """The loss of every step that this process made, in nats per token."""
+    """The loss of every step since this start, in nats per token."""
     step: int
     """The number of the last step."""
     validation_bits_per_byte: float
@@ -68,7 +68,7 @@ class Session(Protocol):
     """A launcher above the ranks, such as Ray Train. Every rank calls its methods, in the same steps."""
 
     def report_checkpoint(self, path: Path, metrics: dict[str, float]) -> None:
-        """Report a complete checkpoint, with the metrics of the step after which it was seen."""
+        """Report a complete checkpoint, with the metrics of the last step."""
 
     def is_machine_leaving(self) -> bool:
         """Return whether a rank's machine is about to leave, so that a checkpoint should be written now."""
@@ -78,9 +78,9 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
     """Train a LongNet, on this process alone, or over all ranks of torchrun or Ray Train.
 
     Writes a run folder with config.json, metrics.jsonl, TensorBoard events and checkpoints. If the folder
-    already holds checkpoints, the run resumes from the newest complete one. On as many ranks, and on a CPU,
-    the result is bit for bit that of a run that never stopped. On SIGTERM or SIGINT the trainer finishes the
-    step, writes a checkpoint, and returns. A second signal exits at once.
+    already holds checkpoints, the run resumes from the newest complete one. On CPUs, with the same number of
+    ranks, the result is bit for bit that of a run that never stopped. On SIGTERM or SIGINT the trainer finishes
+    the step, writes a checkpoint, and returns. A second signal exits at once.
 
     Args:
         config: the options; by default, those of the default model on the default corpus.
@@ -140,7 +140,7 @@ class _Trainer:
         self.metrics: dict[str, float] = {}
         self.validation = math.nan
         self.last_asked = time.monotonic()
-        self.reported: Path | None = None
+        self.last_reported: Path | None = None
         """The last checkpoint reported to the launcher."""
 
     def run(self, stop: StopFlag) -> TrainResult:
@@ -150,7 +150,7 @@ class _Trainer:
         with (
             lock_run_folder(folder, self.patience),
             self.files,
-            RunLog(folder if self.rank == 0 else None, self._resolved(), config.steps, config.wandb) as log,
+            RunLog(folder if self.rank == 0 else None, self._resolved_options(), config.steps, config.wandb) as log,
         ):
             step = self._resume(log)
             log.begin(step)
@@ -219,33 +219,33 @@ class _Trainer:
             reason = f"steps are being skipped, the last {self.steps.skipped} in a row"
             self.checkpoints.withhold(step, reason)
             return
-        # Metrics first, so that a run that resumes from the checkpoint has all lines up to it.
+        # Metrics first: a run that resumes from the checkpoint must have every line up to its step.
         log.flush()
         self.files.upload()
         self.patience.gather(None, "write the metrics")
-        facts = {"step": step, "ranks": self.num_ranks, "config": self._resolved()}
+        facts = {"step": step, "ranks": self.num_ranks, "config": self._resolved_options()}
         self.checkpoints.save(step, self._state(), facts)
         self._report_checkpoint()
 
     def _report_checkpoint(self) -> None:
-        """Report to the launcher a checkpoint that it does not know."""
+        """Report the newest checkpoint to the launcher, once."""
         latest = self.checkpoints.latest
-        if self.session is not None and latest is not None and latest != self.reported:
+        if self.session is not None and latest is not None and latest != self.last_reported:
             self.session.report_checkpoint(latest, self.metrics)
-            self.reported = latest
+            self.last_reported = latest
 
     def _is_time_to_ask(self) -> bool:
         return self.rank == 0 and time.monotonic() - self.last_asked > ASK_SECONDS
 
     def _is_machine_leaving(self) -> bool:
-        """Ask the launcher; called on all ranks in the same steps, which rank 0 decides."""
+        """Ask the launcher. Every rank calls this, after the steps in which rank 0 decides to ask."""
         self.last_asked = time.monotonic()
         return self.session is not None and self.session.is_machine_leaving()
 
     @contextlib.contextmanager
-    def _profile(self, wanted: bool) -> Iterator[None]:
-        """Write a trace of the context's body, for Perfetto, if `wanted`."""
-        if not wanted:
+    def _profile(self, enabled: bool) -> Iterator[None]:
+        """Write a trace of the context's body, for Perfetto, if `enabled`."""
+        if not enabled:
             yield
             return
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -258,7 +258,7 @@ class _Trainer:
             profiler.export_chrome_trace(str(path))
         self.patience.gather(None, "write the profiler's trace")
 
-    def _resolved(self) -> dict[str, Any]:
+    def _resolved_options(self) -> dict[str, Any]:
         """Return the options with every default filled in, and facts about data and ranks, as JSON holds them."""
         config = dataclasses.replace(self.config, run_folder=self.folder, model=self.config.model.resolved)
         facts = {
@@ -280,7 +280,7 @@ class _Trainer:
         if newest is None:
             return 0
         path, facts = newest
-        for change in describe_changes(facts["config"], self._resolved(), path):
+        for change in describe_changes(facts["config"], self._resolved_options(), path):
             log.say(change)
         make_moments(self.optimizer)
         state = self._state()
