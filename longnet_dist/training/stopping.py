@@ -24,7 +24,10 @@ from longnet_dist.distributed.waits import current_wait
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_SECONDS = 3.0
-"""Signals within this many seconds count as one: a scheduler signals launcher and ranks, and the launcher passes it on."""
+"""Signals within this many seconds count as one.
+
+A scheduler signals the launcher and the ranks, and the launcher passes its signal on to the ranks.
+"""
 _MARKER_BYTES = 400
 _MAX_RANKS_LISTED = 16
 
