@@ -12,10 +12,10 @@ from typing import Any, TextIO
 
 
 class BestEffort:
-    """A reusable context that suppresses exceptions: the first becomes a warning, later ones are ignored.
+    """A reusable context manager that suppresses exceptions: the first becomes a warning, later ones are ignored.
 
     Args:
-        what: the output that may be missing, as a plural noun phrase for the warning.
+        what: the output that may be missing; a plural noun, with which the warning begins.
     """
 
     def __init__(self, what: str) -> None:
@@ -49,13 +49,13 @@ class TolerantStream:
         self._stream, self._effort = stream, BestEffort(f"lines printed to {name}")
 
     def write(self, text: str) -> int:
-        """Write `text` if possible."""
+        """Write `text`; a failure is a warning."""
         with self._effort:
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        """Flush if possible."""
+        """Flush the stream; a failure is a warning."""
         with self._effort:
             self._stream.flush()
 
@@ -64,7 +64,12 @@ class TolerantStream:
 
 
 def print_note(text: str, stream: TextIO | None = None) -> None:
-    """Print a line to the stream, stderr by default, if possible."""
+    """Print a line at once, and ignore a failure.
+
+    Args:
+        text: the line.
+        stream: the stream to print to; stderr by default.
+    """
     with contextlib.suppress(Exception):
         print(text, file=stream or sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Packages that only some users need, and the message that says how to install a missing one."""
+"""Optional packages, and the error that says how to install a missing one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def extra(name: str, what: object) -> Iterator[None]:
-    """Import optional packages inside this context, so that a missing one is reported with its remedy.
+    """Inside the context, report the failed import of an optional package as an error with its remedy.
 
     Args:
         name: The extra of longnet-dist that installs the package, as in `pip install 'longnet-dist[name]'`.
-        what: The option or value that needs the package, as the user knows it.
+        what: The option or value that needs the package, as the user wrote it.
 
     Raises:
         ValueError: If the package is not installed.

@@ -44,8 +44,8 @@ Our reader unpickles nothing but allowed names, so it must list them. Seen in to
 def num_process_groups() -> int:
     """Return the number of process groups that this process has made.
 
-    torch derives the name of the next group from it, so ranks must have made equally many before they make one
-    together. No public function tells. Seen in torch 2.13.
+    torch derives the name of the next group from it, so ranks that make a group together must have made equally many
+    before. No public function returns it. Seen in torch 2.13.
     """
     return len(dist.distributed_c10d._world.pg_names)
 
@@ -59,9 +59,10 @@ def default_store() -> Any:
 
 
 def is_in_forward_mode() -> bool:
-    """Return whether a `torch.autograd.forward_ad.dual_level` is entered.
+    """Return whether the caller is inside a `torch.autograd.forward_ad.dual_level`.
 
-    No public function tells, and an operator without forward-mode derivatives must raise in it. Seen in torch 2.13.
+    An operator without forward-mode derivatives must raise there, and no public function reports it. Seen in torch
+    2.13.
     """
     return torch.autograd.forward_ad._current_level >= 0
 
@@ -75,7 +76,10 @@ def cpu_flash_attention(*args: Any, **options: Any) -> Any:
 
 
 def cpu_flash_attention_backward(*args: Any, **options: Any) -> Any:
-    """Call the backward of flash attention on CPU, which takes an out and lse that were merged. Seen in torch 2.13."""
+    """Call the backward of flash attention on CPU.
+
+    Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
+    """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **options)
 
 
@@ -88,14 +92,17 @@ def cuda_flash_attention(*args: Any, **options: Any) -> Any:
 
 
 def cuda_flash_attention_backward(*args: Any, **options: Any) -> Any:
-    """Call the backward of flash attention on CUDA, which takes an out and lse that were merged. Seen in torch 2.13."""
+    """Call the backward of flash attention on CUDA.
+
+    Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
+    """
     return torch.ops.aten._flash_attention_backward(*args, **options)
 
 
 def checkpoint_files(folder: Path, rank: int) -> list[str]:
     """Return the names of the files that a rank wrote into a checkpoint of `torch.distributed.checkpoint`.
 
-    Its writer does not return them, and our manifest lists them. Seen in torch 2.13.
+    Our manifest lists them, and the writer does not return them. Seen in torch 2.13.
 
     Args:
         folder: The checkpoint's folder.
@@ -106,9 +113,9 @@ def checkpoint_files(folder: Path, rank: int) -> list[str]:
 
 
 def pickle_by_value(module: ModuleType) -> None:
-    """Have Ray send what `module` defines as code, not as a reference to the module.
+    """Make Ray send the classes and functions of `module` as code, not as references to the module.
 
-    An actor of such a class starts without importing this package and torch, which takes seconds. Ray documents
+    So an actor of such a class starts without importing this package and torch, which takes seconds. Ray documents
     neither its copy of cloudpickle nor this function. Seen in Ray 2.60.
     """
     from ray import cloudpickle
@@ -119,33 +126,33 @@ def pickle_by_value(module: ModuleType) -> None:
 def attention_implementation(config: Any) -> str | None:
     """Return the name of the attention that a transformers model with this config calls.
 
-    A model can be given one by a public method, but not asked for it. Seen in transformers 5.24.
+    A public method sets it, and none returns it. Seen in transformers 5.24.
     """
     return config._attn_implementation
 
 
 def add_data_loader(accelerator: Any, loader: Any) -> None:
-    """Add a prepared data loader to the ones whose state an `Accelerator` saves and whose end it notices.
+    """Add a prepared data loader to those whose state an `Accelerator` saves and whose end it notices.
 
-    Only `Accelerator.prepare_data_loader` does so, and it would give each rank sequences of its own. Seen in
+    The only public way is `Accelerator.prepare_data_loader`, which would give each rank sequences of its own. Seen in
     accelerate 1.15.
     """
     accelerator._dataloaders.append(loader)
 
 
 def mark_as_unprepared(model: Any) -> None:
-    """Remove the mark by which an `Accelerator` takes a model to be prepared already.
+    """Remove the mark by which an `Accelerator` recognises a model that it has prepared.
 
-    `Trainer.evaluate` prepares a model without DDP; a model with the mark would then be trained without DDP too. Seen
-    in accelerate 1.15.
+    `Trainer.evaluate` prepares a model without DDP. With the mark, it would then be trained without DDP too. Seen in
+    accelerate 1.15.
     """
     vars(model).pop("_is_accelerate_prepared", None)
 
 
 def fill_tensor_parallel_axis(strategy: Any) -> None:
-    """Give the axis "tensor_parallel" of a Lightning `ModelParallelStrategy` all ranks that the other axis leaves.
+    """Set the axis "tensor_parallel" of a Lightning `ModelParallelStrategy` to all ranks that the other axis leaves.
 
-    Lightning takes "auto" for the number of devices per node instead. Seen in Lightning 2.6.
+    This changes only "auto", which Lightning itself would set to the number of devices per node. Seen in Lightning 2.6.
     """
     if strategy._tensor_parallel_size == "auto":
         strategy._tensor_parallel_size = strategy.world_size // int(strategy._data_parallel_size)
@@ -154,7 +161,7 @@ def fill_tensor_parallel_axis(strategy: Any) -> None:
 def set_sharding(module: Any, config: Any) -> None:
     """Set the `ShardingConfig` by which a torchtitan module is parallelized.
 
-    A module's own config can only hold one that is known before the mesh is. Seen in torchtitan 0.3.
+    A module's own config could hold it only if it were known before the mesh. Seen in torchtitan 0.3.
     """
     module._sharding_config = config
 
@@ -162,6 +169,6 @@ def set_sharding(module: Any, config: Any) -> None:
 def configured_class(config: Any) -> Any:
     """Return the class that a torchtitan config builds.
 
-    Building an instance, which may be large, is the only public way to learn it. Seen in torchtitan 0.3.
+    The only public way to learn it is to build an instance, which may be large. Seen in torchtitan 0.3.
     """
     return config._owner

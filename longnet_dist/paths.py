@@ -13,7 +13,7 @@ def local_path(text: str | Path) -> Path:
         text: the path as a user wrote it.
 
     Raises:
-        ValueError: if it is empty, lies in a store, or begins with the home folder of an unknown user.
+        ValueError: if `text` is empty, names an object store, or begins with the home folder of an unknown user.
 
     Example:
         >>> local_path("file:///data/corpus")
