@@ -1,1 +1,1 @@
-"""Integrations with other frameworks: one module or folder for each, which alone imports that framework."""
+"""Integrations with other frameworks. Only the module or folder of a framework imports it."""

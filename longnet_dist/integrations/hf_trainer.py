@@ -5,8 +5,8 @@
     model = apply(AutoModelForCausalLM.from_config(config), pattern, mesh)
     DilatedTrainer(model, args, train_dataset=..., data_collator=..., mesh=mesh).train()
 
-Dataset and collator stay those of one process: whole sequences, labels not shifted. What would not train as one process
-does raises a ValueError on every rank.
+Dataset and collator are those for one process: whole sequences, and labels that are not shifted. Options and batches
+with which ranks would not train as one process does raise a ValueError on every rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _NO_LOGITS = "logits would be this rank's rows, and labels shifted; evaluate() g
 
 
 class DilatedTrainer(Trainer):
-    """A `Trainer` that splits sequences across ranks, and logs and learns what one process would.
+    """A `Trainer` that splits sequences across ranks, and learns and logs the same as one process.
 
     `per_device_train_batch_size` counts the sequences of a *mesh*. Every rank of a mesh loads the same whole sequences,
     of the mesh's length; meshes load different ones, as data-parallel processes do. Each token weighs the same, across
@@ -50,7 +50,7 @@ class DilatedTrainer(Trainer):
     Args:
         *args, **kwargs: The arguments of `Trainer`; the model is one that `apply` returned for this mesh.
         mesh: The ranks that hold this rank's sequences. Every rank of the job is in one mesh, and all meshes have
-            equally many ranks. None: each process has whole sequences.
+            equally many ranks. If None, each process has whole sequences.
 
     Raises:
         ValueError: If training would not be exact, or ranks disagree. Every rank raises, here or at the first such
@@ -67,7 +67,7 @@ class DilatedTrainer(Trainer):
         self._agree({name: getattr(self.args, name) for name in _SHARED_ARGUMENTS}, self._problem())
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Make an accelerator that shares out data and gathers results by mesh, not by process."""
+        """Make an accelerator that distributes data and gathers results per mesh, not per process."""
         super().create_accelerator_and_postprocess()
         self.accelerator.prepare_data_loader = self._prepare_data_loader
         self.accelerator.gather_for_metrics = self.gather_function = self._gather_for_metrics
@@ -80,7 +80,7 @@ class DilatedTrainer(Trainer):
         return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, also after evaluate(), which would leave the model marked as prepared and so without DDP."""
+        """Train the model, and prepare it again if evaluate() has prepared it, which it does without DDP."""
         if self.model_wrapped is self.model:
             internals.mark_as_unprepared(self.model)
         return super().train(*args, **kwargs)
@@ -99,9 +99,9 @@ class DilatedTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Run a forward and a backward, and return the loss to be logged.
 
-        `Trainer` multiplies the loss by the number of ranks, since DDP takes the mean of gradients. Each rank has only
-        its part of a gradient, so that is right. But all ranks of a mesh have the whole loss, so what is logged must be
-        divided by their number.
+        `Trainer` multiplies the loss by the number of ranks, because DDP takes the mean of gradients. That suits
+        gradients, of which each rank has only a part. But every rank of a mesh has the whole loss, so the logged value
+        must be divided by their number.
         """
         in_ddp = any(isinstance(module, DistributedDataParallel) for module in model.modules())
         if self._world is not None and not in_ddp:
@@ -124,7 +124,7 @@ class DilatedTrainer(Trainer):
         self._agree({}, f"predict() is not supported: {_NO_LOGITS}")
 
     def _agree(self, values: dict[str, Any], problem: str | None = None) -> None:
-        """Raise ValueError on every rank of the job if any has a problem, or other values."""
+        """Raise ValueError on every rank of the job if any rank has a problem, or values differ."""
         if self._world is not None:
             self._world.agree(values, problem)
         elif problem:
@@ -156,7 +156,7 @@ class DilatedTrainer(Trainer):
         return prepared
 
     def _gather_for_metrics(self, x: Tensor, use_gather_object: bool = False) -> Tensor:
-        """Gather the tensor of each mesh's first rank, without the sequences that only fill up a last batch."""
+        """Gather the tensor of each mesh's first rank, without the sequences that pad the last batch."""
         first_ranks = [ranks[0] for ranks in self._mesh_ranks]
         gathered = self.accelerator.gather(x).unflatten(0, (-1, len(x)))[first_ranks].flatten(0, 1)
         state = self.accelerator.gradient_state

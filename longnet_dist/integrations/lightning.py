@@ -14,12 +14,12 @@
 
     Trainer(strategy=SequenceParallelStrategy(), devices=8).fit(Language(), loader)
 
-The strategy extends Lightning's `ModelParallelStrategy`, which makes the device mesh, the sampler and checkpoints. What
-would be silently wrong under that one is done here, or raises a ValueError:
+The strategy extends Lightning's `ModelParallelStrategy`, which makes the device mesh, the sampler and checkpoints. It
+adds what would otherwise be silently wrong:
 
 - The scale of gradients and the weight of tokens are corrected.
-- Ranks of one sequence that have different samples or seeds raise.
-- Parameters whose gradients would not be summed over all ranks raise.
+- Different samples or seeds on the ranks of one sequence raise a ValueError.
+- Parameters whose gradients would not be summed over all ranks raise a ValueError.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def sequence_mesh(module: LightningModule, pattern: Pattern, seq_len: int, **opt
         seq_len: The number of tokens per sequence, N.
         **options: Further arguments of `SequenceMesh`.
 
+    Returns:
+        The mesh.
+
     Raises:
         ValueError: If the Trainer's strategy is not a `SequenceParallelStrategy`, or `SequenceMesh` raises.
     """
@@ -109,7 +112,7 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         self, sequence_parallel_size: int | Literal["auto"] = "auto", data_parallel_size: int = 1, **options: Any
     ) -> None:
         super().__init__(data_parallel_size, sequence_parallel_size, **options)
-        self._tokens: float | None = None  # What the last training_step returned.
+        self._tokens: float | None = None  # The "tokens" of the last training_step.
         # The numbers of tokens and the losses of the batches since the last optimizer step.
         self._window: list[float | None] = []
         self._losses: list[Tensor] = []
@@ -121,9 +124,10 @@ class SequenceParallelStrategy(ModelParallelStrategy):
 
     @contextmanager
     def model_sharded_context(self) -> Generator[None, None, None]:
-        """Enter the context of `configure_model`, into which ranks must bring the same state.
+        """Enter the context of `configure_model`, after checking that all ranks bring the same state.
 
-        Every rank makes the whole model, and `fully_shard` keeps a part of each rank's.
+        Every rank builds the whole model, and `fully_shard` retains a part of it on each. So the random numbers and the
+        parameters of all ranks must be equal.
         """
         if not self._sharded_parts:
             states = [torch.get_rng_state()]
@@ -137,8 +141,8 @@ class SequenceParallelStrategy(ModelParallelStrategy):
             yield
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepare the model that `configure_model` made, whose gradients must all be means over all ranks."""
-        # FSDP leaves some parameters gathered after a validation, and an optimizer must not get these.
+        """Prepare the model, after checking that FSDP averages every gradient over all ranks."""
+        # After a validation FSDP leaves some parameters gathered, and an optimizer must not receive those.
         for part in self._sharded_parts:
             part.reshard()
         tensors = [p for part in self._sharded_parts for p in part.parameters() if isinstance(p, DTensor)]
@@ -240,13 +244,13 @@ class SequenceParallelStrategy(ModelParallelStrategy):
         process_group: ProcessGroup | None = None,
         equal: Callable[[Any, Any], bool] = operator.eq,
     ) -> list[Any]:
-        """Return the value of each `size` consecutive ranks, which must be the same on all of these. Collective.
+        """Return one value for each group of `size` consecutive ranks, whose values must be the same. Collective.
 
         Args:
             what: The name of the value.
             value: This rank's value.
-            hint: What would make it the same.
-            size: The number of ranks that must have the same value; None for all.
+            hint: How to make it the same, for the error.
+            size: The number of consecutive ranks that must have the same value; None for all.
             process_group: The ranks to compare; None for all.
             equal: Whether two values are the same.
 

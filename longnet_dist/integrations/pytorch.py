@@ -5,8 +5,8 @@
     parallelize_module(model, device_mesh["sp"], plan)
     logits = model(mesh.split(tokens), mesh.positions())
 
-The rest of the model works on each row alone, so it needs no style. Whatever uses positions must get global ones. The
-style works together with FSDP2, with torch.compile, and with tensor parallelism, which spreads heads over other ranks.
+The rest of the model works on each row alone, so it needs no style. Modules that use positions must receive global
+ones, from `mesh.positions()`. The style works with FSDP2, torch.compile, and tensor parallelism, which spreads heads.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class SequenceParallelAttention(ParallelStyle):
     Args:
         mesh: The ranks that hold each sequence, made from the DeviceMesh that `parallelize_module` gets.
         causal: Whether a query sees only keys at or before it. A `DilatedAttention` keeps its own setting.
-        head_mesh: The axis over whose ranks heads are spread in order, where the projections are parallel and return
-            plain tensors (`ColwiseParallel`). DTensors that are sharded by head need none.
+        head_mesh: The axis over whose ranks heads are spread, in order, if the projections return plain tensors, as
+            `ColwiseParallel` does. None for whole heads, and for DTensors, which know how their heads are sharded.
 
     Raises:
         ValueError: If the module or a mesh does not fit. A call of the module raises for masks, for dropout, and for
@@ -75,7 +75,7 @@ class SequenceParallelAttention(ParallelStyle):
     def _parallelize_layer(self, module: DilatedAttention) -> None:
         if module.pattern != self.mesh.pattern:
             raise ValueError(f"the layer's pattern is {module.pattern}, and the mesh's {self.mesh.pattern}")
-        # With a part of the heads, these would have other statistics or gradients.
+        # On a part of the heads, these would compute other statistics or gradients.
         norms = {"inner_norm": module.inner_norm, "qk_norm": module.q_norm}
         across_heads = [name for name, norm in norms.items() if not isinstance(norm, nn.Identity)]
         across_heads += [] if module.rel_pos_bias is None else ["use_rel_pos_bias"]
@@ -88,7 +88,7 @@ class SequenceParallelAttention(ParallelStyle):
 
 
 def _mesh_hook(mesh: SequenceMesh) -> Any:
-    """Make a hook that passes the mesh to a layer, unless its caller does so by position."""
+    """Make a hook that passes the mesh to a layer, unless the caller passes one as a positional argument."""
 
     def hook(
         _: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]

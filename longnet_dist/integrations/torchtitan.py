@@ -1,6 +1,6 @@
 """torchtitan 0.3: decoders with dilated attention, each sequence split across the ranks of the mesh axis "cp".
 
-    def llama3_longnet() -> Trainer.Config:          # a function of your config registry, as torchtitan's own are
+    def llama3_longnet() -> Trainer.Config:          # in your config registry
         return apply(llama3_8b(), Pattern((2048, 8192, 32768), (1, 4, 16)))
 
     torchrun ... -m torchtitan.train --module yours --config llama3_longnet --parallelism.context_parallel_degree 8
@@ -50,14 +50,14 @@ if TYPE_CHECKING:
 _UNSUPPORTED = {
     "attention_masks": "the pattern says which keys a query sees",
     "score_mod": "scores are not modified here",
-    "out_transform": "it is of sinks or gates on the log-sum-exp, which are not computed here",
+    "out_transform": "sinks and gates on the log-sum-exp are not computed here",
 }
 
 
 class DilatedInnerAttention(Module):  # type: ignore[misc]
     """The causal dilated attention that a `GQAttention` of torchtitan calls.
 
-    It needs the mesh that the `parallelize_fn` of `apply` gives it, also on one process.
+    The `parallelize_fn` that `apply` installs must run before the first forward, also on one process.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -118,8 +118,8 @@ def apply(
 ) -> Trainer.Config:
     """Make the model of `config` use dilated attention, across the ranks of its context parallelism.
 
-    This also sets `parallelism.context_parallel_load_balancer` to None, as each rank holds contiguous rows, and
-    `training.disable_cuda_graphs` to True.
+    This also sets `parallelism.context_parallel_load_balancer` to None, because each rank holds contiguous rows, and
+    `training.disable_cuda_graphs` to True, because positions are checked in each step.
 
     Args:
         config: The config of torchtitan's Trainer, with its `model_spec`; it is changed in place.
@@ -209,7 +209,7 @@ def _problem(
     training: TrainingConfig,
     parallelism: ParallelismConfig,
 ) -> str | None:
-    """Return what does not work in the final settings, with those of the command line; None if all does."""
+    """Return which of the final settings, after the command line, is not supported; None if all are."""
     if dims.pp > 1:
         return f"pipeline_parallel_degree is {dims.pp}; pipelines are not supported: use 1"
     if parallelism.spmd_backend == "partial_dtensor":
@@ -247,7 +247,7 @@ def _local(x: Any) -> Any:
 
 
 class _CheckInputs:
-    """A hook before the model, which raises for rows and positions that would be silently wrong."""
+    """A hook before the model's forward, which raises for rows and positions that would be silently wrong."""
 
     def __init__(self, mesh: SequenceMesh | None, join_documents: bool) -> None:
         self.mesh, self.join_documents = mesh, join_documents

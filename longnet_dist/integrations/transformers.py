@@ -30,7 +30,7 @@ from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
 from longnet_dist.plan.pattern import Pattern
 
 NAME = "longnet_dist"
-"""The name of dilated attention in transformers' interfaces."""
+"""The name under which dilated attention is registered in transformers."""
 _UNSUPPORTED = {
     "sliding_window": "a sliding window is another pattern: make it a branch of the Pattern, and None in the config",
     "softcap": "scores are not capped here",
@@ -56,7 +56,7 @@ class _Stamp:
 def register() -> None:
     """Register `"longnet_dist"` in transformers' interfaces of attention and of masks.
 
-    `apply` calls this. Without the second registration, transformers would drop masks in silence.
+    `apply` calls this. Without the second registration, transformers would silently drop masks.
     """
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
@@ -66,8 +66,8 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
     """Make `model` use dilated attention, across the ranks of `mesh`. Each rank passes its rows of every sequence.
 
     The loss of `model(..., labels=...)` becomes the mean over the valid labels of all ranks, the same on each rank.
-    Labels must be shifted before they are split, as `split_batch` does. The *sum* over ranks of a parameter's
-    gradients is the gradient of one process.
+    Labels must be shifted before they are split, as `split_batch` does. A parameter's gradients must be *summed* over
+    ranks: the sum is the gradient of one process.
 
     Args:
         model: A causal decoder, which is changed in place.
@@ -90,7 +90,7 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
     if internals.attention_implementation(model.config) != NAME:
         raise ValueError(f"{type(model).__name__} does not call transformers' attention interface")
     for module in attentions:
-        # Past nn.Module's own __setattr__: the mesh is neither a parameter nor a submodule.
+        # Not through nn.Module's own __setattr__, as the mesh is neither a parameter nor a submodule.
         object.__setattr__(module, "_longnet_dist", _Stamp(pattern, mesh))
     if previous := vars(model).get("_longnet_dist_hook"):
         previous.remove()
@@ -134,7 +134,7 @@ def split_checked_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> 
 
 
 def problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str | None:
-    """Return why a whole batch cannot be split, or would not be attended as it asks; None if it can."""
+    """Return why a whole batch cannot be split, or asks for attention that is not supported; None if neither."""
     if "input_ids" not in batch:
         return f"the batch has {', '.join(batch)}; it must have input_ids"
     packed = [name for name in batch if name == "seq_idx" or name.startswith(("cu_seq_lens", "max_length"))]
@@ -212,7 +212,7 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as transformers asks for it: (B, H, L, D), (B, G, L, D) -> (B, L, H, D)."""
+    """Compute attention in transformers' layouts: (B, H, L, D), (B, G, L, D) -> (B, L, H, D)."""
     stamp = getattr(module, "_longnet_dist", None)
     if stamp is None:
         raise ValueError(
@@ -268,7 +268,7 @@ def _mask(
 
 
 class _CheckInputs:
-    """A hook before the model, which adds global positions and raises for inputs that would be silently wrong."""
+    """A hook before the model's forward, which adds global positions and raises for silently wrong inputs."""
 
     def __init__(self, mesh: SequenceMesh | None) -> None:
         self.mesh = mesh

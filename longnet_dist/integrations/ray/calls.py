@@ -74,8 +74,8 @@ class CallQueue:
             except GangError:
                 self.counts["failed"] += 1
                 if attempt == retries:
-                    # In this thread: the caller gets the error at once, and the next call finds the gang formed.
-                    with contextlib.suppress(RuntimeError):  # The gang was closed in the meantime.
+                    # Re-form in this thread: the caller gets the error at once, and the next call waits for a new gang.
+                    with contextlib.suppress(RuntimeError):  # Raised if the gang was closed in the meantime.
                         self._thread.submit(self._re_form)
                     raise
         if request.folder is not None:

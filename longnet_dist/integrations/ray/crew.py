@@ -1,4 +1,4 @@
-"""The actors of a gang: placed in one placement group, called all together, and replaced when one is lost."""
+"""The actors of a gang: in one placement group, called all together, and replaced if one is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from longnet_dist.integrations.ray.store import StoreActor
 
 _GRACE_SECONDS = 5.0
 _FORMING_STEPS = {"location": "start", "join": "join the process group and load the model"}
-"""The methods of `Rank` that form a gang, in words for an error message."""
+"""The methods of `Rank` that form a gang, as verbs for an error message."""
 
 
 class GangError(RuntimeError):
@@ -72,7 +72,7 @@ class Crew:
         """Form the gang unless every actor answers.
 
         Raises:
-            GangError: if the gang cannot form within `form_timeout`, with what is missing.
+            GangError: if the gang cannot form within `form_timeout`; names the ranks or resources that are missing.
         """
         if self._actors:
             pings = [actor.location.remote() for actor in self._actors]

@@ -24,12 +24,12 @@ _MEBIBYTE = 1 << 20
 _LATENCY_ROUNDS, _BANDWIDTH_ROUNDS = 20, 4
 _MAX_CLOCK_OFFSET_SECONDS = 1.0
 _SLOW_FACTOR = 3.0
-"""A link is slow if its bandwidth is this many times below the median."""
+"""A link is slow if its bandwidth is below the median by more than this factor."""
 
 
 @dataclass(frozen=True)
 class _Link:
-    """What was measured between two nodes."""
+    """The measurements of the link between two nodes."""
 
     latency: float
     """Seconds of a round trip."""
@@ -91,7 +91,7 @@ def diagnose_cluster(timeout: float = 30.0, mebibytes: int = 16) -> tuple[str, l
         mebibytes: size of the messages that measure bandwidth; every two nodes exchange a few.
 
     Returns:
-        A report for people, and the problems in it, in words.
+        A report for people, and the list of the problems in it.
     """
     connect()
     records = ray.nodes()
@@ -182,10 +182,10 @@ def _measure(a: dict[str, Any], b: dict[str, Any], timeout: float, mebibytes: in
     store = ray.remote(StoreActor).options(num_cpus=0, max_concurrency=100).remote()
     probes = [_start_probe(record, int(on_gpu)) for record in (a, b)]
     calls = [probe.measure.remote(store, rank, timeout / 2, mebibytes, on_gpu) for rank, probe in enumerate(probes)]
-    measured: list[_Link] | None = _result_or_none(calls, timeout)
+    links: list[_Link] | None = _result_or_none(calls, timeout)
     for actor in (store, *probes):
         ray.kill(actor)
-    return None if measured is None else measured[0]
+    return None if links is None else links[0]
 
 
 def _median_seconds(pair: Communicator, x: torch.Tensor, rounds: int) -> float:
@@ -207,8 +207,8 @@ def _version_conflicts(nodes: list[_Node]) -> list[str]:
         for node in nodes:
             addresses.setdefault(node.versions[package], []).append(node.address)
         if len(addresses) > 1:
-            where = "; ".join(f"{version} on {', '.join(names)}" for version, names in addresses.items())
-            problems.append(f"nodes have different versions of {package}: {where}")
+            by_version = "; ".join(f"{version} on {', '.join(names)}" for version, names in addresses.items())
+            problems.append(f"nodes have different versions of {package}: {by_version}")
     return problems
 
 

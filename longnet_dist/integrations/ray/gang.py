@@ -22,15 +22,15 @@ class SequenceParallelGang:
             attention alone.
         cpus_per_rank: CPUs that each actor reserves.
         gpus_per_rank: GPUs that each actor reserves; with a GPU, ranks use NCCL, else gloo.
-        labels: Ray's label selector for the nodes that may hold ranks; None for any node.
+        labels: Ray's label selector for the nodes that may run ranks; None for any node.
         placement: Ray's placement strategy; PACK keeps ranks together, SPREAD uses many nodes.
         timeout: time limit in seconds of one collective, and of one whole call.
         form_timeout: time limit in seconds for the gang to form: resources, processes, weights.
         retries: how often a call is repeated after the loss of a rank, before it raises `GangError`.
-        tokenizer: the tokenizer for documents given as text; bytes by default.
+        tokenizer: the tokenizer for documents that are text; bytes by default.
 
     Raises:
-        GangError: if the gang cannot form in time, with what the cluster lacks.
+        GangError: if the gang cannot form in time; names the resources that the cluster lacks.
         ValueError: for arguments that cannot work.
 
     Example (on a cluster, or on this machine alone)::

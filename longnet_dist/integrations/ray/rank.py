@@ -38,7 +38,7 @@ class Rows:
     value: Tensor | Path
     """The rank's rows alone, or the path of the whole array."""
     dim: int = 0
-    """The dimension that rows are counted in."""
+    """The dimension of the rows."""
 
     def read(self, start: int, stop: int) -> Tensor:
         """Return the rows [start, stop) along `dim`: of a .npy file, or of any other file's bytes."""
@@ -59,8 +59,8 @@ def map_file(path: Path) -> np.ndarray:
 class Rank:
     """A Ray actor that is one rank of a gang.
 
-    Its `run` is collective over the gang. `location`, `progress` and `stats` run in another thread, so that they answer
-    also while `run` computes or hangs in a collective.
+    Its `run` is collective over the gang. `location`, `progress` and `stats` run in another thread, so they answer even
+    while `run` computes, or hangs in a collective.
 
     Args:
         rank: the index of this rank.
@@ -142,20 +142,20 @@ class Rank:
         parts = self._read(mesh, lambda: [rows.read(shard.start, shard.stop) for rows in (q, k, v)])
         q_BLHD, k_BLGD, v_BLGD = (part.to(self.device) for part in parts)
         result = dilated_attention(q_BLHD, k_BLGD, v_BLGD, pattern, mesh=mesh, **options)
-        return self._given(result, out, mesh, dim=1)
+        return self._return_or_write(result, out, mesh, dim=1)
 
     def _score(self, num_rows: int, document: Rows, out: str | None) -> Any:
         mesh, model = self._mesh(self._loaded.config.pattern, num_rows), self._loaded
         shard = mesh.shard
         tokens = self._tokens(mesh, document, shard.start, min(shard.stop + 1, num_rows))
-        return self._given(log_likelihoods(model, tokens, mesh)[0], out, mesh, dim=0)
+        return self._return_or_write(log_likelihoods(model, tokens, mesh)[0], out, mesh, dim=0)
 
     def _embed(self, num_rows: int, document: Rows, pooling: Literal["mean", "last"] | None, out: str | None) -> Any:
         mesh, model = self._mesh(self._loaded.config.pattern, num_rows), self._loaded
         tokens = self._tokens(mesh, document, mesh.shard.start, mesh.shard.stop)
         result = embeddings(model, tokens, mesh, pooling)[0]
         if pooling is None:
-            return self._given(result, out, mesh, dim=0)
+            return self._return_or_write(result, out, mesh, dim=0)
         return result.cpu() if self.rank == 0 else None
 
     def _tokens(self, mesh: SequenceMesh, document: Rows, start: int, stop: int) -> Tensor:
@@ -183,7 +183,7 @@ class Rank:
         mesh.agree({"call": "read"}, problem)
         return value
 
-    def _given(self, rows: Tensor, out: str | None, mesh: SequenceMesh, dim: int) -> Any:
+    def _return_or_write(self, rows: Tensor, out: str | None, mesh: SequenceMesh, dim: int) -> Any:
         """Return this rank's rows; with `out`, write them to a file in that folder and return the file's name."""
         rows = rows.cpu()
         if out is None:
@@ -209,7 +209,7 @@ class Rank:
 
     @property
     def _loaded(self) -> LongNet:
-        assert self.model is not None  # The driver refuses calls that need a model where there is none.
+        assert self.model is not None  # The driver refuses calls that need a model if there is none.
         return self.model
 
     def _count_layer(self, *_: Any) -> None:

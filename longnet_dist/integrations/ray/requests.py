@@ -1,4 +1,4 @@
-"""What a gang is asked to compute: the arguments of a call, checked and split into each rank's part."""
+"""Requests to a gang: the arguments of a call, checked, and split into each rank's part."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Request:
     """One operation for all ranks of a gang."""
 
     operation: str
-    """`attention`, `score` or `embed`: what `Rank.run` is to compute."""
+    """The operation of `Rank.run`: `attention`, `score` or `embed`."""
     num_rows: int
     """N, the length of the sequence."""
     dim: int
@@ -35,16 +35,16 @@ class Request:
     arguments: list[list[Any]]
     """The arguments of each rank."""
     folder: Path | None
-    """Where the ranks write the result; None to return it."""
+    """The folder into which the ranks write the result; None to return it."""
 
 
 class RequestBuilder:
     """Turns calls to a gang into requests.
 
     Args:
-        num_ranks: into how many parts a sequence is split.
+        num_ranks: number of parts into which a sequence is split.
         model: the folder of an exported model; None if the gang has none.
-        tokenizer: the tokenizer for documents given as text.
+        tokenizer: the tokenizer for documents that are text.
 
     Raises:
         ValueError: if the folder holds no exported model.
@@ -93,7 +93,7 @@ class RequestBuilder:
         return Request("embed", num_rows, 0, [[rows, pooling, out and str(folder)] for rows in parts], folder)
 
     def _split_document(self, document: Document, lookahead: int = 0) -> tuple[list[Any], int]:
-        """Return each rank's tokens, with the `lookahead` tokens that follow them, and the number of tokens in all."""
+        """Return each rank's tokens, with the `lookahead` tokens that follow them, and the number of all tokens."""
         if self.config is None:
             raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
         if isinstance(document, str):

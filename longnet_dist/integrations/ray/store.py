@@ -1,6 +1,6 @@
 """A torch.distributed store in a Ray actor, through which the ranks of a process group find each other.
 
-It opens no port. TCPStore opens one on every interface, to anyone (docs/decisions/ray-store.md).
+It opens no port, whereas TCPStore opens one on every interface, to anyone (docs/decisions/ray-store.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from longnet_dist import internals
 
 _SIOCGIFADDR = 0x8915
-# A StoreActor is sent as it is: its process starts without this package and torch, which take seconds to import.
+# A StoreActor is sent as code, so that its process starts without this package and torch, which take seconds to import.
 internals.pickle_by_value(sys.modules[__name__])
 
 

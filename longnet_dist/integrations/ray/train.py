@@ -56,7 +56,7 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
     assert config.run_folder is not None
     folder = storage_path(config.run_folder)
     with lock_run_folder(local_run_files(folder, config, upload=True).folder):
-        # Ray's list of an earlier start's checkpoints. Ray refuses to start if our retention has removed one.
+        # Ray's list of the checkpoints of an earlier start. Ray refuses to start if one of them was removed since.
         (folder / "checkpoint_manager_snapshot.json").unlink(missing_ok=True)
     warn_if_no_checkpoints(config)
     connect(dashboard=True)
@@ -141,7 +141,7 @@ def _absolute(path: str | Path) -> str:
 
 
 def _ray_path(path: Path) -> str:
-    """Return a path as Ray takes it: in a store, without the scheme, which the file system stands for."""
+    """Return a path in Ray's form: in a store, without the scheme, because Ray gets the file system separately."""
     return path.path if in_store(path) else str(path)  # type: ignore[attr-defined]
 
 
@@ -179,7 +179,7 @@ class _Session:
         """Register with Ray a checkpoint that is already in the run's folder; nothing is uploaded."""
         ray.train.report(
             metrics,
-            # With Ray's own client: Ray takes a path in any other, even of the same store, for another place.
+            # Through Ray's own client: with any other, even of the same store, Ray takes the path for another place.
             checkpoint=Checkpoint(
                 _ray_path(path),
                 ray.train.get_context().get_storage().storage_filesystem if in_store(path) else None,
