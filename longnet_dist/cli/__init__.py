@@ -1,1 +1,1 @@
-"""The command `longnet-dist`: one module per subcommand. None imports torch until it needs it, to keep help quick."""
+"""The command `longnet-dist`: one module per subcommand. Imports of torch are delayed, so that `--help` is quick."""

@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0, 2 if the arguments cannot work, or 1 if checkpoints fail. The reason is one line on
-        stderr.
+        The exit status: 0 for success, 2 if the arguments cannot work, 1 if checkpoints fail. On failure, one line on
+        stderr has the reason.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--version"]:
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     app = tyro.extras.SubcommandApp()
     for name, command in SUBCOMMANDS.items():
-        # The list of commands shows the first line of each docstring, and the help of a command all of its own.
+        # `longnet-dist --help` shows the first line of each docstring, and the help of one command its whole docstring.
         summary = None if arguments[:1] == [name] else str(command.__doc__).partition("\n")[0]
         app.command(name=name, help=summary)(command)
     try:

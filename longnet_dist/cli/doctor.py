@@ -17,8 +17,8 @@ def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
     """Print which devices, backends and kernels work on this machine, and why the others do not.
 
     Args:
-        cluster: Check the nodes and links of the Ray cluster at RAY_ADDRESS instead; exits with 1 on a problem.
-        timeout: Time limit for each answer of a node, in seconds.
+        cluster: Check the nodes and links of the Ray cluster at RAY_ADDRESS instead; the exit code is 1 on a problem.
+        timeout: Time limit for each answer of a node, in seconds; only with --cluster.
     """
     if not cluster:
         print(diagnose_machine())

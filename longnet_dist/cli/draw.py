@@ -31,11 +31,11 @@ def run_draw(
     """Draw a pattern: which keys each query sees, per head, and which of them come from other ranks.
 
     Args:
-        out: Picture to write: .png, .svg or .pdf.
+        out: File to write, a picture: .png, .svg or .pdf.
         segment_lengths: Segment length of each branch, in tokens.
         dilation_rates: Dilation rate of each branch.
         head_phases: Rule for the rows that each head keeps: the paper's (interleaved) or torchscale's (blocked).
-        seq_len: Tokens of the whole sequence.
+        seq_len: Number of tokens of the whole sequence.
         heads: Number of key/value heads.
         ranks: Number of ranks over which the sequence is split.
         causal: Whether a query sees only keys at or before its own position.
@@ -48,10 +48,10 @@ def run_draw(
 def draw_pattern(
     out: Path, pattern: Pattern, seq_len: int, num_heads: int, num_ranks: int = 1, causal: bool = True
 ) -> Path:
-    """Draw which keys (columns) each query (row) sees, with one panel for all heads of the same phases.
+    """Draw which keys (columns) each query (row) sees, with one panel per group of heads that have the same phases.
 
     Blue keys are on the query's own rank, and orange keys are gathered from other ranks. A darker key is in more
-    branches. Lines are the boundaries of the ranks.
+    branches. Lines are the boundaries between ranks.
 
     Args:
         out: The picture to write; its name ends in one of `ENDINGS`.

@@ -17,15 +17,15 @@ def run_eval(
     sequences: int = 8,
     edges: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768),
 ) -> None:
-    """Print a run's bits per byte on held-out data, by how many tokens of context precede a token.
+    """Print a run's bits per byte on held-out data, by the number of tokens before the predicted one.
 
     Args:
         run: Folder of the run, or its URL in an object store.
-        data: Files, folders and globs; by default the data that the run held out.
-        tokenizer: Tokenizer of the data; by default that of the run.
-        seq_len: Tokens per sequence; by default as in the run.
+        data: Files, folders, globs and hf: datasets, as for train; by default the run's own held-out data.
+        tokenizer: Tokenizer file for the data; by default that of the run.
+        seq_len: Tokens per sequence; by default that of the run.
         sequences: Largest number of sequences to evaluate.
-        edges: Positions at which one row of the table ends and the next begins.
+        edges: Positions in the sequence at which one row of the table ends and the next begins.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Rules for the values of options that several subcommands share."""
+"""Rules that several subcommands share for the values of their options."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from longnet_dist.paths import local_path
 Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 """A positional argument: the folder of a run, or its URL in an object store."""
 _LISTS = ("--data", "--edges", "--ray.labels", "--ray.resources")
-"""Options with any number of values, where an option without a value would otherwise pass for a missing one."""
+"""Options that accept any number of values, so that tyro would accept them without any."""
 _MAY_BE_EMPTY = ("--wandb",)
 
 
 class PathError(Exception):
-    """A path that cannot be used. It is no ValueError, because tyro prints those in a frame of several lines."""
+    """A path that cannot be used. It is not a ValueError, which tyro would print in a frame of several lines."""
 
 
 def check_values(arguments: Sequence[str]) -> None:
@@ -53,7 +53,7 @@ def check_positive(options: dict[str, int]) -> None:
     """Check that each value is at least 1.
 
     Args:
-        options: The value of each option, by the option's name without dashes in front.
+        options: The value of each option, by its name without the leading dashes.
 
     Raises:
         ValueError: If a value is below 1.
@@ -64,10 +64,14 @@ def check_positive(options: dict[str, int]) -> None:
 
 
 def check_ending(path: Path, endings: Sequence[str]) -> None:
-    """Check that the name of a file to draw has one of these endings, in either case.
+    """Check that the name of a file has one of these endings, in upper or lower case.
+
+    Args:
+        path: The file to draw into.
+        endings: The endings that are allowed, each with its dot.
 
     Raises:
-        ValueError: If it has another ending, or none.
+        ValueError: If the name has another ending, or none.
     """
     if path.suffix.lower() not in endings:
         choices = f"{', '.join(endings[:-1])} or {endings[-1]}"
@@ -75,7 +79,7 @@ def check_ending(path: Path, endings: Sequence[str]) -> None:
 
 
 def path_registry() -> tyro.constructors.ConstructorRegistry:
-    """Return the rule by which tyro reads each option of type Path with `local_path`, which expands `~`."""
+    """Return a registry with which tyro reads every option of type Path by `local_path`, which expands `~`."""
     registry = tyro.constructors.ConstructorRegistry()
 
     def read(values: list[str]) -> Path:
@@ -102,7 +106,7 @@ def path_registry() -> tyro.constructors.ConstructorRegistry:
 def join_help_lines(*configs: type) -> None:
     """Set the help of each field of a config to its docstring, as one paragraph.
 
-    tyro would show the line breaks of the source.
+    Without this, tyro shows the line breaks of the source.
 
     Args:
         configs: Dataclasses whose fields have a docstring each.

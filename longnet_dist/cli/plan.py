@@ -1,4 +1,4 @@
-"""`longnet-dist plan`: the cost of a layer, from integers alone."""
+"""`longnet-dist plan`: the cost of a layer of attention, computed from integers alone."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def run_plan(
     Args:
         segment_lengths: Segment length of each branch, in tokens.
         dilation_rates: Dilation rate of each branch.
-        seq_len: Tokens of the whole sequence.
+        seq_len: Number of tokens of the whole sequence.
         ranks: Number of ranks over which the sequence is split.
         heads: Number of query heads.
         kv_heads: Number of key/value heads; by default as many as query heads.
-        head_dim: Dimensions per head.
-        element_size: Bytes per element: 2 for bfloat16, 4 for float32. Gradients travel in at least 4 bytes.
-        keep_kv: Whether gathered keys and values are kept for the backward, or gathered again.
+        head_dim: Number of dimensions per head.
+        element_size: Bytes per element: 2 for bfloat16, 4 for float32. Gradients are sent in at least 4 bytes.
+        keep_kv: Whether to keep gathered keys and values for the backward, instead of gathering them again.
         causal: Whether a query sees only keys at or before its own position.
     """
     kv_heads = heads if kv_heads is None else kv_heads
@@ -44,8 +44,8 @@ def run_plan(
     chunk = choose_chunk(pattern, seq_len, ranks)
     shard = Shard(seq_len, chunk, 0, ranks)
     received = bytes_received(pattern, shard, kv_heads, head_dim, element_size, keep_kv)
-    rows_of_last = shard.of(ranks - 1).num_rows
-    last = "" if rows_of_last == chunk else f" (the last: {rows_of_last:,})"
+    last_rows = shard.of(ranks - 1).num_rows
+    last = "" if last_rows == chunk else f" (the last: {last_rows:,})"
     print(f"{ranks} ranks of {chunk:,} rows{last}; one layer, forward and backward:")
     for branch, count in zip(pattern.branches, received, strict=True):
         cost = f"{count:,} bytes ({format_bytes(count)}) received per rank" if count else "within the chunk"

@@ -64,7 +64,7 @@ def write_report(out: Path, runs: Sequence[Path]) -> Path:
         `out`.
 
     Raises:
-        ValueError: If there are no runs, a folder is not a run's, or `out` has another ending.
+        ValueError: If there are no runs, a folder has no metrics, or `out` has another ending.
     """
     check_ending(out, ENDINGS)
     if not runs:
@@ -112,7 +112,7 @@ def _draw_curves(metrics: dict[Path, Metrics]) -> Figure:
 def _page(metrics: dict[Path, Metrics], svg: str) -> str:
     rows = []
     for run, steps in metrics.items():
-        # Not every step is validated, so each metric has a last value of its own.
+        # Most steps have no validation, so the last value of each metric may be of a different step.
         last: dict[str, Any] = {}
         for step in steps:
             last |= {name: value for name, value in step.items() if value is not None}

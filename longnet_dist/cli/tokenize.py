@@ -1,4 +1,4 @@
-"""`longnet-dist tokenize`: data as shards of tokens, with a progress bar."""
+"""`longnet-dist tokenize`: write data as shards of tokens, with a progress bar."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def run_tokenize(
 ) -> None:
     """Tokenise data into a folder of memory-mapped shards, for `longnet-dist train --data FOLDER`.
 
-    If it is interrupted, run the same command again: it resumes after the last complete shard.
+    After an interruption, run the same command again: it resumes after the last complete shard.
 
     Args:
         data: Files, folders, globs and hf: datasets, as for train.
         out: Folder for the shards.
         tokenizer: Tokenizer file, *.json (tokenizers) or *.tiktoken; by default a token is a byte.
-        text_field: Key or column of the text, in rows of JSON lines or Parquet.
+        text_field: Key or column that holds the text in a row of JSON lines or Parquet.
         seed: Seed for the order of the files.
         shard_tokens: Approximate number of tokens per shard.
     """

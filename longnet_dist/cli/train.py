@@ -31,8 +31,8 @@ def run_train(
 
     Args:
         config: The options of the run.
-        launcher: What starts the ranks: Ray, or none for this process alone or a launcher that sets WORLD_SIZE.
-        ranks: Number of ranks that Ray starts.
+        launcher: Launcher that this command starts: ray, or none on one process and under torchrun.
+        ranks: Number of ranks that Ray starts; only with --launcher ray.
         ray: How Ray runs the ranks.
     """
     if launcher == "none":
