@@ -33,16 +33,16 @@ def main() -> None:
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
     for step in range(1, STEPS + 1):
         batches = [(torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256 for _ in range(MICRO_BATCHES)]
-        batches[0][0, 300:] = -1  # A shorter sequence, whose padding is not counted as labels.
+        batches[0][0, 300:] = -1  # A shorter sequence: -1 becomes padding without labels.
         batches = [{"input_ids": x.clamp(min=0), "labels": x.masked_fill(x < 0, -100)} for x in batches]
-        # The labels of all ranks and micro-batches of the step, so that each token weighs the same.
+        # The number of labels in all micro-batches of the step, on all ranks, so that each token weighs the same.
         num_labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
         total = 0.0
         for batch in batches:
             with accelerator.accumulate(model):
                 local = {name: x.to(accelerator.device) for name, x in split_batch(batch, mesh).items()}
                 loss = model(**local, num_items_in_batch=num_labels).loss
-                # DDP takes the mean over ranks of what must be summed; Accelerate divides by the micro-batches.
+                # Undo the mean over ranks, which DDP takes, and the division by micro-batches, which Accelerate does.
                 accelerator.backward(loss * mesh.size * MICRO_BATCHES)
                 optimizer.step()
                 optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Compute dilated attention and its gradients with the same lines on one process and across ranks.
+"""Compute dilated attention and its gradients with the same code on one process and across ranks.
 
 python examples/attention.py                        # one process
 torchrun --nproc-per-node 4 examples/attention.py   # four processes, with the same numbers

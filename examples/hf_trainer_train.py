@@ -2,7 +2,7 @@
 
 python examples/hf_trainer_train.py                                     # one process
 torchrun --standalone --nproc-per-node 2 examples/hf_trainer_train.py   # two processes, with the same losses
-accelerate launch --num_processes 2 --cpu examples/hf_trainer_train.py  # the same, started by Accelerate
+accelerate launch --num_processes 2 --cpu examples/hf_trainer_train.py  # two processes, started by Accelerate
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
             save_strategy="no", ddp_find_unused_parameters=False, disable_tqdm=True,
             use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
-        # Across all ranks. For data parallelism too, pass init_device_mesh(...)["sp"] in place of the world.
+        # One mesh of all ranks. To add data parallelism, pass init_device_mesh(...)["sp"] instead of the world.
         mesh = SequenceMesh(dist.group.WORLD if dist.is_initialized() else None, PATTERN, SEQ_LEN)
         set_seed(0)
         config = LlamaConfig(

@@ -1,8 +1,8 @@
 """Train a LongNet with Lightning, each sequence split across all ranks.
 
 python examples/lightning_train.py --devices 1    # one process
-python examples/lightning_train.py --devices 2    # two, of which Lightning starts the second, with the same losses
-torchrun --standalone --nproc-per-node 2 examples/lightning_train.py --devices 2    # two, started by torchrun
+python examples/lightning_train.py --devices 2    # two processes, with the same losses; Lightning starts the second
+torchrun --standalone --nproc-per-node 2 examples/lightning_train.py --devices 2    # two, both started by torchrun
 """
 
 from __future__ import annotations

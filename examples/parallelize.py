@@ -2,7 +2,7 @@
 
 python examples/parallelize.py                                       # one process
 torchrun --standalone --nproc-per-node 2 examples/parallelize.py     # two processes, with the same losses
-torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # four: two parts of a sequence, two of its heads
+torchrun --standalone --nproc-per-node 4 examples/parallelize.py 2   # four: two chunks of rows x two groups of heads
 """
 
 import os
@@ -67,7 +67,7 @@ def main() -> None:
         tokens = (torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256
         labels = mesh.split(next_token_labels(tokens))  # Shift the labels before they are split.
         loss = token_loss(model(mesh.split(tokens), mesh.positions()), labels, mesh)
-        (loss * mesh.size).backward()  # FSDP takes the mean over ranks of what must be summed.
+        (loss * mesh.size).backward()  # FSDP takes the mean of gradients over ranks, which must be summed.
         optimizer.step()
         optimizer.zero_grad()
         if dist.get_rank() == 0:

@@ -1,9 +1,9 @@
-"""Compare LongNet, dense attention and local windows at equal steps and tokens: the paper's table 2, in small.
+"""Compare LongNet, dense attention and local windows at equal steps and tokens: a small version of the paper's table 2.
 
     OMP_NUM_THREADS=2 python examples/quality.py --steps 400
 
 Three models that differ only in their attention are trained on sequences of 16k bytes of the default corpus. They are
-evaluated on its held-out part, in sequences of 2k, 4k, 8k and 16k. If it is interrupted, the same command resumes it.
+evaluated on its held-out part, in sequences of 2k, 4k, 8k and 16k. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations

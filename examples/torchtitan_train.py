@@ -3,8 +3,8 @@
 python examples/torchtitan_train.py                                     # one process
 torchrun --standalone --nproc-per-node 2 examples/torchtitan_train.py   # two processes, with the same losses
 
-torchtitan's own Trainer needs an accelerator, so this loop uses its pieces. With an accelerator, all it takes is a
-function in a config registry that returns `apply(config, pattern)`: see docs/integrations.md.
+torchtitan's own Trainer needs an accelerator, so this script calls its parts in a loop of its own. With an accelerator,
+you only need a function in a config registry that returns `apply(config, pattern)`: see docs/integrations.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torchtitan.tools import utils
 
-if not torch.cuda.is_available():  # torchtitan looks for accelerators only.
+if not torch.cuda.is_available():  # torchtitan does not choose the CPU itself.
     utils.device_type, utils.device_module = "cpu", torch.cpu
 
 from torchtitan.config import TORCH_DTYPE_MAP
@@ -30,7 +30,7 @@ from longnet_dist.integrations.torchtitan import apply
 
 SEQ_LEN, STEPS = 500, 5
 PATTERN = Pattern((64, 512), (1, 4))
-TORCH_DTYPE_MAP["float64"] = torch.float64  # For losses that can be compared to many digits.
+TORCH_DTYPE_MAP["float64"] = torch.float64  # So that losses can be compared to many digits.
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
             )
         inputs, labels, extra_inputs = full_dtensor.parallelize_inputs(dims, inputs, labels, extra_inputs)
         logits, labels = model(inputs, **extra_inputs).to_local(), labels.to_local()
-        # As in torchtitan's own loss, this is the rank's part of the mean over all tokens: FSDP sums gradients.
+        # This rank's part of the mean over all tokens, as in torchtitan's own loss, because FSDP sums gradients here.
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / (2 * SEQ_LEN)
         loss.backward()
         optimizer.step()
