@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/attention.py [--seq-len 16384] [--rounds 7]
 
-The floor is the least time possible: the same flash kernel on blocks that are already contiguous, with the shapes of
-the pattern's branches. Nothing gathers rows, and nothing merges results. Ratios are of medians. Before anything is
-measured, a result is compared with the float64 oracle.
+The floor is the least time possible: the same flash kernel on contiguous blocks with the shapes of the pattern's
+branches, without gathering rows or merging results. The peer is the package dilated-attention-pytorch, if installed.
+Ratios are of medians. Before anything is measured, a result is compared with the float64 oracle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from longnet_dist import Pattern, dense_reference, dilated_attention
 from longnet_dist.attention.kernels import torch_flash
 
 Contestant = Callable[[bool], None]
-"""Runs the forward once; with True also the backward."""
+"""A function that runs the forward once, and the backward too if its argument is true."""
 
 
 @dataclass
@@ -135,7 +135,7 @@ def dense(options: Options, dtype: torch.dtype, device: str) -> Contestant:
 
 
 def dilated_attention_pytorch(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -> Contestant | str:
-    """Attend by fkodom's package, or return why it cannot. It computes less: each branch has heads of its own."""
+    """Attend with fkodom's package, or return why not. It computes less: each branch has only a part of the heads."""
     try:
         package = importlib.import_module("dilated_attention_pytorch.dilated_attention")
     except ImportError as error:

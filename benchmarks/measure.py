@@ -1,4 +1,4 @@
-"""What the benchmarks share: contestants that take turns, peak memory, and one line about the machine."""
+"""Helpers of the benchmarks: medians of contestants that take turns, peak memory, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 def median_seconds(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Measure the median seconds of each contestant, which should have run once before.
+    """Measure the median seconds of each contestant; each should have run once before, as a warmup.
 
     Contestants take turns, in an order that reverses from round to round, so that a noisy machine is noisy for all.
     """
@@ -37,7 +37,7 @@ def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     run()  # Makes threads and the kernels' scratch memory, which later runs share.
-    ctypes.CDLL(None).malloc_trim(0)  # Returns to the system what earlier runs freed and the allocator retained.
+    ctypes.CDLL(None).malloc_trim(0)  # Returns to the system the memory that earlier runs freed.
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = _status_kib("VmRSS")
@@ -46,14 +46,14 @@ def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
 
 
 def machine(device: str = "cpu") -> str:
-    """The version of torch and the device, in words."""
+    """Return the version of torch and the name of the device."""
     if device == "cuda":
         return f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
     return f"torch {torch.__version__}, {platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The name of a dtype without "torch."."""
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 

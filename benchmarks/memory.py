@@ -1,12 +1,12 @@
-"""Measure the peak memory per token of a training step, by what is retained for the backward.
+"""Measure the peak memory per token of a training step, for each kind of activation checkpointing.
 
     python benchmarks/memory.py
 
 Each setting runs in a process of its own, at two lengths. The difference of the two peaks (resident memory), divided by
 the difference of the lengths, is the memory per token; parameters and the interpreter cancel out.
 
-Offloading does nothing on a CPU, so what it would move is counted while the model saves it. On a GPU, that much less
-would be in its memory between forward and backward.
+Offloading does nothing on a CPU, so the tensors that it would move are counted when the model saves them. On a GPU, its
+memory between forward and backward would be smaller by that much.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from longnet_dist import LongNetConfig, next_token_labels, token_loss
 
-# Freed memory returns to the system at once. Otherwise the peak would be that of a heap with holes.
+# Return freed memory to the system at once. Otherwise the peak would include holes in the heap.
 ENVIRONMENT = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 LENGTHS = (8192, 16384)
 VOCABULARY = 32768
@@ -48,7 +48,7 @@ def kib_per_token(checkpointing: str, logits: str) -> float:
 
 
 def offloaded_kib_per_token(checkpointing: str) -> float:
-    """Count what `offload_activations` would move: all that the blocks save, except parameters."""
+    """Count the tensors that `offload_activations` would move: all that the blocks save, except parameters."""
     model = LongNetConfig(**MODEL, activation_checkpointing=checkpointing).build()
     total = 0
 

@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py [--seq-len 16384] [--rounds 7]
 
-All processes live throughout and take turns; those that wait are blocked, not spinning.
+All processes are started once and take turns. A process that waits for its turn uses no CPU.
 """
 
 from __future__ import annotations

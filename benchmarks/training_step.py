@@ -46,7 +46,7 @@ class Options:
     """Dilation rate of each branch."""
 
     def pattern(self, seq_len: int) -> Pattern:
-        """The branches with segments up to the sequence's length."""
+        """Return the pattern of the branches whose segments are at most as long as the sequence."""
         pairs = zip(self.segment_lengths, self.dilation_rates, strict=True)
         branches = [(w, r) for w, r in pairs if w <= seq_len]
         if not branches:
@@ -68,10 +68,10 @@ def main(options: Options) -> None:
         pattern = options.pattern(seq_len)
         dense = Pattern((seq_len,), (1,))
         patterns = {"longnet_dist": pattern, "longnet_dist, dense": dense, BASELINE: None}
-        models = {name: build(options, seq_len, chosen, dtype, device) for name, chosen in patterns.items()}
+        models = {name: build(options, seq_len, p, dtype, device) for name, p in patterns.items()}
         tokens = torch.randint(models[BASELINE].config.vocab_size, (1, seq_len), device=device)
         steps = {name: training_step(model, tokens) for name, model in models.items()}
-        # The first step of every model is with the same weights.
+        # In their first step, all models have the same weights.
         losses = {name: step() for name, step in steps.items()}
         torch.testing.assert_close(losses["longnet_dist, dense"], losses[BASELINE], rtol=1e-3, atol=0)
         peaks = {name: peak_mib(step, device) for name, step in steps.items()}
