@@ -1,4 +1,7 @@
-"""Train on a Ray cluster from Python. Edit three lines, then: RAY_ADDRESS=head:6379 python launchers/ray_train.py"""
+"""Train on a Ray cluster from Python. Edit the three settings, then:
+
+RAY_ADDRESS=head:6379 python launchers/ray_train.py
+"""
 
 from longnet_dist import TrainConfig
 from longnet_dist.integrations.ray import train_on_ray

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Train with torchrun on one or several machines, with restarts. Edit the four lines, and start it on each machine.
+# Train with torchrun on one or several machines, with restarts. Edit the four settings, and start this on each machine.
 NODES=${NODES:-1}            # number of machines; if several, all must see the run's folder
 RANKS=${RANKS:-2}            # processes per machine: its number of GPUs, or of cores
-RENDEZVOUS=${RENDEZVOUS:-localhost:0}  # host:port of one machine, open to the others; localhost:0 for one machine
+RENDEZVOUS=${RENDEZVOUS:-localhost:0}  # host:port of one of them, open to the others; localhost:0 for one machine
 [ "$NODES" = 1 ] || : "${JOB:?give the same JOB on all machines}"
 JOB=${JOB:-$(date +%Y%m%d-%H%M%S)}     # job name, which also names the run's folder; the same on all machines
 
