@@ -1,7 +1,7 @@
 # Needs Python 3.11, pip and make; everything else goes into .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN = .venv/bin
-# Python compiles the modules that it imports, once; pip would compile all of them, which takes longer than unpacking.
+# Python compiles a module when it is first imported. pip would compile all, which takes longer than unpacking them.
 PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-compile
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
@@ -10,8 +10,8 @@ unexport PYTHONDONTWRITEBYTECODE
 install: .venv/installed
 install-train: .venv/installed-train
 
-# Every release is pinned in requirements/, so pip has nothing to search. It still reads what each package needs: a
-# build of torch for CUDA needs more than one for CPUs.
+# requirements/ pins every release, so pip need not search for versions. It still reads the dependencies of each
+# package, because a CUDA build of torch has some that a CPU build does not.
 .venv/installed: .venv/installed-train requirements/dev.txt pyproject.toml
 	@echo "Installing what development needs (requirements/dev.txt): a minute or two"
 	$(PIP_INSTALL) --requirement requirements/dev.txt --editable .
@@ -23,7 +23,7 @@ install-train: .venv/installed-train
 	$(PIP_INSTALL) --requirement requirements/train.txt
 	@touch $@
 
-# Resolve the ranges of pyproject.toml anew, in about a minute. This release of torch is tested.
+# Resolve the ranges of pyproject.toml anew, in about a minute, with the release of torch that is tested.
 lock:
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --dry-run --ignore-installed --report .venv/report.json \
@@ -57,7 +57,7 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Measure alone: anything else on the machine shows.
+# Run nothing else on the machine meanwhile, because it would change the results.
 bench: install
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/attention.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/training_step.py

@@ -1,4 +1,4 @@
-"""Write dev.txt and train.txt beside this file, from the report of a pip that resolved the `dev` extra.
+"""Write dev.txt and train.txt next to this file, from the report of a pip that resolved the `dev` extra.
 
 pip install --dry-run --ignore-installed --report REPORT torch==X --editable '.[dev]'
 python requirements/lock.py REPORT
@@ -22,26 +22,26 @@ def main(report: Path) -> None:
     """Pin everything in the report in dev.txt, and what the package needs without extras in train.txt."""
     packages = {canonicalize_name(p["metadata"]["name"]): p for p in json.loads(report.read_text())["install"]}
     _write("dev.txt", "every extra", set(packages) - {PROJECT}, packages)
-    _write("train.txt", "the package without extras", _needed(packages), packages)
+    _write("train.txt", "the package without extras", _runtime_packages(packages), packages)
 
 
-def _needed(packages: dict[str, Any]) -> set[str]:
-    """The packages that the project needs without extras, directly or not."""
-    found, waiting = set(), [(PROJECT, "")]
+def _runtime_packages(packages: dict[str, Any]) -> set[str]:
+    """Return the packages that the project needs without extras, directly or not."""
+    visited, waiting = set(), [(PROJECT, "")]
     while waiting:
         name, extra = waiting.pop()
-        if (name, extra) in found:
+        if (name, extra) in visited:
             continue
-        found.add((name, extra))
+        visited.add((name, extra))
         for line in packages[name]["metadata"].get("requires_dist", []):
             requirement = Requirement(line)
             if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
                 waiting += [(canonicalize_name(requirement.name), e) for e in ("", *requirement.extras)]
-    return {name for name, _ in found} - {PROJECT}
+    return {name for name, _ in visited} - {PROJECT}
 
 
 def _write(file: str, what: str, names: set[str], packages: dict[str, Any]) -> None:
-    # A local build such as 2.13.0+cpu is one machine's: what comes after the plus sign is left to pip.
+    # Drop the local part of a version such as 2.13.0+cpu, which depends on the machine.
     pins = [f"{name}=={packages[name]['metadata']['version'].partition('+')[0]}\n" for name in sorted(names)]
     Path(__file__).with_name(file).write_text(HEADER.format(what=what) + "".join(pins))
     print(f"requirements/{file}: {len(pins)} packages")
