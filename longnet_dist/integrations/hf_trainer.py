@@ -175,7 +175,7 @@ class DilatedTrainer(Trainer):
             digests, problems = self._world.all_gather(local, "comparing batches").wait().cpu().unbind(1)
             if any(len(digests[ranks].unique()) > 1 for ranks in self._mesh_ranks):
                 problem = problem or (
-                    "the ranks of a sequence were given different batches: dataset, shuffling and collator must not "
+                    "the ranks of a sequence have different batches: dataset, shuffling and collator must not "
                     "depend on the rank, nor be random by worker"
                 )
                 problems[0] = 1
@@ -265,11 +265,11 @@ def _problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str |
     """Return why a batch, as the collator made it, cannot be split; None if it can."""
     if not {"input_ids", "labels"} <= set(batch) <= {"input_ids", "labels", "attention_mask", "position_ids"}:
         return (
-            f"the collator gave {', '.join(batch)}; it must give input_ids and labels, whole and not shifted, and may "
-            "give attention_mask: for example DataCollatorForLanguageModeling(tokenizer, mlm=False). Packed documents "
-            "(padding_free) are not supported"
+            f"the collator returned {', '.join(batch)}; it must return input_ids and labels, whole and not shifted, "
+            "and may return attention_mask: for example DataCollatorForLanguageModeling(tokenizer, mlm=False). Packed "
+            "documents (padding_free) are not supported"
         )
     shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in batch.items()}
     if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
-        return f"the collator gave {shapes}; each must be a tensor, (B, N)"
+        return f"the collator returned {shapes}; each must be a tensor, (B, N)"
     return problem_of_batch(batch, mesh)

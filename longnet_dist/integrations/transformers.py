@@ -338,7 +338,7 @@ class _Loss:
         if shift_labels is None:
             if self.mesh is not None and self.mesh.size > 1:
                 refuse(
-                    "labels must be shifted before they are split, and given as shift_labels: use split_batch",
+                    "labels must be shifted before they are split, and passed as shift_labels: use split_batch",
                     self.mesh,
                 )
             assert labels is not None

@@ -41,7 +41,7 @@ def make_sequences(num_sequences, rows=SEQ_LEN, seed=0):
 def make_trainer(
     folder, mesh=None, trainer_class=DilatedTrainer, num_meshes=1, num_sequences=13, rows=SEQ_LEN, **options
 ):
-    """Make a trainer with two sequences per forward over all meshes, and with 13 a ragged last batch."""
+    """Make a trainer with two sequences per forward over all meshes; with 13 sequences the last batch is ragged."""
     defaults = {"max_steps": STEPS, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "disable_tqdm": True}
     defaults |= {"gradient_accumulation_steps": 2, "use_cpu": True, "ddp_find_unused_parameters": False, "seed": 7}
     defaults |= dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), 2 // num_meshes)
@@ -54,7 +54,7 @@ def make_trainer(
 
 
 def train(folder, *args, **options):
-    """Evaluate, train, evaluate, and resume from the middle; return what must be as on one process."""
+    """Evaluate, train, evaluate, and resume from the middle; return results that must equal those of one process."""
     first = make_trainer(folder, *args, **options)
     loss_before = first.evaluate()["eval_loss"]
     first.train()
@@ -75,7 +75,7 @@ def train(folder, *args, **options):
 
 
 def errors(folder, mesh):
-    """Return the error of each wrong use, by the message that is expected. Every rank must raise, and none hang."""
+    """Return the error of each wrong use by the expected message. Every rank must raise, and none may hang."""
     rank = dist.get_rank()
 
     def error_of(call):
@@ -105,7 +105,7 @@ def errors(folder, mesh):
         "the ranks of one sequence disagree, and every rank must pass the same: seed": error_of(
             lambda: make_trainer(folder, mesh, seed=rank)
         ),
-        "the ranks of a sequence were given different batches": error_of(different_data.train),
+        "the ranks of a sequence have different batches": error_of(different_data.train),
         "number of batches": error_of(different_length.train),
         "the batch is of 44 tokens, and the mesh of seq_len = 45": error_of(short_in_one_mesh.train),
         "padding before tokens": error_of(padded_in_one_mesh.train),

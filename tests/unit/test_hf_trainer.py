@@ -94,12 +94,12 @@ def make_batch(job, **changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": None}, "the collator gave input_ids; it must give input_ids and labels"),
-        ({"input_ids": None}, "it must give input_ids and labels"),
-        ({"cu_seq_lens_q": torch.zeros(3)}, "cu_seq_lens_q; it must give .*padding_free"),
+        ({"labels": None}, "the collator returned input_ids; it must return input_ids and labels"),
+        ({"input_ids": None}, "it must return input_ids and labels"),
+        ({"cu_seq_lens_q": torch.zeros(3)}, "cu_seq_lens_q; it must return .*padding_free"),
         (
             {"shift_labels": torch.zeros(2, 45)},
-            "shift_labels; it must give input_ids and labels, whole and not shifted",
+            "shift_labels; it must return input_ids and labels, whole and not shifted",
         ),
         ({"attention_mask": torch.ones(2, 1, 45, 45)}, r"each must be a tensor, \(B, N\)"),
         ({"labels": torch.zeros(2, 44).long()}, r"'labels': \(2, 44\)\}; each must be a tensor"),
