@@ -66,7 +66,7 @@ def output_and_gradients(case: Case, dtype: torch.dtype = torch.float64, **optio
 
 @st.composite
 def patterns(draw: st.DrawFn, longest: int = 24) -> Pattern:
-    """Draw one to four branches of any segment lengths and dilation rates."""
+    """Draw a pattern of one to four branches, with any segment lengths and dilation rates."""
     branches = draw(
         st.lists(
             st.integers(1, longest).flatmap(lambda w: st.tuples(st.just(w), st.integers(1, min(w, 7)))),

@@ -35,7 +35,7 @@ def _seeded(doctest_namespace: dict[str, object]) -> None:
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[Pool]:
-    """A pool of processes that ends with the module, because each group's gloo thread wakes up 100 times a second."""
+    """A pool of processes that ends with the module, because the thread of each gloo group wakes 100 times a second."""
     pool = Pool()
     yield pool
     pool.close()
@@ -43,7 +43,7 @@ def pool() -> Iterator[Pool]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[None]:
-    """A server for S3's protocol on the loopback, known to this process and to those that it starts from now on."""
+    """A server of S3's protocol on the loopback; environment variables name it to this process and its children."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # The server's own warnings.
         from moto.server import ThreadedMotoServer

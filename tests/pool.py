@@ -1,8 +1,8 @@
 """A pool of real processes with gloo groups between them, started once per module.
 
 `pool.run(world, function, *args)` calls `function(group, *args)` on ranks 0..world-1 and returns
-their results in order. If a call fails, or exceeds its time limit, all processes are ended, because
-their state is unknown then. The next call starts new ones.
+their results in order. If a call fails, or exceeds its time limit, the pool ends all processes,
+because their state is unknown. The next call starts new ones.
 """
 
 from __future__ import annotations

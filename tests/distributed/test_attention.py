@@ -24,7 +24,7 @@ UNALIGNED = Pattern((8, 24, 56), (1, 5, 3))
 def distributed(
     group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, **mesh_options
 ) -> list[Tensor]:
-    """Return the output and the gradient of every input, computed by the ranks of `group` and joined on each."""
+    """Return the output and the gradient of every input, computed over the ranks of `group`, and whole on each rank."""
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
     inputs = case.tensors(dtype)
     local = {name: mesh.split(x) if name in ("q", "k", "v") else x for name, x in inputs.items()}
@@ -54,7 +54,7 @@ def check(group, cases_and_options, dtype=torch.float64):
 
 @st.composite
 def cases_and_options(draw, world: int):
-    """Draw a case, half of the time of one of the fixed patterns, and options of its mesh."""
+    """Draw a case and options of its mesh; half of the cases have one of the fixed patterns."""
     case = draw(cases(longest=60))
     if draw(st.booleans()):
         case = dataclasses.replace(case, pattern=draw(st.sampled_from([ALIGNED, UNALIGNED])))
@@ -64,7 +64,7 @@ def cases_and_options(draw, world: int):
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_drawn_cases_equal_the_oracle(pool, world):
-    """With any pattern, N and chunk, and even, uneven and empty ranks."""
+    """Cases have any pattern, N and chunk, so some ranks have fewer rows than others, or none."""
     examples = []
 
     @settings(
@@ -92,7 +92,7 @@ def test_even_and_uneven_lengths_equal_the_oracle(pool, world, pattern, num_toke
 
 
 def errors_with_and_without_gather(group, case):
-    """Return the largest error as it is, and where the gather gives a rank its own rows instead of the others'."""
+    """Return the largest error as it is, and if the gather gives a rank its own rows instead of the others'."""
 
     def own_rows(self, x, what):
         return collectives.Pending(self, what, x.expand(self.size, *x.shape).contiguous())

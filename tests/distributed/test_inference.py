@@ -54,5 +54,5 @@ def infer_over_ranks(group, num_tokens):
 
 @pytest.mark.parametrize(("world", "num_tokens"), [(1, 61), (2, 61), (4, 90), (8, 5)])
 def test_results_do_not_depend_on_the_number_of_ranks(pool, world, num_tokens):
-    """With even, uneven and empty chunks."""
+    """Chunks are even, uneven or empty."""
     pool.run(world, infer_over_ranks, num_tokens)

@@ -205,7 +205,7 @@ def test_a_mesh_is_made_from_one_axis_of_a_device_mesh(pool):
 
 
 def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
-    """Return the bytes that this rank receives in each collective of a step, those of the formula, and its chunk."""
+    """Return the bytes that this rank receives in each collective of a step, the formula's result, and the chunk."""
     mesh = SequenceMesh(group, pattern, num_tokens, keep_kv=keep_kv, reduce_dtype=reduce_dtype)
     reduce_size = reduce_dtype.itemsize
     q, k, v = (torch.randn(1, mesh.shard.num_rows, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
@@ -232,7 +232,7 @@ def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
 @pytest.mark.parametrize("keep_kv", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_bytes_received_follow_the_formula(pool, keep_kv, dtype):
-    """And they are flat: with twice the ranks and twice N, each branch moves as many bytes."""
+    """The bytes are flat, too: with twice the ranks and twice N, each branch moves the same number."""
     by_branch = {}
     for world in (2, 4, 8):
         pattern = Pattern.geometric(world * 16, base=16, growth=2)

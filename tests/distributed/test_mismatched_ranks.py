@@ -19,7 +19,7 @@ CHANGES = {"seq_len": 63, "chunk": 17, "keep_kv": True, "reduce_dtype": torch.fl
 
 
 def errors_of_different_meshes(group, option, rows):
-    """Return the error of each call, made in turn, where rank 1 passes a mesh of the same group with another option."""
+    """Return the error of each call in turn; rank 1 passes a mesh of the same group with another option."""
     options = {"seq_len": 64, "timeout": 60}
     meshes = [SequenceMesh(group, PATTERN, **options | change) for change in ({}, {option: CHANGES[option]})]
     mesh = meshes[dist.get_rank(group) == 1]
@@ -72,7 +72,7 @@ def test_meshes_with_equal_options_are_interchangeable(pool):
 
 
 def call_collectives_with_different_tensors(group):
-    """Return the result or the error of each collective where rank 1 passes a different tensor."""
+    """Return the result or the error of each collective; rank 1 passes a different tensor."""
     mesh = SequenceMesh(group, PATTERN, 64)
     odd = mesh.rank == 1
     rows = mesh.shard.num_rows
@@ -159,7 +159,7 @@ def test_ranks_that_disagree_all_get_the_same_error_at_once(pool, what, message)
 
 
 def disagree_in_the_layer(group, what):
-    """Return the error that this rank gets from the layer or the model, where rank 1 passes other arguments."""
+    """Return the error that this rank gets from the layer or the model; rank 1 passes other arguments."""
     odd = dist.get_rank(group) == 1
     config = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4))
     mesh = SequenceMesh(group, config.pattern, 64)
@@ -197,7 +197,7 @@ def disagree_in_the_layer(group, what):
     ],
 )
 def test_a_mistake_of_one_rank_is_an_error_on_every_rank(pool, what, message):
-    """In the layer, the model and later calls, too, so that no rank waits until the time limit."""
+    """This holds in the layer, the model and later calls, too, so that no rank waits until the time limit."""
     errors = pool.run(4, disagree_in_the_layer, what, limit=30)
     assert len(set(errors)) == 1
     assert re.search(message, errors[0]), errors[0]
@@ -219,7 +219,7 @@ def call_without_rank_3(group):
 
 
 def test_a_missing_rank_is_an_attributed_error_within_the_time_limit():
-    """Uses its own pool, because the process groups are broken afterwards."""
+    """The test uses its own pool, because the process groups are broken afterwards."""
     pool = Pool()
     try:
         errors = pool.run(4, call_without_rank_3, limit=60)

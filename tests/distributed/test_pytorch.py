@@ -41,7 +41,7 @@ class Attend(nn.Module):
 
 
 def spread_heads(group, phases):
-    """Compare with the oracle: two of four heads, or three of six, per rank, and each sequence over four ranks."""
+    """Compare with the oracle: each rank has half of the heads, two or three, and each sequence is over four ranks."""
     grid = DeviceMesh("cpu", torch.arange(8).view(4, 2), mesh_dim_names=("sp", "tp"))
     pattern = Pattern(PATTERN.segment_lengths, PATTERN.dilation_rates, phases)
     for H, G in ((4, 4), (6, 6), (12, 6)):
@@ -71,7 +71,7 @@ def test_heads_spread_over_ranks_match_the_oracle(pool, phases):
 
 
 def errors(group):
-    """Each wrong use raises on every rank, also where one rank alone is wrong."""
+    """Check that each wrong use raises on every rank, even if only one rank is wrong."""
     grid = DeviceMesh("cpu", torch.arange(8).view(4, 2), mesh_dim_names=("sp", "tp"))
     mesh = SequenceMesh(grid["sp"], PATTERN, 64)
     style = SequenceParallelAttention(mesh, causal=True)
@@ -105,7 +105,7 @@ def test_what_would_be_silently_wrong_raises_on_every_rank(pool):
 
 
 def compile_layer(group):
-    """Compile our own layer as a whole: over three steps it has the eager results, and is not recompiled."""
+    """Compile our own layer as a whole, and check that three steps have the eager results and do not recompile it."""
     mesh = SequenceMesh(group, PATTERN, 61)
     torch.manual_seed(0)
     layer = DilatedAttention(16, 4, (1, 3, 5), (8, 24, 64), causal=True, use_rotary=True).double()

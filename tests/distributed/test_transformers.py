@@ -91,7 +91,7 @@ def test_compiled_layers_compute_the_same(pool):
 
 
 def errors(group):
-    """Each wrong use raises the documented error on every rank, and none hangs."""
+    """Check that each wrong use raises the documented error on every rank, and that none hangs."""
     from longnet_dist.integrations.transformers import split_batch
 
     mesh = SequenceMesh(group, PATTERN, 40)
@@ -132,7 +132,7 @@ def test_what_cannot_be_exact_raises_on_every_rank(pool):
 
 
 def unsupported_models(group):
-    """Models with a part that, across ranks, would see only one rank's rows."""
+    """Check that models raise if a part of them would see only one rank's rows."""
     import transformers
 
     from longnet_dist.integrations.transformers import apply
@@ -174,7 +174,7 @@ def test_models_that_cannot_be_split_raise(pool):
     ],
 )
 def test_unsupported_options_of_an_attention_raise(name, options, message, monkeypatch):
-    """Each for its own reason. The mask, which would raise for windows first, is replaced."""
+    """Each option raises for its own reason. The mask is replaced, because it would raise for windows first."""
     import transformers
 
     from longnet_dist.integrations.transformers import apply

@@ -1,4 +1,4 @@
-"""`longnet-dist train`, with faults of rank 1 in step 5: one of FAULTS, separated by commas, in each start."""
+"""`longnet-dist train` with faults on rank 1 in step 5: each start has the next of FAULTS (separated by commas)."""
 
 import os
 import signal

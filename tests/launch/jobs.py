@@ -1,7 +1,7 @@
-"""Real jobs for tests, by torchrun or python alone, that train a tiny float64 model.
+"""Real jobs for tests, started by torchrun or by python alone, that train a tiny float64 model.
 
-In a test of what ranks compute, not of how they are started, `forked` saves the ranks, and torchrun's agent, the
-seconds that an import of torch takes.
+`forked` starts ranks faster, because they need not import torch. It is for tests of what ranks compute, not of how
+they are started.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def run(ranks: int, *arguments: object, limit: float = 150, **options: object) -
 
 
 def forked(ranks: int, *arguments: object, limit: float = 150) -> subprocess.CompletedProcess[str]:
-    """Run a job whose ranks are forked from the pool's server, which has imported torch. If one fails, all end."""
+    """Run a job whose ranks are forked from the pool's server, which has imported torch. If a rank fails, all end."""
     context = forkserver()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks)}
@@ -139,7 +139,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def until(folder: Path, step: int, job: subprocess.Popen[str], limit: float = 90) -> None:
-    """Wait until a run's metrics hold this step."""
+    """Wait until the metrics of a run include this step."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         path = folder / "metrics.jsonl"

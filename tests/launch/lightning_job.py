@@ -110,7 +110,7 @@ def losses_of_fits(groups):
 
 
 def losses_after_resuming(folder, groups):
-    """The losses of the second epoch, from a checkpoint that two ranks wrote after the first."""
+    """Return the losses of the second epoch, from a checkpoint that two ranks wrote after the first."""
     results = {}
     for layout in ("folder", "file"):
         options = {"save_distributed_checkpoint": layout == "folder", "data_parallel_size": groups}
@@ -124,7 +124,7 @@ def losses_after_resuming(folder, groups):
 
 
 def error_of(case="", **options):
-    """The error of a fit."""
+    """Return the error that a fit raises."""
     try:
         fit(case, **options)
     except (ValueError, RuntimeError) as error:
@@ -133,12 +133,12 @@ def error_of(case="", **options):
 
 
 def sampled_per_rank():
-    """A loader whose sampler gives every rank samples of its own."""
+    """Make a loader whose sampler gives every rank samples of its own."""
     return DataLoader(make_sequences(), batch_size=1, sampler=DistributedSampler(make_sequences()))
 
 
 def longer_from(first):
-    """A loader with two more batches on the ranks from `first` on."""
+    """Make a loader with two more batches on the ranks from `first` on."""
     return DataLoader(make_sequences(4 + 2 * (dist.get_rank() >= first)), batch_size=1)
 
 

@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, which all tests share that need one."""
+"""A Ray cluster of several nodes on this machine, shared by all tests that need one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`longnet-dist train` with slow I/O of one rank: each of SLOW, separated by commas, takes SLOW_SECONDS once."""
+"""`longnet-dist train` with slow I/O on one rank: each of SLOW (separated by commas) takes SLOW_SECONDS once."""
 
 import hashlib
 import os

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwa
 
 
 def test_the_example_has_the_losses_of_one_process_on_two(tmp_path):
-    """Started by accelerate; the job below is not."""
+    """Here accelerate starts the processes; the other tests start theirs directly."""
     one, two = (
         [*losses_in(output), float(output.split("evaluated  loss ")[1])]
         for output in outputs_with_accelerate("hf_trainer_train.py", tmp_path)
@@ -32,7 +32,7 @@ def job_results(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("meshes", "num_sequences"), [("one mesh", 13), ("two meshes", 12)])
 def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, meshes, num_sequences):
-    """With accumulation, uneven labels, a ragged last batch, evaluation before and after, and a resumed run."""
+    """The job has accumulation, uneven labels, a ragged last batch, evaluations, and a resumed run."""
     from transformers import Trainer
 
     from tests.launch.hf_trainer_job import train

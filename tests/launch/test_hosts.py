@@ -57,7 +57,7 @@ def start(host: tuple[str, str], folder: Path, log: Path) -> subprocess.Popen:
         "--max-restarts=3",
     ]
     torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=10.77.0.1:{PORT}", f"--local-addr={address(name)}"]
-    torchrun += [f"--rdzv-conf=is_host={int(name.endswith('1'))}"]  # Host names do not tell namespaces apart.
+    torchrun += [f"--rdzv-conf=is_host={int(name.endswith('1'))}"]  # Both namespaces have the same host name.
     with log.open("w") as out:
         return subprocess.Popen(
             ["ip", "netns", "exec", name, *torchrun, *map(str, train(folder, *OPTIONS))],

@@ -22,7 +22,7 @@ def test_accelerate_has_the_losses_of_one_process_on_two(tmp_path):
 
 
 def test_plain_pytorch_has_the_losses_of_one_process_on_two_and_four(monkeypatch):
-    """Compiled with FSDP2 on two ranks; on four, each sequence's heads are spread over two."""
+    """The model is compiled, with FSDP2. On four ranks, the heads of each sequence are spread over two."""
     curves = []
     for ranks, head_ranks in ((1, 1), (2, 1), (4, 2)):
         monkeypatch.setenv("TORCHDYNAMO_DISABLE", str(int(ranks != 2)))

@@ -101,7 +101,7 @@ def test_a_full_disk_under_the_run_folder_costs_only_best_effort_output(tmp_path
 
 
 def test_a_closed_stdout_does_not_end_the_run(tmp_path, undisturbed, monkeypatch):
-    """As after `| head -1`. Text left in a buffer must not change the exit code, either."""
+    """That is what `| head -1` does. Text left in a buffer must not change the exit code, either."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     folder = tmp_path / "run"
     job = start(1, *train(folder, *OPTIONS))

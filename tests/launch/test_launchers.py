@@ -30,7 +30,7 @@ def test_torchrun_trains(tmp_path):
 
 
 def test_slurm_starts_torchrun_on_each_machine(tmp_path):
-    """With stand-ins for Slurm's programs: srun runs torchrun.sh with the values of Slurm's variables."""
+    """Stand-ins replace Slurm's programs: srun runs torchrun.sh with the values of Slurm's variables."""
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "scontrol").write_text("#!/bin/sh\necho first\necho second\n")
@@ -48,7 +48,7 @@ def test_slurm_starts_torchrun_on_each_machine(tmp_path):
 
 @pytest.mark.slow
 def test_ray_launchers_train_and_resume(ray_nodes, tmp_path):
-    """A run is submitted through the jobs API, and resumed from Python with the launcher's three lines edited.
+    """A run is submitted through the jobs API, and resumed from Python with the launcher's settings edited.
 
     Retention has removed the checkpoint that Ray registered by then; the one in the folder counts.
     """

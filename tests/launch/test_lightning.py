@@ -63,7 +63,7 @@ def fit_alone(weighting):
 
 
 def test_the_example_has_the_losses_of_one_process_on_two():
-    """Here Lightning starts the second process itself. In the other tests, they are started before."""
+    """Here Lightning starts the second process. In the other tests, both run before Lightning does."""
     one = output_of("lightning_train.py", 1, "--devices", 1)
     two = output_of("lightning_train.py", 1, "--devices", 2, forks=False)
     assert losses_in(two) == pytest.approx(losses_in(one), **CLOSE)
@@ -92,7 +92,7 @@ def mean_losses(ranks, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_ranks_learn_what_one_process_does(job_results, groups):
-    """With accumulated batches of uneven numbers of tokens, a last batch alone in its step, and clipping."""
+    """Accumulated batches have uneven numbers of tokens, the last is alone in its step, and gradients are clipped."""
     expected, model = fit_alone("by token")
     assert expected[9] < expected[0]
     assert mean_losses(job_results[groups], "by token") == pytest.approx(expected, **CLOSE)
@@ -109,7 +109,7 @@ def test_ranks_learn_what_one_process_does(job_results, groups):
 @pytest.mark.slow
 @pytest.mark.parametrize("weighting", ["by batch", "manual"])
 def test_without_tokens_every_batch_weighs_the_same(job_results, weighting):
-    """As usual in Lightning. In manual optimization, too, gradients have the right scale."""
+    """That is usual in Lightning. In manual optimization, too, gradients have the right scale."""
     assert mean_losses(job_results[1], weighting) == pytest.approx(fit_alone(weighting)[0], **CLOSE)
 
 
@@ -117,7 +117,7 @@ def test_without_tokens_every_batch_weighs_the_same(job_results, weighting):
 @pytest.mark.parametrize("layout", ["folder", "file"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_resumed_run_learns_what_an_uninterrupted_one_does(job_results, groups, layout):
-    """From a checkpoint of two ranks, on two or four."""
+    """It resumes from a checkpoint of two ranks, on two or four."""
     losses = mean_losses(job_results[groups], f"from a {layout}")
     assert losses == pytest.approx(fit_alone("by token")[0][5:], **CLOSE)
 

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
     ("ranks", "seq_len", "options"), [(2, 256, ()), (4, 250, ("--keep-kv", "--grad-accumulation", 2))]
 )
 def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, options):
-    """With the same seed and data, the curve is that of one process to rounding, for even and uneven chunks."""
+    """The seed and the data are the same; the curves are equal within rounding, for even and uneven chunks."""
     curves = {}
     for number, start in ((1, forked), (ranks, run if ranks == 2 else forked)):
         folder = tmp_path / f"run-{number}"

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
 CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "errors")
 MESHES: dict[str, object] = {}
-"""ParallelDims by their settings, each made once: DTensor's caches confuse meshes of the same ranks."""
+"""The ParallelDims of each setting, built once, because DTensor's caches confuse meshes of the same ranks."""
 
 
 def test_the_example_has_the_losses_of_one_process_on_two():
@@ -35,7 +35,7 @@ def test_the_example_has_the_losses_of_one_process_on_two():
 
 @pytest.mark.slow
 def test_ranks_compute_what_one_process_does():
-    """Each case is the function of that name."""
+    """Each case is a function of this module, with the name of the case."""
     job = forked(RANKS, "-m", "tests.launch.test_torchtitan")
     assert job.returncode == 0, job.stderr
     assert sorted(re.findall(r"(\w+): passed", job.stdout)) == sorted(CASES * RANKS), job.stdout
@@ -163,12 +163,12 @@ def long():
 
 
 def data():
-    """With FSDP, over other sequences."""
+    """Compare with data parallelism: FSDP, over ranks that hold other sequences."""
     compare(context_parallel=2, data_parallel_shard=2)
 
 
 def grouped():
-    """Qwen3, with grouped queries and norms per head; packed documents are treated as one text."""
+    """Compare Qwen3, with grouped queries and norms per head; packed documents are treated as one text."""
     compare("qwen3", join=True, context_parallel=4)
 
 
@@ -177,7 +177,7 @@ def typed():
 
 
 def heads():
-    """With tensor parallelism, in which torchtitan splits heads and, between the attentions, rows."""
+    """Compare with tensor parallelism, by which torchtitan splits heads and, between the attentions, rows."""
     compare_typed(context_parallel=2, tensor_parallel=2)
 
 
@@ -215,7 +215,7 @@ def compare_typed(**degrees):
 
 
 def trainer():
-    """A step of torchtitan's Trainer, with selective checkpointing and a loss in chunks, which is in float32."""
+    """Compare a step of torchtitan's Trainer, with selective checkpointing and a chunked loss, which is in float32."""
     from torch.distributed.tensor import distribute_tensor
     from torchtitan.distributed import ParallelDims
 
@@ -244,7 +244,7 @@ def trainer():
 
 
 def errors():
-    """Wrong uses raise ValueError on every rank, also where one rank alone is wrong."""
+    """Check that wrong uses raise ValueError on every rank, even if only one rank is wrong."""
     balanced, odd = make_config(context_parallel=4), make_config(context_parallel=4)
     balanced.parallelism.context_parallel_load_balancer = "headtail"
     odd.training.seq_len = 63

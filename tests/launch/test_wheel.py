@@ -52,8 +52,8 @@ def test_the_wheel_installs_and_runs_in_a_fresh_environment(wheel, tmp_path):
     # Dependencies come from this environment, but not its editable install: Python reads no .pth files of such a path.
     (site,) = (tmp_path / "fresh").glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    said = _run(python.with_name("longnet-dist"), "--version", cwd=tmp_path)
-    assert said == f"longnet-dist {longnet_dist.__version__}\n"
+    output = _run(python.with_name("longnet-dist"), "--version", cwd=tmp_path)
+    assert output == f"longnet-dist {longnet_dist.__version__}\n"
     assert _run(python, "-c", FORWARD, cwd=tmp_path) == "(1, 50, 257)\n"
 
 

@@ -17,7 +17,7 @@ from tests.cases import DEVICES, PAPER, Case, cases, output_and_gradients
 
 
 def usable_kernels(**needs):
-    """The names of the kernels that serve a float64 request on the CPU with these needs."""
+    """Return the names of the kernels that serve a float64 request on the CPU with these needs."""
     request = KernelRequest(torch.device("cpu"), torch.float64, head_dim=8, **needs)
     return [name for name, kernel in KERNELS.items() if not kernel.unsupported(request)]
 
@@ -170,7 +170,7 @@ class Slopes(PositionBias):
 @settings(max_examples=30, deadline=None)
 @given(cases())
 def test_a_new_position_bias_needs_one_class(case):
-    """With a bias that the library does not know, the output and all gradients equal the oracle's."""
+    """The output and all gradients equal the oracle's, although the library does not know the bias."""
     results = []
     for function in (dilated_attention, dense_reference):
         inputs = case.tensors()
@@ -185,7 +185,7 @@ def test_a_new_position_bias_needs_one_class(case):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("offset", [1, 3, 8])
 def test_inputs_may_start_at_any_address(device, offset):
-    """For views into a larger buffer: CUDA's flash kernels load 16 bytes at once, and torch does not check that."""
+    """Inputs are views into a larger buffer. CUDA's flash kernels load 16 bytes at once, which torch does not check."""
     dtype = torch.bfloat16
     fused = torch.randn(64 * (3 * 2 * 16 + 3) + offset, dtype=dtype, device=device)[offset:].view(1, 64, -1)
     views = fused[..., : 3 * 2 * 16].unflatten(-1, (3, 2, 16)).unbind(2)

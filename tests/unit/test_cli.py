@@ -108,7 +108,7 @@ def test_empty_values_are_one_line_and_exit_2(arguments, message, capsys, tmp_pa
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
-    """After a space or `=`, where the shell did not expand it."""
+    """The path follows a space or `=`; the shell does not expand `~` after `=`."""
     home = tmp_path / "home"
     (home / "data").mkdir(parents=True)
     (tmp_path / "here").mkdir()

@@ -173,7 +173,7 @@ ARCHIVES = {
 @pytest.mark.parametrize("block", [7, 1 << 16])
 @pytest.mark.parametrize("archive", ARCHIVES)
 def test_a_compressed_file_is_read_completely_or_refused(tmp_path, monkeypatch, archive, block):
-    """Truncated anywhere except between frames, even to nothing; damaged; or with trailing bytes."""
+    """Files are truncated anywhere except between frames, even to nothing; damaged; or have trailing bytes."""
     monkeypatch.setattr("longnet_dist.data.sources._COMPRESSED_BYTES", block)
     ending, frames = ARCHIVES[archive]
     path, complete = tmp_path / f"rows.jsonl.{ending}", b"".join(frames)
@@ -246,7 +246,7 @@ def test_a_folder_with_an_unrelated_index_json_is_text(folder, tmp_path_factory)
 
 
 def test_tokens_are_not_tokenised_again(folder, tmp_path_factory):
-    """As a folder, as part of a folder, as files, or in a folder that would become part of the data."""
+    """Tokens are refused as a folder, as part of a folder, as files, and in an output folder inside the data."""
     out = tmp_path_factory.mktemp("out")
     tokens = tokenize([str(folder / "a.py")], out / "tokens", out)
     for path in (tokens, out, tokens / "*", tokens / "tokens-00000.bin"):

@@ -16,7 +16,7 @@ DOCUMENTS_WITH_CODE = README + "".join((ROOT / "docs" / f"{name}.md").read_text(
 
 SUFFIXES = "py|sh|sbatch|yaml|toml|md"
 OF_A_RUN = ("runs/", "traces/", "site/")
-"""Folders that documents name, and that are made by running something."""
+"""Folders that documents name, but that exist only after a command has created them."""
 
 
 @pytest.mark.filterwarnings("ignore")  # Frameworks warn when they are imported.

@@ -49,7 +49,7 @@ def test_linear_token_loss_is_token_loss_of_the_logits(rows, ignored, monkeypatc
 
 
 def test_bfloat16_is_summed_in_float32():
-    """As close to the float64 loss as bfloat16 logits allow, and a loss in float32."""
+    """The loss is in float32, and as close to the float64 loss as bfloat16 logits allow."""
     x, weight, labels = draw(5000, 32, 100, torch.bfloat16)
     exact = token_loss(x.double() @ weight.double().T, labels)
     actual = linear_token_loss(x, weight, labels)

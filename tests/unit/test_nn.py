@@ -81,7 +81,7 @@ def test_rotation_is_exact_at_a_billion():
 
 @pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 131_072), (torch.float16, 16_384)])
 def test_xpos_beyond_the_range_of_its_dtype_is_refused(dtype, length):
-    """At lengths where torchscale's xPos becomes NaN."""
+    """At these lengths, torchscale's xPos becomes NaN."""
     with pytest.raises(ValueError, match="Use rotary positions, a scale base of at least"):
         Rotation.at(torch.arange(2), 64, dtype, xpos_length=length)
     wider = Rotation.at(torch.tensor([0, length - 1]), 64, dtype, xpos_length=length, xpos_scale_base=8 * 512)
@@ -164,7 +164,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_checkpointing_and_offloading_change_no_gradient(mode, offload, device):
-    """Nor does the loss that computes logits in parts."""
+    """The loss that computes logits in parts changes none, either."""
     torch.manual_seed(0)
     memory = {"activation_checkpointing": mode, "offload_activations": offload}
     model = LongNetConfig(**SMALL, **memory).build(dtype=torch.float64).to(device)

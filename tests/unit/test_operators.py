@@ -87,7 +87,7 @@ def test_a_cuda_graph_replays_forward_and_backward(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("heads_first", [False, True])
 def test_operators_pass_torchs_opcheck(device, pattern, kernel, heads_first):
-    """Strides included: Inductor's code fails where the fake operator promises other strides than the real one."""
+    """This includes strides: Inductor's code fails if the fake operator promises other strides than the real one."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float64
     inputs = torch.randn(3, 2, 20, 2, 8, dtype=dtype, device=device).unbind()
     if heads_first:

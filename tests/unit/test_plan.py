@@ -74,7 +74,7 @@ def test_heads_spread_over_ranks_keep_their_phases(pattern, seq_len, total, per_
 @settings(max_examples=100, deadline=None)
 @given(patterns(), st.integers(1, 60), st.integers(1, 8), st.integers(0, 4))
 def test_groups_form_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
-    """And they are exactly the groups that the plans of all ranks need."""
+    """The groups are exactly those that the plans of all ranks need."""
     shard = Shard(seq_len, -(-seq_len // ranks) + extra, 0, ranks)
     rounds = rank_groups(pattern, shard)
     for groups in rounds:

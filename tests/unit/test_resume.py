@@ -31,7 +31,7 @@ def test_steps_that_are_not_finite_are_skipped_and_then_the_run_stops(config):
 )
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchronous):
-    """Whether the run then fails, ends, or resumes with options that mend it."""
+    """It does not matter if the run then fails, ends, or resumes with options under which steps are finite."""
     config = dataclasses.replace(config, async_checkpoints=asynchronous, steps=10, checkpoint_every=2)
     longnet_dist.train(config)
     before = {p: p.stat().st_mtime_ns for p in (config.run_folder / "checkpoints").iterdir()}
@@ -49,7 +49,7 @@ def test_checkpoints_of_good_steps_stay_while_steps_are_skipped(config, asynchro
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 def test_checkpoints_that_cannot_be_listed_are_not_overwritten_by_a_new_run(config, capsys):
-    """As in a folder that is not mounted: no step is made, and the metrics stay as they are."""
+    """In a folder that is not mounted, for example, no step is made, and the metrics stay as they are."""
     longnet_dist.train(dataclasses.replace(config, steps=2))
     folder, metrics = config.run_folder / "checkpoints", (config.run_folder / "metrics.jsonl").read_text()
     folder.rename(folder.with_name("elsewhere"))
@@ -64,7 +64,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_overwritten_by_a_new_run(conf
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
 def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(config, options):
-    """Including dropout and the order of the data."""
+    """This includes dropout and the order of the data."""
     model = dataclasses.replace(TINY, dropout=0.1)
     whole = dataclasses.replace(config, steps=8, checkpoint_every=3, model=model, **options)
     expected = longnet_dist.train(whole).losses

@@ -91,7 +91,7 @@ def test_names_a_damaged_checkpoint_and_uses_the_one_before(folder, damage):
     do_damage(folder / "step-00000003")
     messages: list[str] = []
     assert newest(folder, messages) == 2
-    if damage == "no manifest":  # As while one is being written, so it is no checkpoint.
+    if damage == "no manifest":  # So it is no checkpoint, like one that is being written.
         assert messages == []
     else:
         assert problem in messages[0]
@@ -110,7 +110,7 @@ def test_remains_of_a_crash_are_no_checkpoint_and_are_removed(folder):
 
 
 def test_a_crash_at_any_moment_of_a_save_leaves_the_last_checkpoint(folder, monkeypatch):
-    """After every call that changes the store, as if the process had ended there."""
+    """The test interrupts the save at each call that changes the store, as if the process had ended there."""
     for method in ("begin", "put", "finish", "remove"):
         with monkeypatch.context() as patch:
 

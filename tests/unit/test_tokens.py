@@ -23,7 +23,7 @@ DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in rang
 
 @pytest.fixture
 def hugging_face(tmp_path):
-    """The file of a byte-level BPE that the package tokenizers trains here."""
+    """The file of a byte-level BPE tokenizer, which the package tokenizers trains here."""
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -34,7 +34,7 @@ def hugging_face(tmp_path):
 
 @pytest.fixture
 def tiktoken(tmp_path):
-    """A file of tiktoken's with the 256 bytes and two merges, named as an encoding."""
+    """A `*.tiktoken` file with the 256 bytes and two merges, under the name of an encoding."""
     ranks = [bytes([n]) for n in range(256)] + [b"do", b"cu"]
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(ranks)]
     (tmp_path / "cl100k_base.tiktoken").write_bytes(b"".join(lines))
@@ -43,7 +43,7 @@ def tiktoken(tmp_path):
 
 @pytest.mark.parametrize("name", ["bytes", "hugging_face", "tiktoken"])
 def test_tokens_decode_to_the_documents(name, tmp_path, request):
-    """With every tokenizer, in several shards: each document, and an end of document after it."""
+    """With every tokenizer, several shards hold each document, and an end-of-document id after it."""
     tokenizer = load_tokenizer(None if name == "bytes" else request.getfixturevalue(name))
     index = write_tokens(lambda: iter(DOCUMENTS), tokenizer, tmp_path / "out", "source", shard_tokens=1)
     assert index == read_index(tmp_path / "out")

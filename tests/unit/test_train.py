@@ -113,7 +113,7 @@ def test_bad_models_raise(change, message):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_removed_traces_folder_does_not_end_the_run(config, monkeypatch, replaced):
-    """It is made again, or, if a file took its place, that is one warning."""
+    """The run creates the folder again. If a file is in its place, there is one warning."""
     from longnet_dist.training.measures import step_metrics
 
     traces = config.run_folder / "traces"
@@ -207,13 +207,13 @@ def test_operations_of_a_step_are_counted():
     model = LongNetConfig(d_model=8, num_layers=3, num_heads=2, segment_lengths=(16,), dilation_rates=(1,))
     config = TrainConfig(seq_len=16, batch_size=2, grad_accumulation=5, model=model)
     parameters = sum(p.numel() for p in model.build().parameters())
-    attention = 4 * 8 * 16 * 17 / 2  # 4 D a visible pair and head, causal
+    attention = 4 * 8 * 16 * 17 / 2  # 4 D per head and visible pair, causal
     assert step_flops(config, model.build()) == 10 * (6 * parameters * 16 + 3.5 * 3 * attention)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_weights_and_biases(config, monkeypatch):
-    """With the real package, offline."""
+    """The test uses the real package, offline."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
