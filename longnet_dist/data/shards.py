@@ -111,6 +111,10 @@ def read_index(folder: Path) -> Index:
 def check_tokens(folder: Path, index: Index) -> None:
     """Check that all tokens are below the vocabulary size, and that each shard has the hash in the index.
 
+    Args:
+        folder: the folder of tokens.
+        index: its index.
+
     Raises:
         ValueError: if a check fails; the message names the file, and the byte of the first token that is too large.
     """

@@ -84,8 +84,8 @@ def sequence_mesh(module: LightningModule, pattern: Pattern, seq_len: int, **opt
 class SequenceParallelStrategy(ModelParallelStrategy):
     """A strategy in which each group of ranks holds one sequence at a time, and groups have different samples.
 
-    `training_step` returns `token_loss` over the mesh, or another loss that is the same on all ranks of a sequence and
-    whose gradient on each rank is the part of that rank's tokens. It can weigh batches in two ways:
+    `training_step` returns `token_loss` over the mesh, or another loss that is the same on all ranks of a sequence. Its
+    gradient on each rank must be the part of that rank's tokens. It can weigh batches in two ways:
 
     - It returns `loss`: every batch weighs the same, as usual in Lightning.
     - It returns `{"loss": loss, "tokens": n}`, where n counts the valid labels of the batch's *whole* sequences: every

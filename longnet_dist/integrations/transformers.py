@@ -112,8 +112,8 @@ def split_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> dict[str
         `input_ids`, global `position_ids`, shifted `labels` and `shift_labels`, and `attention_mask`: (B, L) each.
 
     Raises:
-        ValueError: If the batch does not have the mesh's length, holds packed documents, or differs between ranks, as
-            from a data loader that was prepared for data parallelism. Every rank raises.
+        ValueError: If the batch does not have the mesh's length, or holds packed documents. Also if it differs between
+            ranks, which a data loader for data parallelism would cause. Every rank raises.
     """
     problem = problem_of_batch(batch, mesh)
     if mesh is not None:
@@ -124,7 +124,7 @@ def split_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> dict[str
 
 
 def split_checked_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> dict[str, Tensor]:
-    """Do what `split_batch` does, for a batch that was already checked and compared."""
+    """Split a batch as `split_batch` does, without checking and comparing it again."""
     whole = dict(batch)
     if "labels" in whole:
         whole["labels"] = whole["shift_labels"] = next_token_labels(whole["labels"])

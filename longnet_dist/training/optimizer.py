@@ -28,7 +28,12 @@ def _fraction_of_peak(config: TrainConfig, step: int) -> float:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: matrices with weight decay, biases and norms without."""
+    """Return AdamW's parameter groups: matrices with weight decay, biases and norms without.
+
+    Args:
+        model: the model, before or after sharding.
+        weight_decay: the weight decay of matrices.
+    """
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},

@@ -75,7 +75,7 @@ def restore_random_state(state: State, rank: int) -> None:
 
 
 def without_prefixes(state: State, prefixes: Iterable[str]) -> State:
-    """Return the tensors whose names begin with none of `prefixes`."""
+    """Return the tensors of `state` whose names begin with none of `prefixes`."""
     return {name: x for name, x in state.items() if not name.startswith(tuple(prefixes))}
 
 

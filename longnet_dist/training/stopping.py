@@ -46,7 +46,10 @@ class StopFlag:
 def stop_on_signals() -> Iterator[StopFlag]:
     """Inside the context, set a flag on the first SIGTERM or SIGINT, and exit at once on the second.
 
-    Outside the main thread, where Python delivers no signals, this does nothing.
+    Outside the main thread, to which alone Python delivers signals, this does nothing.
+
+    Yields:
+        The flag.
     """
     flag = StopFlag()
     if threading.current_thread() is not threading.main_thread():

@@ -222,5 +222,12 @@ def _resident_bytes() -> int:
 
 
 def write_index(folder: Path, names: list[str], num_rows: int, dim: int) -> None:
-    """Write `index.json`, which lists the files of a result in the order of their rows."""
+    """Write `index.json`, which lists the files of a result in the order of their rows.
+
+    Args:
+        folder: the folder of the result.
+        names: the name of each rank's file.
+        num_rows: N, the number of all rows.
+        dim: the dimension of the rows.
+    """
     (folder / "index.json").write_text(json.dumps({"rows": num_rows, "dim": dim, "files": names}, indent=1) + "\n")
