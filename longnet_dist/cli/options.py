@@ -17,8 +17,8 @@ from longnet_dist.paths import local_path
 
 Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 """A positional argument: the folder of a run, or its URL in an object store."""
-_LISTS = ("--data", "--edges", "--ray.labels", "--ray.resources")
-"""Options that accept any number of values, so that tyro would accept them without any."""
+_LIST_OPTIONS = ("--data", "--edges", "--ray.labels", "--ray.resources")
+"""Options that accept any number of values, so tyro would accept them without a value."""
 _MAY_BE_EMPTY = ("--wandb",)
 
 
@@ -39,7 +39,7 @@ def check_values(arguments: Sequence[str]) -> None:
     for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
         if argument.startswith("--"):
             option, equals, value = argument.partition("=")
-            if option.replace("_", "-") in _LISTS and not equals and following.startswith("--"):
+            if option.replace("_", "-") in _LIST_OPTIONS and not equals and following.startswith("--"):
                 raise ValueError(f"{option} has no value; give one, or leave the option out")
         if (not argument or (argument.startswith("--") and equals and not value)) and option not in _MAY_BE_EMPTY:
             raise ValueError(

@@ -220,7 +220,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
                 text_field=config.text_field,
                 seed=config.seed,
             )
-            problem = _misfit(corpus, config)
+            problem = _describe_misfit(corpus, config)
         except (ValueError, OSError) as error:
             problem = str(error)
     by_rank = patience.gather((corpus, problem), "tokenise the data, or read its index")
@@ -274,7 +274,7 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
     ]
 
 
-def _misfit(corpus: Corpus, config: TrainConfig) -> str | None:
+def _describe_misfit(corpus: Corpus, config: TrainConfig) -> str | None:
     """Return why a corpus cannot be trained on with these options, or None."""
     required, seq_len = corpus.index.vocab_size, config.seq_len
     if config.model.vocab_size < required:

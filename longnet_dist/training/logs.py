@@ -135,7 +135,7 @@ class RunLog:
         if self.folder is not None:
             self._submit(self._step, metrics)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the live display."""
         if self.folder is not None:
             self._submit(self._print, text)

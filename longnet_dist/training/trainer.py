@@ -155,7 +155,9 @@ class _Trainer:
             step = self._resume(log)
             log.begin(step)
             self.patience.gather(None, "open metrics.jsonl and the other logs")
-            log.say(f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}")
+            log.print_line(
+                f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}"
+            )
             profiled = min(step + 3, config.steps) if config.profile else 0
             while step < config.steps and not stop.agreed:
                 step += 1
@@ -204,7 +206,7 @@ class _Trainer:
                 f"{self.checkpoints.describe_newest()}"
             )
         if step < self.config.steps:
-            log.say(
+            log.print_line(
                 f"stopped by a signal after step {step}, with a checkpoint: to resume, run the same command with "
                 f"--run-folder {self.folder}"
             )
@@ -212,7 +214,9 @@ class _Trainer:
         if math.isnan(self.validation):
             self.validation = self.steps.validate()
         unit = "byte" if self.corpus.index.tokenizer == Bytes.name else "token"
-        log.say(f"validation {self.validation:.3f} bits per byte; {unit}-unigram model {unigram:.3f} bits per byte")
+        log.print_line(
+            f"validation {self.validation:.3f} bits per byte; {unit}-unigram model {unigram:.3f} bits per byte"
+        )
 
     def _save_checkpoint(self, step: int, log: RunLog) -> None:
         if self.steps.skipped:
@@ -276,12 +280,12 @@ class _Trainer:
 
     def _resume(self, log: RunLog) -> int:
         """Restore the newest complete checkpoint in the run folder, if there is one; return its step, or 0."""
-        newest = self.checkpoints.newest(log.say)
+        newest = self.checkpoints.newest(log.print_line)
         if newest is None:
             return 0
         path, facts = newest
         for change in describe_changes(facts["config"], self._resolved_options(), path):
-            log.say(change)
+            log.print_line(change)
         make_moments(self.optimizer)
         state = self._state()
         # Random states belong to ranks. Over another number of ranks, each keeps its new one.
@@ -289,7 +293,7 @@ class _Trainer:
             state = without_prefixes(state, ["random"])
         self.checkpoints.load(path, state)
         restore_random_state(state, self.rank)
-        log.say(f"resuming from {path}, of step {facts['step']} on {facts['ranks']} ranks")
+        log.print_line(f"resuming from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])
 
 
