@@ -1,9 +1,11 @@
 """The rectangles of rows that one rank attends, and the rows that it sends: integers only.
 
-Attention is computed on rectangles. For a run of head phases with equally many kept rows, the rows
-of one phase are a regular stride, and those of the next phase lie one row further. Where w, the
-tail or a chunk is no multiple of r, phases differ by one kept row, and a run ends there. So no
-padding is ever attended.
+Attention is computed on rectangles: some rows as queries, some as keys, and every query attends
+every key (up to causality). A phase keeps every r-th row of a segment, and the next phase keeps the
+rows one further. So the kept rows of consecutive phases are one strided view.
+
+A phase may keep one row more than another, if w, the tail or a chunk is no multiple of r. Rectangles
+are therefore made for runs: consecutive phases that keep equally many rows. No padding is attended.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from longnet_dist.plan.shard import Shard, shared_segments, whole_segments
 
 @dataclass(frozen=True)
 class Heads:
-    """Key/value heads of a run of phases: head(f, m) = first + f phase_step + m step, m < per_phase."""
+    """Key/value heads of a run of phases: head(f, m) = first + f phase_step + m step.
+
+    f < phases counts the phases of the run, and m < per_phase the heads of one phase.
+    """
 
     first: int
     phases: int
@@ -29,9 +34,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Rows:
-    """Kept rows of a run of phases: row(s, f, i) = first + s segment_step + f phase_step + i step, i < count.
+    """Kept rows of a run of phases: row(s, f, i) = first + s segment_step + f phase_step + i step.
 
-    `position` is the global position of row(0, 0, 0); consecutive kept rows are `rate` tokens apart.
+    s < segments counts segments, f the phases of the run, and i < count the kept rows of one phase.
+    A row is an index into this rank's chunk, or into a buffer that ranks exchange. `position` is the
+    global position of row(0, 0, 0), and consecutive kept rows are `rate` tokens apart.
     """
 
     first: int
@@ -56,7 +63,8 @@ class OwnBlock:
 class RemoteBlock:
     """A rectangle of rows of this chunk that attend keys of other ranks.
 
-    `keys` holds one (peer, packed rows) pair for each peer that has keys for it.
+    `keys` holds a pair (peer, packed rows) for each peer that has keys for it. A peer is a number
+    among the ranks of the segment, and its packed rows are those of the buffer that it sends.
     """
 
     heads: Heads
@@ -71,7 +79,7 @@ class RemoteBlock:
 
 @dataclass(frozen=True)
 class Packing:
-    """Kept rows of the chunk, and their place at the front of the buffer that this rank sends."""
+    """Kept rows of the chunk, and the rows at the front of the send buffer to which they are copied."""
 
     heads: Heads
     rows: Rows
@@ -80,7 +88,10 @@ class Packing:
 
 @dataclass(frozen=True)
 class SharedSegment:
-    """This rank's part of a segment that the ranks [first_rank, last_rank] hold together."""
+    """This rank's part of a segment that the ranks [first_rank, last_rank] hold together.
+
+    `sent_rows` is the number of rows in the buffer that each of these ranks sends.
+    """
 
     branch: Branch
     first_rank: int
@@ -98,7 +109,7 @@ class SharedSegment:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank computes: `local` blocks need no other rank, `shared` segments need their other ranks."""
+    """What one rank computes: `local` blocks need no other rank, and `shared` segments need some."""
 
     local: tuple[OwnBlock, ...]
     shared: tuple[SharedSegment, ...]
@@ -115,9 +126,12 @@ def make_plan(
         shard: the rows of the rank.
         num_kv_heads: the number of key/value heads on the rank.
         causal: whether a query sees only keys at or before it.
-        first_kv_head: the first head on the rank, where tensor parallelism shards heads.
-        total_kv_heads: the number of heads over all such ranks; `num_kv_heads` by default. A head has
-            the phase that it has among all heads.
+        first_kv_head: the first key/value head on the rank, if tensor parallelism shards heads.
+        total_kv_heads: the number of key/value heads on all such ranks; 0 if this rank has all of them.
+            The phase of a head depends on its number among all heads.
+
+    Returns:
+        The plan. Equal arguments give the same, cached object.
     """
     local: list[OwnBlock] = []
     shared: list[SharedSegment] = []
@@ -138,7 +152,7 @@ class _HeadRuns:
         self.first, self.stop = first, first + num_kv_heads
         r = branch.dilation_rate
         self.blocked = pattern.head_phases == "blocked"
-        # A run ends where the number of heads changes, or the next phase's heads are not one step further.
+        # A run ends at a phase with another number of heads, or whose heads are not one step further.
         if self.blocked:
             self.phase_step, self.step = -(-total // r), 1
             self.ends = {r} | {end for edge in (first, self.stop) for end in _quotients(edge, self.phase_step)}
@@ -147,7 +161,7 @@ class _HeadRuns:
             self.ends = {r, first % r, self.stop % r}
 
     def split(self, offsets: Iterable[int]) -> Iterable[tuple[int, Heads]]:
-        """Yield (first phase, heads) of each run of phases, cut where one of `offsets` changes the kept rows."""
+        """Yield (first phase, heads) of each run. Runs are also cut at the phases of `offsets`, the edges of rows."""
         r = self.branch.dilation_rate
         ends = sorted({end for end in self.ends | {offset % r for offset in offsets} if 0 < end <= r})
         for first, end in zip([0, *ends], ends, strict=False):
@@ -170,7 +184,7 @@ def _quotients(number: int, divisor: int) -> tuple[int, int]:
 
 
 def _kept_rows(branch: Branch, phase: int, lo: int, hi: int) -> tuple[int, int]:
-    """The offset of the first kept row of a phase among the offsets [lo, hi) of a segment, and their number."""
+    """The first row that a phase keeps among the offsets [lo, hi) of a segment, and the number of such rows."""
     r = branch.dilation_rate
     first = lo + (phase - lo) % r
     return first, max(0, -(-(hi - first) // r))
@@ -187,7 +201,7 @@ def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, s
 
 
 def _shared_segment(runs: _HeadRuns, shard: Shard, lo: int, hi: int, causal: bool) -> SharedSegment:
-    """This rank's part of the segment [lo, hi), and which rows of it every rank sends."""
+    """This rank's part of the segment [lo, hi), with the number of rows that every rank sends."""
     branch, r = runs.branch, runs.branch.dilation_rate
     ranks = range(lo // shard.chunk, (hi - 1) // shard.chunk + 1)
     # The offsets, in the segment, of each rank's part of it.

@@ -19,8 +19,8 @@ def bytes_received(
     """The bytes that this rank receives for each branch of a layer, forward and backward together.
 
     K and V are gathered in the forward, and again in the backward unless they are kept; dK and dV
-    are reduce-scattered. Where branches align, K and V are kept, and every element has b bytes, that
-    is 4 (w - chunk) / r G D b.
+    are reduce-scattered. For a branch whose segments align with chunks, with K and V kept and b bytes
+    per element throughout, that is 4 (w - chunk) / r G D b for each sequence of the batch.
 
     Args:
         pattern: the branches.
@@ -48,8 +48,17 @@ def attention_flops(
 ) -> int:
     """The floating-point operations of one forward over the whole sequence: 4 D per visible pair and head.
 
-    With w / r whole and not causal this is 4 N D sum(w / r^2) per head. The paper's 2 N d sum(w / r^2)
-    (section 2.3) counts a multiply-add as one operation. A backward costs 2.5 times as much.
+    If r divides w and attention is not causal, this is 4 N D sum(w / r^2) per head. The paper's
+    2 N d sum(w / r^2) (section 2.3) counts a multiply-add as one operation. A backward costs 2.5
+    times as much.
+
+    Args:
+        pattern: the branches.
+        seq_len: N.
+        num_heads: H.
+        head_dim: D.
+        causal: whether a query sees only keys at or before it.
+        num_kv_heads: G; H by default.
     """
     num_kv_heads = num_kv_heads or num_heads
     pairs = 0

@@ -41,7 +41,7 @@ class Branch:
         object.__setattr__(self, "dilation_rate", r)
 
     def keeps(self, position: int, phase: int) -> bool:
-        """Whether heads of this `phase` keep the row at global `position`."""
+        """Return whether heads of this `phase` keep the row at global `position`."""
         return position % self.segment_length % self.dilation_rate == phase
 
     def __str__(self) -> str:
@@ -55,13 +55,14 @@ class Pattern:
     Args:
         segment_lengths: w of each branch, in rows.
         dilation_rates: r of each branch, with 1 <= r <= w; one row in r is kept.
-        head_phases: "interleaved" (the paper: phase = head mod r) or "blocked" (torchscale's
-            weights: phase = head // ceil(heads / r)). Heads are key/value heads: with
+        head_phases: the rule for the phase of a head, which keeps the rows at offsets phase,
+            phase + r, ... of a segment. "interleaved": phase = head mod r, as in the paper. "blocked":
+            phase = head // ceil(heads / r), for torchscale's weights. Heads are key/value heads: with
             grouped-query attention a query head has the phase of its key/value head.
 
     Raises:
-        ValueError: for an empty pattern, unequal lengths, a value that is not a positive
-            integer, a rate above its segment length, or an unknown phase rule.
+        ValueError: for an empty pattern, unequal numbers of lengths and rates, a value that is not a
+            positive integer, a rate above its segment length, or an unknown phase rule.
 
     Example:
         >>> Pattern(segment_lengths=(4, 8), dilation_rates=(1, 2)).branches[1]
@@ -91,8 +92,14 @@ class Pattern:
     def geometric(cls, max_length: int, base: int = 2048, growth: int = 4, head_phases: str = "interleaved") -> Pattern:
         """Make branches whose w and r both grow by `growth`, so that w / r is constant.
 
-        Segment lengths are base, base * growth, ... up to the first that reaches `max_length`, so that
-        any two tokens of a sequence of that length share a segment (LongNet, section 2.2).
+        Segment lengths are base, base * growth, ... up to the first that reaches `max_length`. So any
+        two tokens of a sequence of that length share a segment (LongNet, section 2.2).
+
+        Args:
+            max_length: the length, in tokens, that the longest segment must reach.
+            base: the shortest segment length, whose dilation rate is 1.
+            growth: the factor between consecutive branches, at least 2.
+            head_phases: see `Pattern`.
 
         Raises:
             ValueError: if an argument is not a positive integer, or `growth` is 1.
@@ -118,7 +125,7 @@ class Pattern:
         return tuple(map(Branch, self.segment_lengths, self.dilation_rates))
 
     def phase(self, kv_head: int, num_kv_heads: int, branch: Branch) -> int:
-        """The phase of a key/value head, and of the query heads that it serves, in `branch`: 0 <= phase < r."""
+        """Return the phase of a key/value head, and of its query heads, in `branch`: 0 <= phase < r."""
         if self.head_phases == "blocked":
             return kv_head // -(-num_kv_heads // branch.dilation_rate)
         return kv_head % branch.dilation_rate

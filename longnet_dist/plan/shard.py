@@ -1,6 +1,7 @@
-"""Which rows a rank holds, which segments it shares with other ranks, and which groups of ranks must talk.
+"""Which rows a rank holds, which segments it shares with other ranks, and which groups of ranks communicate.
 
-A rank holds the rows [start, stop) of the sequence: one of equal chunks. Of each branch it holds
+The sequence is cut into chunks of equal size, and a rank holds the rows [start, stop) of one chunk.
+Of each branch it holds
 
 - whole segments, for which nothing is sent;
 - parts of at most two "shared" segments, whose other rows are on other ranks.
@@ -22,7 +23,7 @@ from longnet_dist.plan.pattern import Branch, Pattern
 
 @dataclass(frozen=True)
 class Shard:
-    """The rows [start, stop) that `rank` holds of a sequence in equal chunks.
+    """The rows [start, stop) that `rank` holds of a sequence, which is cut into equal chunks.
 
     Args:
         seq_len: N, the length of the whole sequence.
@@ -43,7 +44,7 @@ class Shard:
 
     @property
     def stop(self) -> int:
-        """One past the last global row of this rank; equal to `start` where the rank holds no rows."""
+        """One past the last global row of this rank; equal to `start` if the rank holds no rows."""
         return min(self.start + self.chunk, self.seq_len)
 
     @property
@@ -57,9 +58,9 @@ class Shard:
 
 
 def whole_segments(branch: Branch, shard: Shard) -> Iterable[tuple[int, int, int]]:
-    """Yield the segments that lie within the shard: the full ones, then the sequence's ragged tail.
+    """Yield the segments that lie within the shard: the full ones as one item, then the sequence's ragged tail.
 
-    Each item is (first row, end of the first segment, number of segments).
+    Each item is (first row, end of the first segment, number of consecutive segments).
     """
     w, start, stop = branch.segment_length, shard.start, shard.stop
     lo = -(-start // w) * w
@@ -83,10 +84,10 @@ def shared_segments(branch: Branch, shard: Shard) -> Iterable[tuple[int, int]]:
 
 
 def rank_groups(pattern: Pattern, shard: Shard) -> list[list[tuple[int, int]]]:
-    """The groups of ranks, (first, last), that any segment needs, in rounds of disjoint groups.
+    """Return the groups of ranks, (first, last), that share a segment, in rounds of disjoint groups.
 
-    The result is the same on every rank, because it depends on integers alone. A rank takes part in
-    at most one group per round.
+    The result is the same on every rank, because it does not depend on `shard.rank`. A rank belongs
+    to at most one group per round.
     """
     groups_needed = {
         (lo // shard.chunk, (hi - 1) // shard.chunk)
@@ -107,12 +108,16 @@ def rank_groups(pattern: Pattern, shard: Shard) -> list[list[tuple[int, int]]]:
 
 
 def choose_chunk(pattern: Pattern, seq_len: int, num_ranks: int) -> int:
-    """The number of rows per rank: the smallest that aligns every branch, if it idles at most a quarter.
+    """Return the number of rows per rank that aligns most branches, at most 5/4 of an even split.
 
     A branch is aligned if its segment length divides the chunk (nothing is sent) or is a multiple of
-    it (all ranks hold equal parts). If no chunk of at most 5/4 of an even split aligns all branches,
-    the one that aligns most is chosen. The others stay exact, with more ranks to an exchange
-    (docs/decisions/chunk-alignment.md).
+    it (all ranks hold equal parts). Other branches stay exact, with more communication. Among equally
+    good numbers the smallest is chosen (docs/decisions/chunk-alignment.md).
+
+    Args:
+        pattern: the branches.
+        seq_len: N, the length of the whole sequence.
+        num_ranks: the size of the group.
     """
     even = max(1, -(-seq_len // num_ranks))
     lengths = sorted({w for w in pattern.segment_lengths if w < seq_len})
