@@ -1,4 +1,4 @@
-"""dilated_attention(): the signature, and the checks of what a caller passes."""
+"""The function dilated_attention(): its signature, and the checks of its arguments."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ def dilated_attention(
 
     Args:
         q: (B, N, H, D); with a mesh (B, L, H, D), this rank's rows [mesh.shard.start, mesh.shard.stop).
-        k, v: (B, N or L, G, D), of q's dtype; H is a multiple of G, and H / G consecutive query heads
-            share a key/value head. All three may be DTensors of one placement, which shard the heads
+        k, v: (B, N or L, G, D), of q's dtype. H is a multiple of G: H / G consecutive query heads share
+            a key/value head. q, k and v may also be DTensors of one placement, which shard the heads
             (tensor parallelism) or the batch.
-        pattern: the branches. With a mesh, the mesh's own pattern.
+        pattern: the branches; with a mesh, the pattern that the mesh was made for.
         causal: whether a query sees only keys at or before it.
         mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-        scale: of the scores; 1 / sqrt(D) by default.
+        scale: the factor of the scores; 1 / sqrt(D) by default.
         kernel: "auto", or a name in `longnet_dist.attention.kernels.KERNELS`. A named kernel is never replaced.
-        bias: a term added to the scores, such as `T5Bias`. Over a mesh, the gradient of its parameters on
-            a rank comes from that rank's queries: sum it over ranks, as for any parameter.
+        bias: a term added to the scores, such as `T5Bias`. Over a mesh, each rank computes the gradient of
+            its parameters from its own queries: sum it over ranks, as for any parameter.
         return_lse: whether to return log(sum(exp(scores))) over all branches, too; natural log, differentiable.
 
     Returns:
         out, with q's shape, dtype and placement; 0 for rows that no branch covers. With `return_lse`
-        (out, lse), where lse is (B, N or L, H) in float32 (float64 for float64), -inf for such rows.
+        (out, lse): lse is (B, N or L, H) in float32 (float64 for float64), -inf for such rows.
 
     Raises:
-        ValueError: for shapes, dtypes or a kernel that cannot work. Over a mesh it is raised on every
-            rank, also if ranks disagree. Also for forward-mode and second derivatives.
+        ValueError: for shapes, dtypes or a kernel that cannot work, and for forward-mode and second
+            derivatives. Over a mesh, wrong or different arguments raise it on every rank.
         RuntimeError: if a rank of the mesh is gone, or does not come within the mesh's timeout.
 
     Example:
@@ -85,7 +85,7 @@ def dilated_attention(
         0 if sharded is None else sharded.total,
         0 if mesh is None else mesh.handle,
     )
-    # Over a mesh the operator itself checks, where the ranks compare their arguments.
+    # Over a mesh the operator checks, because there the ranks compare their arguments.
     if mesh is None and (message := problem(q, k, v, bias, options)):
         raise ValueError(message)
     out, lse = attend(q, k, v, None if bias is None else bias.parameters, options)

@@ -19,8 +19,8 @@ _SCHEMA_TYPES = {list[int]: "int[]", int: "int", float: "float", bool: "bool", s
 class Options(NamedTuple):
     """The operators' arguments that are not tensors: the one definition of their order, names and types.
 
-    The heads on this rank are those from `first_kv_head` on, of `total_kv_heads` (0: all heads are here).
-    `bias` is the spec of a position bias, or empty. `mesh` is the handle of a mesh; 0 stands for none.
+    This rank's key/value heads begin with number `first_kv_head` of `total_kv_heads` (0 if this rank has
+    all heads). `bias` is `PositionBias.spec`, or empty. `mesh` is `SequenceMesh.handle`; 0 stands for none.
     """
 
     segment_lengths: list[int]
@@ -45,7 +45,7 @@ class Options(NamedTuple):
 
 
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())
-"""`Options` in the language of torch's operator schemas."""
+"""`Options` as the end of an operator's schema."""
 
 
 def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> None:
@@ -76,7 +76,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, optio
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options) -> str | None:
-    """A description of what is wrong with the arguments of a call; None if nothing is."""
+    """Describe what is wrong with the arguments of a call; None if nothing is."""
     message = _shape_problem(q, k, v) or _mesh_problem(q, options)
     if message:
         return message

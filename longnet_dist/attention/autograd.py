@@ -31,9 +31,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, opti
 
 
 def _differentiable(function: type[torch.autograd.Function], operator: Any, *args: Any) -> Any:
-    """Call an operator so that torch.func's transforms work, and a derivative that it lacks raises.
+    """Call an operator so that torch.func's transforms work, and missing derivatives raise.
 
-    The registration of an operator does neither, but it is what torch.compile needs.
+    An operator with registered autograd does neither, but torch.compile traces no Function with a `jvp`.
     """
     if not torch.compiler.is_compiling():
         return function.apply(*args)
@@ -53,19 +53,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, bias_parameters, *retained = ctx.saved_tensors
-    nothing = q.new_empty(0)
+    empty = q.new_empty(0)
     grads: list[Tensor] = []
     if dout is not None:
-        retained_or_nothing = retained[0] if retained else nothing
-        args = (dout, q, k, v, out, lse, retained_or_nothing, bias_parameters, *ctx.options)
+        retained_or_empty = retained[0] if retained else empty
+        args = (dout, q, k, v, out, lse, retained_or_empty, bias_parameters, *ctx.options)
         grads += _differentiable(_AttentionBackward, backward_op, *args)
     if dlse is not None:
-        # d lse / d score is the weight p. Flash computes p (dout . v - dout . out): with v = 0, a unit vector for
-        # dout and -dlse times it for out, that is p dlse. Retained values are of no use, because v differs here.
+        # d lse / d score is the softmax weight p. Flash computes p (dout . v - dout . out), which is p dlse for v = 0,
+        # dout a unit vector e, and out = -dlse e. What the forward retained is of no use, because v differs here.
         unit = torch.zeros_like(q)
         unit[..., 0] = 1
-        minus = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
-        args = (unit, q, k, torch.zeros_like(v), minus, lse, nothing, bias_parameters, *ctx.options)
+        minus_dlse = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
+        args = (unit, q, k, torch.zeros_like(v), minus_dlse, lse, empty, bias_parameters, *ctx.options)
         dq, dk, dv, dbias = _differentiable(_AttentionBackward, backward_op, *args)
         lse_grads = [dq, dk, torch.zeros_like(dv), dbias]
         grads = [a + b for a, b in zip(grads, lse_grads, strict=True)] if grads else lse_grads
@@ -116,7 +116,10 @@ class _AttentionBackward(_ReverseOnly):
 
 
 def _loop(operator: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """Implement torch.vmap by one call per entry, because a bias, retained keys or a mesh may be shared by all."""
+    """Implement torch.vmap by one call per entry.
+
+    A single call on a larger batch would not do: the entries may share a bias, retained keys or a mesh.
+    """
     calls = [
         operator(*(x.select(dim, i) if isinstance(dim, int) else x for x, dim in zip(args, in_dims, strict=True)))
         for i in range(info.batch_size)

@@ -1,7 +1,7 @@
 """Position biases: terms of attention scores that depend on the head and on token positions.
 
-A bias is an object. To add one, write a subclass of `PositionBias` in a file of its own: kernels and
-operators ask the object for blocks of bias, and know no kind of it.
+Kernels and operators ask a `PositionBias` for blocks of bias, and know none of its subclasses. To add
+a bias, write a subclass in a file of its own.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _BIASES: dict[str, type[PositionBias]] = {}
 
 
 class PositionBias(ABC):
-    """A term added to attention scores, computed from parameters per head and token distances.
+    """A term added to attention scores, computed from the parameters of each head and token distances.
 
-    A subclass has a unique `name` without commas, and a constructor that takes `parameters` and then its `settings`,
-    which are numbers. All else is in three methods.
+    A subclass has a unique `name` without commas, and a constructor that takes `parameters` and then the
+    numbers in `settings`. It implements `problem`, `values` and `accumulate_`.
 
     Args:
-        parameters: (P, H), floating; whatever the bias needs for each query head. It may require a gradient.
+        parameters: (P, H), of a floating dtype: P numbers for each query head. It may require a gradient.
     """
 
     name: ClassVar[str]
@@ -38,11 +38,11 @@ class PositionBias(ABC):
     @property
     @abstractmethod
     def settings(self) -> tuple[int | float, ...]:
-        """The numbers that, with the parameters, make this bias."""
+        """The constructor's arguments after `parameters`."""
 
     @abstractmethod
     def problem(self, num_heads: int, causal: bool) -> str | None:
-        """A description of what is wrong with this bias for H query heads; None if nothing is."""
+        """Describe what is wrong with this bias for `num_heads` query heads; None if nothing is."""
 
     @abstractmethod
     def values(self, parameters: Tensor, distance: Tensor, causal: bool) -> Tensor:
@@ -60,7 +60,7 @@ class PositionBias(ABC):
 
     @property
     def spec(self) -> str:
-        """The name and the settings as text, which an operator's argument can hold."""
+        """The name and the settings as text, because operators take no Python objects."""
         return ",".join([self.name, *map(str, self.settings)])  # Plain enough for torch.compile to trace.
 
     @staticmethod
@@ -73,13 +73,14 @@ class PositionBias(ABC):
 
 @dataclass(frozen=True, eq=False)
 class T5Bias(PositionBias):
-    """T5's relative position bias: one number per head for each bucket of token distances.
+    """T5's relative position bias: one number for each head and bucket of token distances.
 
     See Raffel et al. 2020 (arXiv 1910.10683), section 2.1.
 
     Args:
-        parameters: (buckets, H), usually learned.
-        max_distance: in tokens; all distances beyond share the last bucket.
+        parameters: (buckets, H), usually learned. The number of buckets is even if attention is causal,
+            otherwise a multiple of 4.
+        max_distance: the distance, in tokens, beyond which all keys share the last bucket.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 4, 8).unbind()
@@ -94,11 +95,11 @@ class T5Bias(PositionBias):
 
     @property
     def settings(self) -> tuple[int, ...]:
-        """The largest distance that the buckets tell apart."""
+        """The tuple (max_distance,)."""
         return (self.max_distance,)
 
     def problem(self, num_heads: int, causal: bool) -> str | None:
-        """A description of what is wrong with the table; None if nothing is."""
+        """Describe what is wrong with the parameters; None if nothing is."""
         if self.parameters.dim() != 2 or self.parameters.shape[1] != num_heads:
             return f"the T5 bias is {tuple(self.parameters.shape)}; it must be (buckets, H) with H = {num_heads}"
         return t5_problem(len(self.parameters), self.max_distance, causal)
@@ -115,12 +116,12 @@ class T5Bias(PositionBias):
 
 @dataclass(frozen=True)
 class BiasOfRectangle:
-    """The position bias of one rectangle: what kernels see (`kernels.contract.RectangleBias`).
+    """A position bias on one rectangle, as kernels take it: implements `kernels.contract.RectangleBias`.
 
     Args:
         bias: the bias of the call.
         parameters: its parameters for the heads of each rectangle, (b, H, P).
-        query_positions, key_positions: global, int64, (I,) and (J,).
+        query_positions, key_positions: global positions, int64, (I,) and (J,).
         causal: whether a query sees only keys at or before it.
     """
 
@@ -143,7 +144,7 @@ class BiasOfRectangle:
 
 
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:
-    """The bucket of each token distance (query position minus key position): int64, the shape of `distance`.
+    """Return the bucket of each token distance (query position minus key position), int64.
 
     Small distances have a bucket each. Larger ones share buckets that grow geometrically up to
     `max_distance` tokens. If not causal, the first half of the buckets is for keys at or before the
@@ -162,7 +163,7 @@ def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: boo
 
 
 def t5_problem(num_buckets: int, max_distance: int, causal: bool) -> str | None:
-    """A description of why these numbers make no buckets; None if they do."""
+    """Describe why these numbers do not define buckets; None if they do."""
     least = 2 if causal else 4
     if num_buckets < least or num_buckets % least:
         return f"the T5 bias has {num_buckets} buckets; it needs a multiple of {least}, for example 32"

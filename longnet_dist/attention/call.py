@@ -1,4 +1,4 @@
-"""What one call computes with: its plan, kernel, bias and exchanges, and rectangles as kernels take them."""
+"""The plan, kernel, bias and exchanges of one call of an operator, and rectangles in the shapes of kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from longnet_dist.plan.shard import Shard
 
 @dataclass(frozen=True)
 class Call:
-    """What one call computes with, apart from q, k and v."""
+    """The plan, kernel, mesh and bias of one call, and its settings: all but the tensors."""
 
     plan: Plan
     kernel: Kernel
@@ -33,7 +33,7 @@ class Call:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, bias_parameters: Tensor | None, options: Options) -> Call:
-        """Look up the plan and the kernel of a call; the plan is empty where there is nothing to attend."""
+        """Look up the plan and the kernel of a call; the plan is empty if q is."""
         mesh = mesh_of(options.mesh)
         shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
         plan = options.plan(shard, k.shape[2]) if q.numel() else Plan((), ())
@@ -52,7 +52,7 @@ class Call:
         return rectangle(parameters.t().unflatten(0, (self.num_kv_heads, -1))[None, None], heads, one_row)
 
     def bias_of(self, heads: Heads, rows: Rows, key_rows: Sequence[Rows], batch: int) -> BiasOfRectangle | None:
-        """The position bias of a rectangle, as the kernel takes it; None where the call has none."""
+        """Return the position bias of a rectangle for the kernel; None if the call has none."""
         if self.bias is None:
             return None
         parameters = self.bias_parameters_of(self.bias.parameters, heads)
@@ -61,7 +61,10 @@ class Call:
         return BiasOfRectangle(self.bias, as_queries(parameters)[:, 0], queries, keys, self.causal)
 
     def start_exchanges(self, k: Tensor, v: Tensor, retained: Tensor | None = None) -> list[Exchange]:
-        """Start the exchange of every shared segment, or restore it from what the forward retained."""
+        """Start the exchange of every shared segment, or restore it from what the forward retained.
+
+        The strategy of exchange is chosen here.
+        """
         exchanges: list[Exchange] = []
         for segment in self.plan.shared:
             assert self.mesh is not None
@@ -77,17 +80,20 @@ class Call:
 
 
 def retained_elements(plan: Plan, k: Tensor) -> int:
-    """The number of elements that all exchanges of a call retain for the backward."""
+    """Return the number of elements that all exchanges of a call retain for the backward."""
     return sum(retained_size(segment, len(k), k.shape[2:]) for segment in plan.shared)
 
 
-def as_keys(x_BSFIMD: Tensor) -> Tensor:
-    """Reshape K or V of a rectangle for a kernel: (b = B S F, J, M, D); a view where strides allow, else a copy."""
-    return x_BSFIMD.flatten(0, 2)
+def as_keys(x_BSFJMD: Tensor) -> Tensor:
+    """Reshape K or V of a rectangle for a kernel, (B, S, F, J, M, D) -> (b = B S F, J, M, D).
+
+    The result is a view if strides allow it, else a copy.
+    """
+    return x_BSFJMD.flatten(0, 2)
 
 
 def as_queries(x_BSFIMR: Tensor) -> Tensor:
-    """Reshape what queries have, (B, S, F, I, M, R, ...), for a kernel: (b = B S F, I, M R, ...)."""
+    """Reshape a tensor with query heads for a kernel, (B, S, F, I, M, R, ...) -> (b = B S F, I, M R, ...)."""
     return x_BSFIMR.flatten(0, 2).flatten(2, 3)
 
 

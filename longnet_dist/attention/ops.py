@@ -1,12 +1,14 @@
-"""The operators of dilated attention, one forward and one backward: where plan, kernels and exchanges meet.
+"""The operators of dilated attention, one forward and one backward, which join plan, kernels and exchanges.
 
 One device and many run the same lines: no mesh means one shard and no peers. Each direction is one
-operator, so that autograd keeps q, k, v, out and lse whatever the number of branches, and
-torch.compile and selective checkpointing see a single node.
+operator. So autograd saves q, k, v, out and lse for any number of branches, and torch.compile and
+selective checkpointing see a single node.
 
-    forward     start all exchanges            | local branches, own chunk | keys as they arrive
-    backward    start (or restore) exchanges   | local branches | keys as they arrive, send their gradients
-                                               | own chunk | add the gradients that come back
+    forward     start all exchanges            | local blocks, own blocks | keys as they arrive
+    backward    start (or restore) exchanges   | local blocks | keys as they arrive, send their gradients
+                                               | own blocks | add the gradients that come back
+
+Local blocks are those of whole segments; own blocks are those of this rank's part of shared segments.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from longnet_dist.plan.blocks import Heads, OwnBlock, Rows
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (out, lse, retained): `retained` is what the exchanges retain if the mesh keeps K and V, else empty."""
+    """Return (out, lse, retained); `retained` holds the exchanged K and V if the mesh has `keep_kv`, else nothing."""
     if Options(*options).mesh:
         agree(q, k, v, bias_parameters, Options(*options))
     call = Call.of(q, k, bias_parameters, Options(*options))

@@ -1,7 +1,8 @@
-"""The oracle: dilated attention as one dense softmax. Nothing else defines what is right.
+"""The oracle: dilated attention as one dense softmax. Nothing else defines correctness.
 
-Dilated attention is dense attention in which a query sees a key once for each branch that holds
-both: one softmax over the multiset of keys. It costs N x N memory; it is for tests and for reading.
+Dilated attention is dense attention in which a query sees a key once for each branch that keeps both
+in one segment: one softmax over the multiset of keys. The oracle takes memory for N x N scores per
+head; it is for tests and for reading.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from longnet_dist.plan.pattern import Pattern
 
 
 def branch_counts(pattern: Pattern, seq_len: int, num_kv_heads: int, causal: bool) -> Tensor:
-    """The number of branches in which each query sees each key: int64, (G, N, N), queries before keys."""
+    """Count the branches in which each query sees each key: int64, (G, N queries, N keys)."""
     position = torch.arange(seq_len)
     counts = torch.zeros(num_kv_heads, seq_len, seq_len, dtype=torch.int64)
     for branch in pattern.branches:
@@ -43,11 +44,11 @@ def dense_reference(
     """Compute dilated attention by its definition, densely in the dtype of `q`; differentiable by autograd.
 
     Args:
-        q: (B, N, H, D), any floating dtype. Pass float64 to get the oracle.
+        q: (B, N, H, D), any floating dtype; the tests use float64.
         k, v: (B, N, G, D), H a multiple of G.
         pattern: the branches; see `Pattern`.
         causal: whether a query sees only keys at or before it.
-        scale: of the scores; 1 / sqrt(D) by default.
+        scale: the factor of the scores; 1 / sqrt(D) by default.
         bias: a term added to the scores; see `T5Bias`.
         return_lse: whether to return log(sum(exp(scores))) over the multiset, too: (B, N, H), natural log.
 
@@ -55,7 +56,7 @@ def dense_reference(
         out, (B, N, H, D), 0 for rows that no branch covers; with `return_lse` (out, lse), -inf for such rows.
 
     Raises:
-        ValueError: for shapes that do not fit.
+        ValueError: if the shapes do not fit each other.
 
     Example:
         >>> q = torch.randn(1, 16, 2, 4, dtype=torch.float64)

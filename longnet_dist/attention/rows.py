@@ -11,8 +11,8 @@ from longnet_dist.plan.blocks import Heads, Rows
 def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
     """View the rows and heads of a plan: (B, L, G, ...) -> (B, S, F, I, M, ...), S segments, F phases.
 
-    Each dimension is one stride, because the kept rows of the next phase lie `rows.phase_step` rows, and its heads
-    `heads.phase_step` heads, further on. Nothing is copied; writing to the view writes to `x`.
+    Each dimension has one stride. That holds for F because the next phase's rows and heads lie `rows.phase_step` rows
+    and `heads.phase_step` heads further on. Nothing is copied; writing to the view writes to `x`.
     """
     batch, row, head, *rest = x_BLG.stride()
     return x_BLG.as_strided(
@@ -35,7 +35,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class SummedRows:
-    """A sum of rectangles with the shape of `like` (B, L, G, ...): 0 where none was added."""
+    """A sum of rectangles with the shape of `like`, (B, L, G, ...); rows to which nothing was added are 0."""
 
     def __init__(self, like: Tensor) -> None:
         self.like = like
@@ -43,7 +43,7 @@ class SummedRows:
         self.total: Tensor | None = None
 
     def add(self, heads: Heads, rows: Rows, part: Tensor) -> None:
-        """Add `part`, which has as many elements as the rectangle. The sum may keep its memory."""
+        """Add `part`, which has as many elements as the rectangle. Its memory may become that of the sum."""
         if self.total is None and _is_whole(self.like, heads, rows):
             self.total = part.reshape(self.like.shape).to(self.dtype)
             return
@@ -58,9 +58,12 @@ class SummedRows:
 
 
 class MergedRows:
-    """Attention of the rows of `like` (B, L, G, H / G, D) over more and more keys: online softmax on (out, lse).
+    """Attention results of all queries, merged over more and more keys by an online softmax on (out, lse).
 
     A row that has seen no key yet has out 0 and lse -inf.
+
+    Args:
+        like: a tensor with the shape of the queries, (B, L, G, H / G, D).
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -69,7 +72,7 @@ class MergedRows:
         self.lse: Tensor | None = None
 
     def merge(self, heads: Heads, rows: Rows, out: Tensor, lse: Tensor) -> None:
-        """Merge attention over other keys: `out` and `lse` of a rectangle's elements; lse is finite."""
+        """Merge the results of a rectangle over other keys: `out` and a finite `lse`, in the rectangle's order."""
         if self.out is None and _is_whole(self.like, heads, rows):
             self.out = out.reshape(self.like.shape).to(accumulation_dtype(self.like.dtype))
             self.lse = lse.reshape(self.like.shape[:-1])

@@ -1,4 +1,4 @@
-"""Dilated attention with the arguments of `torch.nn.functional.scaled_dot_product_attention`: (B, H, N, D)."""
+"""Dilated attention with the arguments and the layout of `torch.nn.functional.scaled_dot_product_attention`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def scaled_dot_product_dilated_attention(
         attn_mask: must be None; the pattern decides which keys a query sees.
         dropout_p: must be 0; attention probabilities never exist as a whole.
         is_causal: whether a query sees only keys at or before it.
-        scale: of the scores; 1 / sqrt(D) by default.
+        scale: the factor of the scores; 1 / sqrt(D) by default.
         enable_gqa: whether there may be fewer key/value heads than query heads.
         mesh, kernel: as for `dilated_attention`.
 
@@ -40,7 +40,8 @@ def scaled_dot_product_dilated_attention(
         (B, H, N or L, D).
 
     Raises:
-        ValueError: for a mask or dropout, and as `dilated_attention`.
+        ValueError: for a mask, dropout, fewer key/value heads without `enable_gqa`, and whatever
+            `dilated_attention` rejects.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 4, 100, 8).unbind()

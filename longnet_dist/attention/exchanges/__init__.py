@@ -1,12 +1,13 @@
-"""How keys and values from outside a rank's chunk come in: the contract of an exchange, and its strategies.
+"""How a rank receives keys and values from other ranks: the contract of an exchange, and its strategies.
 
-To the operators an exchange is one thing, whatever moves. It is started, it yields rectangles to
-attend when their keys have arrived, and it returns the gradients of those keys to their owners:
+The operators know the contract alone. An exchange is started, it yields rectangles to attend when
+their keys have arrived, and it returns the gradients of those keys to their owners:
 
     forward     start(k, v)          arrivals() -> attend each
     backward    start or restore     arrivals() -> add_gradients of each -> start_return() -> returned()
 
-To add a strategy, write a class that satisfies `Exchange` in a file of its own.
+To add a strategy, write a class that satisfies `Exchange` in a file of its own, and choose it in
+`Call.start_exchanges` (attention/call.py).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Arrival:
         rows: its queries, rows of this rank's chunk.
         key_rows: the positions of its keys, in order.
         k, v: (B, 1, F, J, M, D): F phases of M key/value heads each.
-        key: identifies the rectangle within its exchange.
+        number: the number of the rectangle within its exchange.
     """
 
     heads: Heads
@@ -37,7 +38,7 @@ class Arrival:
     key_rows: tuple[Rows, ...]
     k: Tensor
     v: Tensor
-    key: int
+    number: int
 
 
 class Exchange(Protocol):
@@ -47,13 +48,13 @@ class Exchange(Protocol):
         """Begin to send this rank's kept rows of k and v, (B, L, G, D), and to receive the others'."""
 
     def restore(self, k: Tensor, retained: Tensor) -> None:
-        """Use what `retained` returned in the forward, in place of `start`."""
+        """Use what `retained` returned in the forward; called in place of `start`."""
 
     def arrivals(self) -> Iterator[Arrival]:
         """Wait for the keys and values, and yield the rectangles to attend."""
 
     def retained(self) -> Tensor:
-        """What has arrived, one-dimensional, for `restore` in the backward; after `arrivals`."""
+        """Return what has arrived, one-dimensional, for `restore` in the backward. Call it after `arrivals`."""
 
     def add_gradients(self, arrival: Arrival, dk: Tensor, dv: Tensor) -> None:
         """Store the gradients of the keys and values of one rectangle, shaped like them."""

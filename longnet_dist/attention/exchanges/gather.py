@@ -3,7 +3,8 @@
     forward     all_gather     (2, B, sent, G, D) -> (P, 2, B, sent, G, D)     K and V in one collective
     backward    reduce_scatter (P, 2, B, sent, G, D) -> (2, B, sent, G, D)     dK and dV, summed
 
-P ranks hold the segment; each sends as many rows as the one with most. Only this file knows that layout.
+P ranks hold the segment. Each sends `sent` rows, the most that one of them keeps in any phase. Only this
+file knows that layout.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from longnet_dist.plan.blocks import Heads, RemoteBlock, Rows, SharedSegment
 
 
 def retained_size(segment: SharedSegment, batch: int, heads_and_dim: Sequence[int]) -> int:
-    """The number of elements that `Gather.retained` returns."""
+    """Return the number of elements of `Gather.retained`."""
     return segment.num_ranks * 2 * batch * segment.sent_rows * math.prod(heads_and_dim)
 
 
 class Gather:
-    """The gather of one segment's keys and values, and its dual (`exchanges.Exchange`).
+    """The gather of one segment's keys and values, and its dual; satisfies `exchanges.Exchange`.
 
     Args:
         segment: this rank's part of the segment.
@@ -53,7 +54,7 @@ class Gather:
         self._arriving = self._communicator.all_gather(packed, self._describe("gathering the keys and values"))
 
     def restore(self, k: Tensor, retained: Tensor) -> None:
-        """Use what the forward gathered."""
+        """Use the keys and values that the forward gathered."""
         shape = (self._segment.num_ranks, 2, len(k), self._segment.sent_rows, *k.shape[2:])
         self._gathered = retained.view(shape)
 
@@ -65,14 +66,14 @@ class Gather:
             yield Arrival(block.heads, block.rows, tuple(block.key_rows), k, v, number)
 
     def retained(self) -> Tensor:
-        """The gathered keys and values, flat."""
+        """Return the gathered keys and values, flat."""
         return self._wait().flatten()
 
     def add_gradients(self, arrival: Arrival, dk: Tensor, dv: Tensor) -> None:
-        """Place the gradients of a rectangle's keys where their owners' parts of the buffer are."""
+        """Copy the gradients of a rectangle's keys into their owners' parts of the send buffer."""
         if self._grads is None:
             self._grads = self._empty_gradients()
-        block = self._segment.remote[arrival.key]
+        block = self._segment.remote[arrival.number]
         for which, grad in enumerate((dk, dv)):
             pieces = grad.split([rows.count for rows in block.key_rows], dim=3)
             for (peer, rows), piece in zip(block.keys, pieces, strict=True):

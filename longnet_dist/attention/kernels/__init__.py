@@ -18,7 +18,7 @@ def choose_kernel(name: str, request: KernelRequest) -> Kernel:
     """Return the kernel of this name, or for "auto" the first that serves the request.
 
     Raises:
-        ValueError: for an unknown name, or where no kernel serves the request, with every reason.
+        ValueError: for an unknown name, or if no kernel serves the request, with every reason.
     """
     if name not in ("auto", *KERNELS):
         raise ValueError(f"kernel is {name!r}; it must be one of auto, {', '.join(KERNELS)}")
@@ -30,4 +30,4 @@ def choose_kernel(name: str, request: KernelRequest) -> Kernel:
             return kernel
         refusals[candidate] = ", ".join(reasons)
     details = "; ".join(f"{candidate}: {reasons}" for candidate, reasons in refusals.items())
-    raise ValueError(f'no kernel for {request}: {details}. kernel="auto" chooses one that works, where there is one')
+    raise ValueError(f'no kernel for {request}: {details}. kernel="auto" chooses one that works, if there is one')

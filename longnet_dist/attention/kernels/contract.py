@@ -15,16 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class KernelRequest:
-    """What a call needs of a kernel.
+    """The properties of a call that decide which kernels can serve it.
 
     Args:
-        device: where the tensors are.
-        dtype: of q, k and v.
+        device: the device of the tensors.
+        dtype: the dtype of q, k and v.
         head_dim: D.
         bias: whether scores get a position bias, whose parameters need a gradient.
-        variable_lengths: whether one call holds rectangles of different sizes.
-        strided_views: whether inputs may have any strides but the last, which is 1.
-        accumulates: whether results are merged into existing tensors, in place of new ones.
+        variable_lengths: whether one call holds rectangles of different sizes. No caller needs it yet.
+        strided_views: whether inputs may have any strides, except that the last is 1.
+        accumulates: whether results are merged into existing tensors, in place of new ones. No caller
+            needs it yet.
     """
 
     device: torch.device
@@ -42,14 +43,14 @@ class KernelRequest:
 
 
 class RectangleBias(Protocol):
-    """The position bias of a rectangle, which a kernel asks for in blocks of query rows."""
+    """The position bias of a rectangle, from which a kernel gets the bias of a block of query rows."""
 
     @property
     def parameters(self) -> Tensor:
-        """What the bias is computed from, for the heads of each rectangle: (b, H, P)."""
+        """The parameters of the bias, for the heads of each rectangle: (b, H, P)."""
 
     def of(self, rows: slice) -> Tensor:
-        """The term added to the scores of these query rows: (b, H, rows, J)."""
+        """Return the term added to the scores of these query rows: (b, H, rows, J)."""
 
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
         """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
@@ -59,7 +60,7 @@ class Kernel(Protocol):
     """Dense attention on rectangles, forward and backward. A module with these three functions is a kernel."""
 
     def unsupported(self, request: KernelRequest) -> list[str]:
-        """The reasons why this kernel cannot serve the request; empty if it can."""
+        """Return the reasons why this kernel cannot serve the request; empty if it can."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
@@ -68,9 +69,9 @@ class Kernel(Protocol):
 
         Args:
             q, k, v: the rectangles.
-            causal: whether query i sees only keys up to i; only where I = J.
-            scale: of the scores.
-            bias: added to the scores.
+            causal: whether query i sees only keys up to i; then I = J.
+            scale: the factor of the scores.
+            bias: the term added to the scores, or None.
         """
 
     def backward(

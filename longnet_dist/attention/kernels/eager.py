@@ -15,7 +15,7 @@ _MAX_SCORES = 1 << 24
 
 
 def unsupported(request: KernelRequest) -> list[str]:
-    """The reasons why this kernel cannot serve the request; empty if it can."""
+    """Return the reasons why this kernel cannot serve the request; empty if it can."""
     reasons = [] if request.dtype.is_floating_point else [f"{request.dtype} is not a floating dtype"]
     if request.variable_lengths:
         reasons.append("it takes rectangles of one size")
@@ -71,7 +71,10 @@ def backward(
 
 
 def _upcast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q as (b, G, R, I, D), and k and v as (b, G, J, D), in float32 at least; R query heads share a key head."""
+    """Return q as (b, G, R, I, D), and k and v as (b, G, J, D), in float32 at least.
+
+    R query heads share a key/value head.
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     num_kv_heads = k.shape[2]
     q_bGRID = q.to(dtype).unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)

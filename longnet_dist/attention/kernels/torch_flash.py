@@ -11,13 +11,13 @@ from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
 _MAX_BATCH = 65_535
 """The largest batch that CUDA's grid allows."""
 _ALIGNMENT = 16
-"""Bytes that the CUDA kernel loads at once. An address or a stride in between ends the process's use of the GPU."""
+"""The bytes that the CUDA kernel loads at once. After an unaligned load, the process can no longer use the GPU."""
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(request: KernelRequest) -> list[str]:
-    """The reasons why this kernel cannot serve the request; empty if it can."""
+    """Return the reasons why this kernel cannot serve the request; empty if it can."""
     device, dtype, head_dim = request.device, request.dtype, request.head_dim
     reasons = []
     if request.bias:
@@ -50,7 +50,7 @@ def forward(
         return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
     if q.is_cuda:
         q, k, v = _aligned(q, k, v)
-        # Its causal mask is aligned to the bottom right, which on a square is the diagonal too.
+        # The kernel aligns its causal mask to the bottom right, which on a square is the diagonal.
         out, lse, *_ = internals.cuda_flash_attention(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
