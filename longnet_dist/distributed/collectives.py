@@ -1,7 +1,7 @@
-"""Collectives over dimension 0 of a group, each next to its dual. Only this file names collectives.
+"""Collectives along dimension 0 of tensors, each next to its dual. Only this file calls torch's collectives.
 
-A collective is started early and waited for where its result is needed. Both ends carry a
-description, so that a failure names the rank, the branch and the ranks involved.
+A collective is started early, and awaited when its result is needed. A failure of either step names
+the rank, the branch and the ranks involved.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None
 _reduce_scatter_single: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _MESSAGE_BYTES = 4096
-"""The size of what each rank sends when ranks disagree."""
+"""The bytes that each rank sends to explain a disagreement."""
 
 
 class Communicator:
     """A group of consecutive ranks of a sequence, with a time limit on each of its collectives.
 
+    `what` describes a collective in errors: it completes "failed while ...", as in "gathering keys".
+
     Args:
         group: the process group.
         timeout: the time limit of each collective.
-        rank_of_sequence: this process's rank among all ranks of the sequence, for messages.
+        rank_in_sequence: this process's rank among all ranks of the sequence, for messages.
     """
 
-    def __init__(self, group: ProcessGroup, timeout: timedelta, rank_of_sequence: int) -> None:
+    def __init__(self, group: ProcessGroup, timeout: timedelta, rank_in_sequence: int) -> None:
         self.group = group
         self.timeout = timeout
         self.size = dist.get_world_size(group)
-        self.rank_of_sequence = rank_of_sequence
+        self.rank_in_sequence = rank_in_sequence
 
     def all_gather(self, x: Tensor, what: str) -> Pending:
         """Start to gather x from every rank: (n, ...) -> (P, n, ...). The dual of `reduce_scatter`."""
@@ -68,12 +70,16 @@ class Communicator:
         return self._start(what, x, lambda: dist.all_reduce(x, group=self.group, async_op=True)).wait()
 
     def agree(self, facts: dict[str, Any], problem: str | None = None) -> None:
-        """Check that every rank passes the same `facts`, a small dict, and that no rank has a `problem`.
+        """Check that every rank passes the same `facts`, and that no rank has a `problem`. Collective.
 
-        Ranks compare hashes. Only if these differ do they exchange the facts, to name what differs.
+        Ranks compare hashes. Only if these differ, or a rank has a problem, do they exchange the facts.
+
+        Args:
+            facts: a small dict of what must be the same on every rank, by its name in errors.
+            problem: what is wrong on this rank, or None.
 
         Raises:
-            ValueError: on every rank, naming what differs and which ranks hold what, or the problems.
+            ValueError: on every rank, naming what differs with the values of the ranks, or the problems.
         """
         text = json.dumps(facts | {"problem": problem} if problem else facts, default=str)
         digest = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
@@ -105,7 +111,7 @@ class Communicator:
 
 
 class Pending:
-    """A collective that has been started, or is about to be."""
+    """A collective that has been started, or is about to start."""
 
     def __init__(self, communicator: Communicator, what: str, result: Tensor) -> None:
         self.communicator = communicator
@@ -118,14 +124,14 @@ class Pending:
         self.work = self._attribute(launch)
 
     def wait(self) -> Tensor:
-        """Wait for the result, and return it; on CUDA it is ordered into the current stream.
+        """Wait for the result, and return it; on CUDA, let the current stream wait instead of the host.
 
         Raises:
-            RuntimeError: if a peer is gone, or does not come within the time limit.
+            RuntimeError: if a peer is gone, or does not make the call within the time limit.
         """
         if self.work is not None:
             work, self.work = self.work, None
-            # With a time limit, NCCL would block the host; there the watchdog enforces the group's own limit.
+            # NCCL's wait with a time limit would block the host. NCCL's watchdog enforces the group's own limit.
             limit = () if self.result.is_cuda else (self.communicator.timeout,)
             self._attribute(lambda: work.wait(*limit))
         return self.result
@@ -139,7 +145,7 @@ class Pending:
         except RuntimeError as error:
             comm = self.communicator
             raise RuntimeError(
-                f"rank {comm.rank_of_sequence} of the sequence failed while {self.what}, after "
+                f"rank {comm.rank_in_sequence} of the sequence failed while {self.what}, after "
                 f"{time.monotonic() - start:.1f} s (time limit {comm.timeout.total_seconds():g} s). "
                 f"A rank of that group ended, or did not make the same call. The cause: {error}"
             ) from error
@@ -147,16 +153,19 @@ class Pending:
 
 _COMMUNICATORS: WeakKeyDictionary[ProcessGroup, dict[tuple[int, int, timedelta], Communicator | None]]
 _COMMUNICATORS = WeakKeyDictionary()
-"""The communicators made for each group; they live as long as the group, and all its meshes share them."""
+"""The communicators of each group: they live as long as the group, and all its meshes share them.
+
+The inner key is (first rank, last rank, time limit). None stands for a group without this rank.
+"""
 
 
 def communicators(
     group: ProcessGroup, rounds: Sequence[Sequence[tuple[int, int]]], timeout: timedelta
 ) -> dict[tuple[int, int], Communicator]:
-    """Make the communicators of the groups of ranks (first, last) to which this rank belongs. Collective over `group`.
+    """Return the communicators of this rank's groups, by (first, last) rank. Collective over `group`.
 
-    In each round every rank makes one group, alone if the round has none for it. This is because torch
-    derives a group's name from the number of groups that the process has made.
+    In each round every rank creates one process group, of itself alone if it belongs to no group of the
+    round. All ranks must create equally many, because torch derives their names from that number.
 
     Args:
         group: all ranks of the sequence.
@@ -180,15 +189,19 @@ def communicators(
 
 
 def pad_process_groups(count: int) -> None:
-    """Make groups of this rank alone until this process has made `count` groups; see `communicators`."""
+    """Create groups of this rank alone until this process has created `count` groups; see `communicators`."""
     while internals.num_process_groups() < count:
         dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
-    """Gather a small picklable object from every rank, in order of rank; over the default group if None.
+    """Gather a small picklable object from every rank, in order of rank. Collective.
 
-    Only for the ranks of one job, which trust each other.
+    Unpickling may run code: use it only between the ranks of one job, which trust each other.
+
+    Args:
+        value: this rank's object.
+        group: the ranks; the default group if None.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return [value]
@@ -199,7 +212,7 @@ def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
 
 
 def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
-    """Sum each value over all ranks, in float64; every rank gets the same result."""
+    """Sum each value over all ranks of the job, in float64; every rank gets the same result. Collective."""
     if not dist.is_initialized():
         return list(values)
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -209,7 +222,7 @@ def sum_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
 
 
 def _ascii(value: Any) -> str:
-    """Replace all but printable ASCII, of which JSON writes each character as at most two."""
+    """Replace all but printable ASCII characters, each of which JSON writes as one or two characters."""
     return "".join(c if c.isprintable() else " " for c in str(value).encode("ascii", "replace").decode())
 
 

@@ -1,4 +1,7 @@
-"""Heads that tensor parallelism shards over ranks: DTensors in, DTensors out, and each rank attends its own."""
+"""Heads that tensor parallelism shards over ranks, as DTensors; each rank attends its own heads.
+
+`Shard` here is torch's placement of a DTensor; the rows of a rank are `plan.shard.Shard`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _HEADS = 2
 
 @dataclass(frozen=True)
 class HeadShard:
-    """The key/value heads of this rank: those from `first` on, of `total`, and how they are placed."""
+    """The key/value heads of this rank: they begin with number `first` of `total`, and are placed as DTensors."""
 
     first: int
     total: int
@@ -28,7 +31,7 @@ class HeadShard:
 
 
 def head_shard(q: Tensor, k: Tensor, v: Tensor) -> HeadShard | str | None:
-    """How q, k and v are sharded by head; None for plain tensors; a message if the placement cannot work."""
+    """Return how q, k and v are sharded by head; None for plain tensors, a message if that cannot work."""
     if not any(isinstance(x, DTensor) for x in (q, k, v)):
         return None
     if not (isinstance(q, DTensor) and isinstance(k, DTensor) and isinstance(v, DTensor)):
@@ -57,5 +60,8 @@ def head_shard(q: Tensor, k: Tensor, v: Tensor) -> HeadShard | str | None:
 
 
 def heads_of(x: Tensor, device_mesh: DeviceMesh, dim: int = _HEADS) -> DTensor:
-    """Wrap this rank's heads, in `dim`, as a DTensor. Each rank of the one-axis `device_mesh` has as many."""
+    """Wrap this rank's heads, in `dim`, as the DTensor of all heads.
+
+    Every rank of `device_mesh`, which has one axis, must hold equally many heads.
+    """
     return DTensor.from_local(x, device_mesh, [Shard(dim)], run_check=False)

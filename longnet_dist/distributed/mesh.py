@@ -1,4 +1,4 @@
-"""SequenceMesh: the rows of a sequence that each rank of a group holds, and the communicators of a pattern."""
+"""SequenceMesh: which rows of a sequence each rank of a group holds, and the communicators that a pattern needs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 
 _HANDLES = itertools.count(1)
 _BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
-"""Operators take tensors and numbers only, so they get a mesh by its handle (docs/decisions/custom-op.md)."""
+"""The living meshes by handle, because operators take no Python objects (docs/decisions/custom-op.md)."""
 
 
 class SequenceMesh:
     """A sequence of `seq_len` tokens, held in contiguous chunks by the ranks of a group.
 
-    Construction is collective over `group`. Meshes hold no global state: several meshes, of different
-    patterns, lengths or groups, work side by side, if all their ranks call them in the same order.
+    Construction is collective over `group`. Several meshes, of different patterns, lengths or groups, can
+    be used together, if all their ranks call them in the same order.
 
     Args:
         group: a ProcessGroup, a one-dimensional DeviceMesh, or None for a single process.
@@ -37,8 +37,9 @@ class SequenceMesh:
         seq_len: N, the global number of tokens; any number, even fewer than ranks.
         chunk: rows per rank; by default chosen so that the pattern's segments align with chunks.
         keep_kv: whether to keep gathered keys and values for the backward. The default gathers them
-            again, which trades a third more bytes for memory (docs/decisions/regather-or-keep.md).
-        reduce_dtype: the dtype in which dK and dV are sent and summed; the gradients' own if that is wider.
+            again, which saves memory, and receives a third to a half more bytes
+            (docs/decisions/regather-or-keep.md).
+        reduce_dtype: the dtype in which dK and dV are sent and summed, unless that of K and V is wider.
         timeout: the time limit of each collective, in seconds or as a timedelta.
 
     Raises:
@@ -86,18 +87,18 @@ class SequenceMesh:
         _BY_HANDLE[self.handle] = self
 
     def communicator(self, segment: SharedSegment) -> collectives.Communicator:
-        """The communicator of the ranks that hold this segment."""
+        """Return the communicator of the ranks that hold this segment."""
         return self._communicators[segment.first_rank, segment.last_rank]
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
-        """The global positions of this rank's rows: int64, (L,)."""
+        """Return the global positions of this rank's rows: int64, (L,)."""
         return torch.arange(self.shard.start, self.shard.stop, device=device)
 
     def split(self, x: Tensor, dim: int = 1) -> Tensor:
         """Take this rank's chunk of a tensor that every rank holds whole; differentiable.
 
-        Together with `join` it behaves like one process: the gradient of `x` is gathered, so that
-        every rank has the whole gradient.
+        The backward is collective: it gathers the gradient of `x`, so that every rank has the whole
+        gradient, as one process would.
 
         Args:
             x: a tensor with N entries in `dim`, of any dtype, the same on every rank.
@@ -123,12 +124,15 @@ class SequenceMesh:
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
         """Join the chunks of all ranks to the whole tensor, on every rank; differentiable. Collective.
 
-        Every rank must compute the same from the result, because the gradient of a chunk is this
-        rank's part of the whole gradient, not a sum over ranks.
+        Every rank must compute the same from the result: the backward takes this rank's rows of its own
+        gradient, and sums nothing over ranks.
 
         Args:
             x: this rank's chunk, with its number of rows in `dim`; any dtype that the backend supports.
             dim: the dimension of the sequence.
+
+        Returns:
+            The whole tensor, with N entries in `dim`.
 
         Raises:
             ValueError: on every rank, if one of them passes a wrong number of rows, or they disagree.
@@ -136,7 +140,13 @@ class SequenceMesh:
         return _Join.apply(x, self, dim)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum `x` over the ranks; every rank gets the result. The gradient passes unchanged: see `token_mean`.
+        """Sum `x` over the ranks; every rank gets the result. Collective.
+
+        The gradient of `x` is that of the result, unchanged: each rank computes its part of a parameter's
+        gradient; see `token_mean`.
+
+        Args:
+            x: a tensor of the same shape on every rank.
 
         Raises:
             ValueError: on every rank, if shapes, dtypes or devices differ.
@@ -144,18 +154,18 @@ class SequenceMesh:
         return x if self._everyone is None else _Sum.apply(x, self, self._everyone)
 
     def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Average `values` over all tokens of all ranks where `mask` is true; every rank gets the result.
+        """Average `values` over the unmasked tokens of all ranks; every rank gets the result. Collective.
 
-        Each token has the same weight, though chunks may be uneven or empty. The gradient on a rank is
-        that of its own tokens, so the *sum* over ranks of a parameter's gradients is that of one process.
-        (DistributedDataParallel averages over ranks: multiply the loss by their number.)
+        Each token has the same weight, though chunks may be uneven or empty. On each rank, the gradient of
+        a parameter comes from the rank's own tokens. So the *sum* of these gradients over ranks is the
+        gradient of one process. (DistributedDataParallel averages over ranks: multiply the loss by their number.)
 
         Args:
             values: this rank's values, of any shape, for example the losses of its tokens.
-            mask: bool, with the shape of `values`; by default every token counts.
+            mask: bool, with the shape of `values`: true for tokens that count, by default all.
 
         Returns:
-            One number, differentiable; 0 if no token counts on any rank.
+            A scalar, differentiable; 0 if no token counts on any rank.
 
         Raises:
             ValueError: on every rank, if a mask has the wrong shape or dtype, or dtypes differ.
@@ -166,19 +176,24 @@ class SequenceMesh:
                 f"{tuple(values.shape)}",
                 self,
             )
-        # Selected, not multiplied: a NaN at a masked token must not pass.
+        # Selected, not multiplied by the mask, which would let the NaN of a masked token through.
         selected = values if mask is None else torch.where(mask, values, 0)
-        # Made on the values' device, because a CUDA graph holds no copy from the host.
+        # Created on the device of `values`, because a CUDA graph cannot capture a copy from the host.
         number = values.new_full((), values.numel(), dtype=torch.float64) if mask is None else mask.sum().double()
         count = self.sum(number)
         total = self.sum(selected.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
         return total / count.clamp(min=1).to(total.dtype)
 
     def agree(self, facts: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
-        """Check that every rank passes the same `facts` to a mesh with the same arguments.
+        """Check that every rank passes the same `facts` to a mesh with the same arguments. Collective.
 
-        Collective: on CPU groups each time, else the first time. (With NCCL a check would block the
-        host in every layer. So a later disagreement is a timeout there, unless `always` is set.)
+        Groups on GPUs compare the same facts only once, because a comparison blocks the host. So a later
+        disagreement is a timeout there.
+
+        Args:
+            facts: a small dict of what must be the same on every rank, by its name in errors.
+            problem: what is wrong on this rank, or None.
+            always: whether to compare in every call, on GPUs too.
 
         Raises:
             ValueError: on every rank, if ranks differ or one has a `problem`.
@@ -195,7 +210,7 @@ class SequenceMesh:
             self._agreed.add(key)
 
     def wrong_rows(self, name: str, num_rows: int) -> str:
-        """The message about a tensor that does not have this rank's number of rows."""
+        """Return the error message for a tensor that does not have this rank's number of rows."""
         return (
             f"{name} has {num_rows} rows, and this rank holds {self.shard.num_rows}, [{self.shard.start}, "
             f"{self.shard.stop}) of {self.seq_len}; pass mesh.split(x), not the whole sequence"
@@ -232,7 +247,7 @@ def refuse(problem: str, mesh: SequenceMesh | None) -> NoReturn:
 
 
 def mesh_of(handle: int) -> SequenceMesh | None:
-    """The mesh with this handle; None for 0, which stands for no mesh."""
+    """Return the mesh with this handle; None for 0, which stands for no mesh."""
     return _BY_HANDLE[handle] if handle else None
 
 

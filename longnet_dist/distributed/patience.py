@@ -1,4 +1,4 @@
-"""Waiting for other ranks' I/O, with a time limit of its own and messages that name the ranks it waits for."""
+"""Waits for other ranks' I/O, with their own time limit and with messages that name the late ranks."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from longnet_dist.best_effort import print_note
 from longnet_dist.distributed.collectives import gather_objects
 from longnet_dist.distributed.waits import mark_wait
 
-SAY_SECONDS = 30.0
+MESSAGE_SECONDS = 30.0
 """The interval between two messages of one wait."""
 _MAX_NAMED = 8
+"""The largest number of ranks that a message names."""
 
 
 class Patience:
     """A gloo group on which ranks wait for each other's I/O. Its constructor is collective over all ranks.
 
     Each rank publishes a count of its progress in the job's store, so that a waiting rank sees which
-    ranks are behind. The count is even after `gather`, and odd after `arrive`.
+    ranks are late: those with a lower count. `gather` raises the count to the next even number, and
+    `arrive` to the odd number after it.
 
     Args:
         limit: the longest time that a rank waits for another.
@@ -43,60 +45,63 @@ class Patience:
             self._store = PrefixStore(f"patience/{self.group.group_name}", internals.default_store())
             self._publish()
 
-    def gather(self, mine: Any, what: str) -> list[Any]:
-        """Return every rank's `mine`, in order of rank. Collective.
+    def gather(self, value: Any, what: str) -> list[Any]:
+        """Return the values of all ranks, in order of rank. Collective.
 
         Args:
-            mine: a small picklable object.
+            value: this rank's value, a small picklable object.
             what: what ranks do before they make this call, as in "remove old checkpoints".
 
         Raises:
-            RuntimeError: if a rank does not come within the limit; names the rank and `what`.
+            RuntimeError: if a rank does not make the call within the limit; names the rank and `what`.
         """
         self._count += 2 - self._count % 2
         self._publish()
         with self.waiting(what):
-            return gather_objects(mine, self.group)
+            return gather_objects(value, self.group)
 
     def arrive(self) -> None:
-        """Tell the other ranks, inside `waiting`, that this rank's part is done."""
+        """Tell the other ranks, inside `waiting`, that this rank has done its part."""
         self._count |= 1
         self._publish()
 
     @contextlib.contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Print now and then, during a collective operation on `group`, which ranks it waits for.
+        """Print now and then, during a collective operation on `group`, which ranks are late.
+
+        Args:
+            what: what ranks do during the operation, as in "write a checkpoint".
 
         Raises:
-            RuntimeError: if the operation fails; names the ranks that are behind and `what` they had to do.
+            RuntimeError: if the operation fails; names the late ranks and `what` they had to do.
         """
         if self.group is None:
             yield
             return
-        began, over = time.monotonic(), threading.Event()
-        # Any rank could print it. Two are enough, and spare the store thousands of requests.
-        ticker = threading.Thread(target=self._print_waits, args=(what, began, over), name="patience", daemon=True)
+        started, ended = time.monotonic(), threading.Event()
+        # Any rank could print. Two candidates are enough, and spare the store thousands of requests.
+        ticker = threading.Thread(target=self._print_waits, args=(what, started, ended), name="patience", daemon=True)
         if self.rank < 2:
             ticker.start()
         try:
             with mark_wait(f"to {what}"):
                 yield
         except RuntimeError as error:
-            late, seconds = self._late_ranks(), time.monotonic() - began
+            late, seconds = self._late_ranks(), time.monotonic() - started
             who = f"{_describe_ranks(late)} did not {what}" if late else f"rank {self.rank} failed to {what}"
             raise RuntimeError(f"{who}, after {seconds:.1f} s (io_timeout {self.limit:g} s): {error}") from error
         finally:
-            over.set()
+            ended.set()
             if self.rank < 2:
                 ticker.join(1.0)
 
-    def _print_waits(self, what: str, began: float, over: threading.Event) -> None:
-        while not over.wait(SAY_SECONDS):
+    def _print_waits(self, what: str, started: float, ended: threading.Event) -> None:
+        while not ended.wait(MESSAGE_SECONDS):
             late = self._late_ranks()
-            # Rank 0 prints, or rank 1 while rank 0 is late itself.
-            if self.rank == (0 in late) and not over.is_set():
+            # Rank 0 prints, or rank 1 while rank 0 is among the late.
+            if self.rank == (0 in late) and not ended.is_set():
                 who = _describe_ranks(late) if late else "all ranks"
-                print_note(f"waiting for {who} to {what} ({time.monotonic() - began:.0f} s)")
+                print_note(f"waiting for {who} to {what} ({time.monotonic() - started:.0f} s)")
 
     def _publish(self) -> None:
         if self.group is not None:
@@ -105,7 +110,7 @@ class Patience:
                 self._store.set(str(self.rank), str(self._count))
 
     def _late_ranks(self) -> list[int]:
-        """Return the ranks whose progress is behind this rank's."""
+        """Return the ranks whose count is below this rank's."""
         ranks = [str(rank) for rank in range(self.size)]
         try:
             counts = self._store.multi_get(ranks) if self._store.check(ranks) else []

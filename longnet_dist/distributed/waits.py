@@ -7,12 +7,14 @@ import threading
 from collections.abc import Iterator
 
 _WAITS: dict[int, str] = {}
-"""What each waiting thread waits for, by the thread's identifier."""
+"""The purpose of each thread's wait, by the thread's identifier."""
 
 
 @contextlib.contextmanager
 def mark_wait(purpose: str) -> Iterator[None]:
-    """Mark this thread, inside the context, as waiting for other ranks. The outermost marker of a thread stands.
+    """Mark this thread, inside the context, as waiting for other ranks.
+
+    If contexts are nested, the purpose of the outermost one stays.
 
     Args:
         purpose: completes the sentence "It waits for other ranks ...", such as "while gathering keys".
@@ -29,5 +31,9 @@ def mark_wait(purpose: str) -> Iterator[None]:
 
 
 def current_wait(thread: int) -> str | None:
-    """Return what a thread of this process waits for; None if it waits for no rank."""
+    """Return the purpose of a thread's wait for other ranks; None if the thread does not wait for any.
+
+    Args:
+        thread: the identifier of a thread of this process.
+    """
     return _WAITS.get(thread)

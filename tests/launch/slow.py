@@ -34,7 +34,7 @@ def slow_once(owner, name):
 
 
 if __name__ == "__main__":
-    longnet_dist.distributed.patience.SAY_SECONDS = 1.0
+    longnet_dist.distributed.patience.MESSAGE_SECONDS = 1.0
     for place in os.environ["SLOW"].split(","):
         owner, name, rank = PLACES[place]
         if os.environ["RANK"] == rank:
