@@ -80,7 +80,7 @@ class T5Bias(PositionBias):
     Args:
         parameters: (buckets, H), usually learned. The number of buckets is even if attention is causal,
             otherwise a multiple of 4.
-        max_distance: the distance, in tokens, beyond which all keys share the last bucket.
+        max_distance: a distance in tokens; all keys at least that far share the last bucket.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 100, 4, 8).unbind()

@@ -1,4 +1,4 @@
-"""Embed documents: a model's features after its last layer, pooled or for each token."""
+"""Embed documents: a model's features after its final norm, pooled or for each token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def embeddings(
     mesh: SequenceMesh | None = None,
     pooling: Literal["mean", "last"] | None = "mean",
 ) -> Tensor:
-    """Compute the features of documents after the model's final norm, and pool them.
+    """Compute the features of documents after the model's final norm, pooled or for each token.
 
     Args:
         model: the model, in eval mode.

@@ -1,4 +1,4 @@
-"""Evaluate a model on held-out data, by how much context a token has."""
+"""Evaluate a model on held-out data, by the length of a token's context."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def bits_by_position(
 
     Args:
         model: the model, in eval mode.
-        stream: held-out tokens, of which the first windows are read.
+        stream: held-out tokens; its first windows are read.
         seq_len: N, the length of a window in tokens.
-        num_sequences: largest number of windows to read.
-        edges: positions at which one range ends and the next begins, in increasing order. Edges at or beyond N are
+        num_sequences: the largest number of windows to read.
+        edges: positions at which one range ends and the next begins, in increasing order. Those outside (0, N) are
             dropped.
 
     Returns:

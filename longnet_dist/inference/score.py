@@ -16,13 +16,13 @@ def log_likelihoods(model: LongNet, tokens: Tensor, mesh: SequenceMesh | None = 
 
     Args:
         model: the model, in eval mode.
-        tokens: (B, N), int64, whole documents. With a mesh (B, L + 1), this rank's rows and the first row of the next
-            rank, which the last row here predicts; (B, L) if this rank holds the last row, or none.
+        tokens: (B, N), int64, whole documents. With a mesh, (B, L + 1): this rank's rows and the row after them, which
+            the last of them predicts. (B, L) if no row follows.
         mesh: the ranks that hold the documents; the call is then collective over the mesh's group.
 
     Returns:
-        The log-likelihoods of `tokens[:, 1:]`, float32 (float64 for a float64 model). Those of all ranks, in order,
-        are those of the whole document.
+        The log-likelihoods of `tokens[:, 1:]`, float32 (float64 for a float64 model). Concatenated over ranks, they
+        are those of the whole documents.
 
     Raises:
         ValueError: if `tokens` has a wrong shape, or the mesh has another pattern.

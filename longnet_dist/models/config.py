@@ -1,4 +1,4 @@
-"""The configuration of a language model; importing it does not import torch, so that `--help` is quick."""
+"""The configuration of a language model. This module does not import torch, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -97,10 +97,13 @@ class LongNetConfig:
         Args:
             device, dtype: device and dtype of the parameters; torch's defaults if None.
 
+        Returns:
+            The model.
+
         Raises:
             ValueError: if the sizes do not fit each other.
         """
-        # Imported here because the model's module imports this one, and torch.
+        # Imported here because it imports this module, and torch.
         from longnet_dist.models.decoder import LongNet
 
         return LongNet(self, device, dtype)

@@ -139,7 +139,7 @@ class LongNet(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # named_parameters() has a tied embedding once.
+        # Unlike state_dict(), named_parameters() lists a tied weight once.
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
@@ -186,7 +186,7 @@ class LongNet(nn.Module):
 
 
 def _to_cpu(x: Tensor) -> Tensor | tuple[Tensor, torch.device]:
-    """Copy a saved CUDA tensor to the CPU. Parameters stay on their device, which holds them in any case."""
+    """Copy a saved CUDA tensor to the CPU, but no parameter: it stays in the GPU's memory in any case."""
     if isinstance(x, nn.Parameter) or not x.is_cuda:
         return x
     copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
@@ -198,6 +198,6 @@ def _from_cpu(saved: Tensor | tuple[Tensor, torch.device]) -> Tensor:
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that attention will be computed in, whose range limits xPos."""
+    """Return the dtype of the attention, whose range limits xPos: autocast's, or that of x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

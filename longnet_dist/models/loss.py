@@ -1,6 +1,6 @@
-"""Losses of a language model: labels, the mean over the tokens of all ranks, and a loss that needs no whole logits.
+"""Labels and losses of a language model: means over the tokens of all ranks, also without whole logits.
 
-docs/decisions/loss.md says why that loss is our own, and what else was measured.
+docs/decisions/loss.md says why `linear_token_loss` exists, and what else was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from longnet_dist.distributed.mesh import SequenceMesh
 IGNORED = -100
 """The label of tokens that do not count."""
 _MAX_ROWS, _MAX_LOGITS = 4096, 1 << 24
-"""The size of a part: at most this many rows, and at most this many logits (but at least one row)."""
+"""The largest part of the logits in memory at once: this many rows, and this many logits (but at least one row)."""
 
 
 def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
@@ -82,9 +82,8 @@ def linear_token_loss(
 ) -> Tensor:
     """Compute `token_loss(x @ weight.T, labels, ...)` without ever holding all logits.
 
-    The forward computes the logits of a few thousand rows at a time, and the gradients with them.
-
-    Differentiable once: a backward with `create_graph=True` raises ValueError.
+    The forward computes the logits of a few thousand rows at a time, and the gradients with them. The
+    result is differentiable once: a backward with `create_graph=True` raises ValueError.
 
     Args:
         x: (B, L, E), the features of this rank's rows.
@@ -92,7 +91,7 @@ def linear_token_loss(
         labels, mesh, ignore_index: as for `token_loss`.
 
     Returns:
-        A scalar, as of `token_loss`.
+        A scalar, as `token_loss` returns.
 
     Example:
         >>> x, weight, labels = torch.randn(1, 6, 8), torch.randn(5, 8), torch.randint(5, (1, 6))

@@ -24,8 +24,8 @@ class DilatedAttention(nn.Module):
     Args:
         d_model: E, the width of the input and the output.
         num_heads: H, the number of query heads; it must divide E.
-        dilation_rate: r, an int, or one int per branch.
-        segment_size: w in tokens, an int, or one int per branch.
+        dilation_rate: r of each branch; an int if there is one branch.
+        segment_size: w of each branch, in tokens; an int if there is one branch.
         dropout: dropout probability of the output.
         causal: whether a token attends only to itself and to earlier tokens.
         use_xpos: whether to encode global positions with xPos.
@@ -37,8 +37,8 @@ class DilatedAttention(nn.Module):
         use_rotary: whether to encode global positions with RoPE: xPos without its scales.
         inner_norm: whether to apply Magneto's sub-LayerNorm before the output projection (arXiv 2210.06423).
         xpos_scale_base: see `Rotation.at`; a larger base allows longer sequences.
-        rel_pos_buckets: number of buckets of the relative position bias.
-        rel_pos_max_distance: distance, in tokens, from which all keys share the last bucket.
+        rel_pos_buckets: the number of buckets of the relative position bias; see `T5Bias`.
+        rel_pos_max_distance: a distance in tokens; all keys at least that far share the last bucket.
         kernel: see `dilated_attention`.
         device, dtype: device and dtype of the parameters.
 
@@ -127,13 +127,13 @@ class DilatedAttention(nn.Module):
         )
 
     def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
-        """Apply dilated attention to x, between the projections.
+        """Project x to queries, keys and values, attend, and project the result.
 
         Args:
             x: (B, N, E), any N; with a mesh (B, L, E), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-            rotation: the result of `self.rotation(...)`, so that the layers of a model compute it once; computed here
-                by default.
+            rotation: the result of `self.rotation(...)`, which the layers of a model can share; computed here by
+                default.
 
         Returns:
             A tensor of x's shape.
@@ -185,7 +185,7 @@ class DilatedAttention(nn.Module):
             num_rows: N; with a mesh L, the number of this rank's rows.
             mesh: the ranks that hold the sequence, or None.
             device: device of the queries and keys.
-            dtype: dtype that attention is computed in.
+            dtype: dtype of the attention.
 
         Returns:
             The rotation; None if the layer uses neither xPos nor RoPE.
@@ -208,7 +208,7 @@ class DilatedAttention(nn.Module):
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS normalisation of each head, computed in its weight's dtype (autocast does not cast its input)."""
+    """RMS normalisation of each head, in the dtype of its weight. (Autocast does not cast the input.)"""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each head, (B, L, H, D) -> (B, L, H, D), in x's dtype."""

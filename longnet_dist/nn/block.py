@@ -74,7 +74,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, num_layers: int) -> None:
-        """Initialise the weights as Magneto does for a decoder (section 3).
+        """Initialise the weights as Magneto does for a decoder (arXiv 2210.06423, section 3).
 
         Weights are Xavier normal, with gain sqrt(log(2 M)) except for the query and key projections. Biases are zero.
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary angles of L rows, each tensor (L, D / 2).
+    """The rotary encoding of L rows: rotations by angles and, for xPos, scales.
 
-    With xPos, queries are also multiplied by `scale`, and keys by its inverse.
+    Args:
+        cos, sin: cosines and sines of the angles, (L, D / 2).
+        scale: the factor of queries, (L, D / 2), and the divisor of keys; None for RoPE.
     """
 
     cos: Tensor
@@ -32,19 +34,19 @@ class Rotation:
         xpos_scale_base: float = 512.0,
         xpos_lookahead: int = 0,
     ) -> Rotation:
-        """Compute the rotation at the given positions.
+        """Compute the rotation of rows at `positions`.
 
         The angles are those of RoPE (Su et al. 2021, arXiv 2104.09864). The scales are those of xPos (Sun et al. 2022,
         arXiv 2212.10554, equation 14).
 
         Args:
-            positions: global positions, (L,), int64. Angles are computed in float64: at a position of a million,
-                float32 would be off by a twentieth of a radian.
+            positions: global positions, (L,), int64. Angles are computed in float64, because in float32 the angle of
+                position 1,000,000 is off by a twentieth of a radian.
             head_dim: D, even.
-            dtype: dtype that attention is computed in. xPos scales must stay within its range.
-            base: sets the longest wavelength, about 2 pi * base tokens.
-            xpos_length: global sequence length N, for xPos; None for RoPE alone. Scales are centred on N / 2: they
-                depend on the position and on N, and not on the number of ranks.
+            dtype: dtype of the attention, within whose range xPos's scales must stay.
+            base: the longest wavelength in tokens, divided by about 2 pi.
+            xpos_length: N, the global sequence length, for xPos; None for RoPE alone. The scale is 1 at N / 2, on any
+                number of ranks.
             xpos_scale_base: number of tokens over which the scale of the fastest dimension falls by a factor of 3.5.
             xpos_lookahead: largest distance, in tokens, of a visible key ahead of its query; 0 for causal attention.
                 xPos lowers the scores of keys behind a query, and *raises* those of keys ahead.
@@ -89,11 +91,12 @@ class Rotation:
 def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
     """Raise ValueError if xPos at this length would scale values beyond the range of `dtype`.
 
-    A row p tokens from the middle is scaled by up to 3.5^(p / scale_base). The score of a key p tokens ahead is scaled
-    as much as a row p tokens from the middle. The middle is half a length away, and so a lookahead counts twice.
+    The scale of a row p tokens from the middle is up to 3.5^(p / scale_base), and so is that of the score of a key
+    p tokens ahead. A row is at most length / 2 from the middle. So a lookahead of p tokens is as bad as a length of
+    2 p.
     """
     limits = torch.finfo(dtype)
-    # A factor of 2^10 is left for the values that are scaled.
+    # The values that are scaled may be as large as 2^10.
     headroom = min(math.log(limits.max), -math.log(limits.tiny)) - math.log(1024)
     steepest = math.log(1.4 / 0.4)
     longest = int(2 * scale_base * headroom / steepest)
