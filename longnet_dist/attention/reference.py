@@ -1,8 +1,8 @@
 """The oracle: dilated attention as one dense softmax. Nothing else defines correctness.
 
-Dilated attention is dense attention in which a query sees a key once for each branch that keeps both
-in one segment: one softmax over the multiset of keys. The oracle takes memory for N x N scores per
-head; it is for tests and for reading.
+Dilated attention is one softmax over a multiset of keys: a query sees a key once for each branch that
+keeps both in one segment. The oracle takes memory for N x N scores per head; it is for tests and for
+reading.
 """
 
 from __future__ import annotations

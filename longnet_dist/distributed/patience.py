@@ -26,9 +26,9 @@ _MAX_NAMED = 8
 class Patience:
     """A gloo group on which ranks wait for each other's I/O. Its constructor is collective over all ranks.
 
-    Each rank publishes a count of its progress in the job's store, so that a waiting rank sees which
-    ranks are late: those with a lower count. `gather` raises the count to the next even number, and
-    `arrive` to the odd number after it.
+    Each rank publishes a count of its progress in the job's store. Ranks with a lower count than the
+    waiting rank's are late. `gather` raises the count to the next even number, and `arrive` to the odd
+    number after it.
 
     Args:
         limit: the longest time that a rank waits for another.

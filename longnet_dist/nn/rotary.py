@@ -91,9 +91,9 @@ class Rotation:
 def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
     """Raise ValueError if xPos at this length would scale values beyond the range of `dtype`.
 
-    The scale of a row p tokens from the middle is up to 3.5^(p / scale_base), and so is that of the score of a key
-    p tokens ahead. A row is at most length / 2 from the middle. So a lookahead of p tokens is as bad as a length of
-    2 p.
+    The scale of a row p tokens from the middle is up to 3.5^(p / scale_base). That is also the largest factor of the
+    score of a key p tokens ahead. A row is at most length / 2 from the middle. So a lookahead of p tokens is as bad as
+    a length of 2 p.
     """
     limits = torch.finfo(dtype)
     # The values that are scaled may be as large as 2^10.

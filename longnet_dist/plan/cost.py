@@ -19,8 +19,8 @@ def bytes_received(
     """The bytes that this rank receives for each branch of a layer, forward and backward together.
 
     K and V are gathered in the forward, and again in the backward unless they are kept; dK and dV
-    are reduce-scattered. For a branch whose segments align with chunks, with K and V kept and b bytes
-    per element throughout, that is 4 (w - chunk) / r G D b for each sequence of the batch.
+    are reduce-scattered. The bytes are those of one sequence of a batch. If segments align with chunks,
+    K and V are kept, and every element has b bytes, they are 4 (w - chunk) / r G D b.
 
     Args:
         pattern: the branches.

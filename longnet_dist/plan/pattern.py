@@ -61,8 +61,8 @@ class Pattern:
             grouped-query attention a query head has the phase of its key/value head.
 
     Raises:
-        ValueError: for an empty pattern, unequal numbers of lengths and rates, a value that is not a
-            positive integer, a rate above its segment length, or an unknown phase rule.
+        ValueError: for an empty pattern, or unequal numbers of lengths and rates. Also for a value that
+            is not a positive integer, a rate above its segment length, or an unknown phase rule.
 
     Example:
         >>> Pattern(segment_lengths=(4, 8), dilation_rates=(1, 2)).branches[1]
