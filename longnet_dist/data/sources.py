@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import io
 import json
+import os
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +54,12 @@ def standard_library() -> list[Path]:
 def find_files(paths: Sequence[str]) -> list[Path | str]:
     """Find the files and datasets that `paths` names.
 
+    A folder is searched without following links to other folders. A glob follows them, and searches each real folder
+    once, so that a loop of links costs no more than the folders in it.
+
     Args:
         paths: files, folders, globs (with `**`), and Hugging Face datasets, which begin with `hf:`. Hidden files of a
-            folder are left out.
+            folder are left out, and so is all that is no regular file.
 
     Returns:
         The files, sorted and without duplicates, and then the names of the datasets.
@@ -67,13 +72,12 @@ def find_files(paths: Sequence[str]) -> list[Path | str]:
         if name.startswith(HUGGING_FACE):
             continue
         path = local_path(name)
-        if path.is_dir():
-            files = [p for p in path.rglob("*") if not any(part.startswith(".") for part in p.relative_to(path).parts)]
-        elif path.is_file():
+        if path.is_file():
             files = [path]
+        elif path.is_dir():
+            files = _search(path, ("**", "*"), follow_links=False)
         else:
-            files = [Path(p) for p in glob.glob(str(path), recursive=True)]
-        files = [p for p in files if p.is_file()]
+            files = _search(Path(path.anchor), path.relative_to(path.anchor).parts, follow_links=True)
         if not files:
             raise ValueError(
                 f"--data {name}: no such file; give files, folders or globs, for example src/ or 'src/**/*.py'"
@@ -82,6 +86,41 @@ def find_files(paths: Sequence[str]) -> list[Path | str]:
             _row_format(p)
         matches.update(p.resolve() for p in files)
     return [*sorted(matches), *sorted({name for name in paths if name.startswith(HUGGING_FACE)})]
+
+
+def _search(root: Path, pattern: tuple[str, ...], follow_links: bool) -> list[Path]:
+    """Return the regular files under `root` that match a pattern, given as the parts of a path, in any order."""
+    files, searched = [], set()
+    pending = [(root, (*pattern, "*") if pattern[-1:] == ("**",) else pattern)]
+    while pending:
+        folder, parts = pending.pop()
+        # What the rest of a pattern finds in a folder does not depend on the links that lead there.
+        state = (os.path.realpath(folder), len(parts))
+        if not parts or state in searched:
+            continue
+        searched.add(state)
+        part, rest = parts[0], parts[1:]
+        if part == "**":
+            pending.append((folder, rest))
+            rest = parts
+        for path in _children(folder, "*" if part == "**" else part):
+            if rest:
+                if path.is_dir() and (follow_links or not path.is_symlink()):
+                    pending.append((path, rest))
+            elif path.is_file():
+                files.append(path)
+    return files
+
+
+def _children(folder: Path, part: str) -> list[Path]:
+    """Return what a part of a glob names in a folder; nothing if the folder cannot be listed, as in a shell."""
+    if not glob.has_magic(part):
+        return [folder / part]
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return []
+    return [folder / n for n in fnmatch.filter(names, part) if part.startswith(".") or not n.startswith(".")]
 
 
 def read_documents(source: Path | str, text_field: str = "text", require_utf8: bool = False) -> Iterator[bytes]:
@@ -160,6 +199,8 @@ def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]
                 ) from None
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}, byte {begin}: {error}") from None
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}, byte {begin}: its JSON is nested too deeply") from None
             yield document
         begin += len(line)
 
