@@ -12,6 +12,7 @@ Three private names must be spelled where they are used, in subclasses:
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,6 +39,13 @@ CHECKPOINT_METADATA_NAMES = frozenset(
 """The private names, as (module, name), in the pickled metadata of every checkpoint.
 
 Our reader unpickles nothing but allowed names, so it must list them. Seen in torch 2.13.
+"""
+
+
+PythonUnpickler = pickle._Unpickler
+"""The unpickler in Python, the same as `pickle.Unpickler` in C, but for its methods per opcode, which can be overridden.
+
+That is the only way to forbid an opcode. Seen in Python 3.11.
 """
 
 

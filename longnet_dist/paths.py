@@ -1,8 +1,10 @@
-"""Paths on this machine, as users write them."""
+"""Paths on this machine, as users write them, and files that are written whole."""
 
 from __future__ import annotations
 
+import os
 import re
+import tempfile
 from pathlib import Path
 
 
@@ -30,3 +32,18 @@ def local_path(text: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(f"{text}: no home folder is known; for a file of that name give ./{path}") from None
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file atomically: the file exists with all of its content, or not at all."""
+    out = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False)  # noqa: SIM115
+    try:
+        with out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.chmod(out.name, 0o644)
+        os.replace(out.name, path)
+    except BaseException:
+        os.unlink(out.name)
+        raise

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -171,11 +172,14 @@ class Checkpoints:
 
         Raises:
             ValueError: if the checkpoint lacks a tensor, or has it in another shape or dtype.
-            CheckpointError: if the checkpoint's files cannot be read.
+            CheckpointError: if the checkpoint's files cannot be read, or are not those of a checkpoint.
         """
         reader = PatientReader(path, self.patience)
-        stored = reader.read_metadata().state_dict_metadata
-        # A run that resumes on another type of device finds no random state for it, and keeps its new one.
+        try:
+            stored = reader.read_metadata().state_dict_metadata
+        except (OSError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+        # A run that resumes on another type of device keeps its new random states.
         state = {name: x for name, x in state.items() if name in stored or not name.startswith("random")}
         for name, x in state.items():
             entry = stored.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import pickle
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
 from longnet_dist import internals
+from longnet_dist.checkpoints.verification import check_regular, is_plain_name
 from longnet_dist.distributed.patience import Patience
 
 
@@ -34,11 +36,26 @@ class TensorsOnlyReader(FileSystemReader):
         """Return the checkpoint's metadata.
 
         Raises:
-            pickle.UnpicklingError: if it names anything but torch's own descriptions of tensors.
+            OSError: if it cannot be read.
+            pickle.UnpicklingError: if it is malformed, or names anything but torch's own descriptions of tensors.
         """
-        metadata: Metadata = _AllowList(io.BytesIO((self.folder / internals.CHECKPOINT_METADATA).read_bytes())).load()
-        if any(isinstance(entry, BytesStorageMetadata) for entry in metadata.state_dict_metadata.values()):
+        path = self.folder / internals.CHECKPOINT_METADATA
+        check_regular(path)
+        try:
+            metadata: Metadata = _AllowList(io.BytesIO(path.read_bytes())).load()
+            entries = list(metadata.state_dict_metadata.values())
+            files = {place.relative_path for place in metadata.storage_data.values()}
+        except OSError:
+            raise
+        except Exception as error:  # A malformed pickle raises exceptions of many types.
+            raise pickle.UnpicklingError(f"the metadata of checkpoint {self.path} is malformed: {error!r}") from None
+        if any(isinstance(entry, BytesStorageMetadata) for entry in entries):
             raise pickle.UnpicklingError(f"checkpoint {self.path} holds pickled objects, and only tensors are read")
+        if foreign := [file for file in files if not (isinstance(file, str) and is_plain_name(file))]:
+            raise pickle.UnpicklingError(
+                f"the metadata of checkpoint {self.path} names the file {foreign[0]!r}, and only files of its own "
+                "folder are read"
+            )
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
@@ -70,6 +87,7 @@ class _AnyStorage(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
         """Open a file."""
+        check_regular(path)
         with path.open(mode) as stream:
             yield stream
 
@@ -78,8 +96,11 @@ class _AnyStorage(FileSystem):
         return path / suffix
 
 
-class _AllowList(pickle.Unpickler):
-    """Unpickles classes of torch's checkpoint metadata and a few plain types, and refuses every other name."""
+class _AllowList(internals.PythonUnpickler):
+    """Unpickles classes of torch's checkpoint metadata and a few plain types, and refuses every other name.
+
+    It sets attributes of their instances only. A pickle that sets those of a class would change it for the process.
+    """
 
     METADATA = "torch.distributed.checkpoint.metadata"
     NAMES = frozenset(
@@ -101,3 +122,13 @@ class _AllowList(pickle.Unpickler):
         if is_dtype or getattr(metadata_class, "__module__", None) == self.METADATA or (module, name) in self.NAMES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"the checkpoint's metadata names {module}.{name}, which no checkpoint needs")
+
+    def load_build(self) -> None:
+        """Set the attributes of the object below the top of the stack to the state at the top."""
+        target = self.stack[-2]
+        # Of torch's descriptions, dataclasses have state, and enumerations have members that all of the process shares.
+        if isinstance(target, type) or not dataclasses.is_dataclass(target):
+            raise pickle.UnpicklingError(f"the checkpoint's metadata sets attributes of {target!r}, which has none")
+        super().load_build()
+
+    dispatch = internals.PythonUnpickler.dispatch | {pickle.BUILD[0]: load_build}

@@ -24,11 +24,13 @@ import torch
 from torch import Tensor
 
 from longnet_dist.data.tokenizers import Tokenizer
+from longnet_dist.paths import write_whole
 
 INDEX, PARTIAL = "index.json", "partial.json"
 SHARD_TOKENS = 1 << 27
 """Default number of tokens per shard."""
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 22, 1024
+_SHARD_NAME = re.compile(r"tokens-\d{5,}\.bin")
 _CHECKED_TOKENS = 1 << 24
 """How many tokens `check_tokens` reads at a time."""
 
@@ -88,7 +90,7 @@ def holds_tokens(folder: Path) -> bool:
 
 def is_shard(path: Path) -> bool:
     """Return whether a file has the name of a shard."""
-    return re.fullmatch(r"tokens-\d{5,}\.bin", path.name) is not None
+    return _SHARD_NAME.fullmatch(path.name) is not None
 
 
 def read_index(folder: Path) -> Index:
@@ -98,7 +100,7 @@ def read_index(folder: Path) -> Index:
         ValueError: if the index is missing or malformed, or a shard is missing or has another size.
     """
     path = folder / INDEX
-    if not path.exists():
+    if not path.is_file():
         unfinished = (folder / PARTIAL).exists()
         raise ValueError(
             f"{folder} holds an unfinished tokenisation: run the same `longnet-dist tokenize` again"
@@ -299,17 +301,38 @@ def _read_and_check_sizes(path: Path) -> Index:
     folder = path.parent
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content["shards"], list):
+            raise TypeError("its shards must be a list")
         index = Index(**{**content, "shards": tuple(TokenShard(**shard) for shard in content["shards"])})
-    except (ValueError, TypeError, KeyError) as error:
+        _check_fields(index)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error!r}); {_remedy(folder)}") from None
     for shard in index.shards:
         file = folder / shard.name
+        if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+            raise ValueError(f"{file} is no regular file, and symbolic links are not followed; put a copy in its place")
         size = file.stat().st_size if file.exists() else None
         expected = shard.tokens * np.dtype(index.dtype).itemsize
         if size != expected:
             problem = "is missing" if size is None else f"ends at byte {size}"
             raise ValueError(f"{file} {problem}, and {path} records {expected} bytes; {_remedy(folder)}")
     return index
+
+
+def _check_fields(index: Index) -> None:
+    """Raise ValueError or TypeError if a field of an index has another type or range than `write_tokens` writes."""
+    texts = [index.source, index.tokenizer, index.dtype, *(x for s in index.shards for x in (s.name, s.sha256))]
+    counts = [x for s in index.shards for x in (s.tokens, s.documents, s.num_bytes)]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("source, tokenizer, dtype, and names and hashes of shards must be text")
+    if not all(type(count) is int and 0 <= count < 1 << 48 for count in [*counts, index.vocab_size]):
+        raise TypeError("numbers of tokens, documents, bytes and ids must be integers from 0 to 2^48")
+    if type(index.end_of_document) is not int or not 0 <= index.end_of_document < index.vocab_size:
+        raise ValueError(f"end_of_document is {index.end_of_document!r}, and there are {index.vocab_size} ids")
+    if index.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {index.dtype!r}; it must be uint16 or uint32")
+    if foreign := [shard.name for shard in index.shards if _SHARD_NAME.fullmatch(shard.name) is None]:
+        raise ValueError(f"it names the shard {foreign[0]!r}, and only files tokens-NNNNN.bin of its folder are read")
 
 
 def _remedy(folder: Path) -> str:
@@ -322,18 +345,3 @@ def _lock_folder(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file atomically: the file exists with all of its content, or not at all."""
-    out = tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False)  # noqa: SIM115
-    try:
-        with out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        os.chmod(out.name, 0o644)
-        os.replace(out.name, path)
-    except BaseException:
-        os.unlink(out.name)
-        raise

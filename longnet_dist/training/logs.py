@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from longnet_dist.best_effort import BestEffort, TolerantStream
-from longnet_dist.data.shards import write_whole
 from longnet_dist.extras import extra
+from longnet_dist.paths import write_whole
 
 
 class RunLog:

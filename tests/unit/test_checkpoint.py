@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from longnet_dist.checkpoints import verification
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
 from longnet_dist.training.state import load_model, make_moments, training_state, without_prefixes
@@ -178,13 +180,18 @@ def test_damaged_checkpoints_do_not_count_as_the_newest(tmp_path):
     assert newest(tmp_path) == 6
 
 
-def test_an_unreadable_checkpoint_is_kept(folder):
+def test_an_unreadable_checkpoint_is_kept(folder, monkeypatch):
     """An input/output error proves no damage, so no save of an earlier or later step may remove the checkpoint."""
+    real = verification.describe_file
+
+    def broken(path):
+        if path == file:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path)
+
     Checkpoints(folder).save(8, state(8.0), {"step": 8})
     file = folder / "step-00000008" / "__0_0.distcp"
-    whole = file.read_bytes()
-    file.unlink()
-    file.symlink_to("/proc/self/mem")  # A read at 0 is an input/output error.
+    monkeypatch.setattr(verification, "describe_file", broken)
     checkpoints, messages = Checkpoints(folder), []
     assert checkpoints.newest(messages.append)[1] == {"step": 3}
     assert re.search(r"step-00000008 cannot be read, and is passed over and kept: .*Input/output error", messages[0])
@@ -196,8 +203,7 @@ def test_an_unreadable_checkpoint_is_kept(folder):
     for step in (9, 10):
         checkpoints.save(step, state(float(step)), {"step": step})
     assert sorted(int(p.name[-2:]) for p in folder.iterdir()) == [8, 9, 10]
-    file.unlink()
-    file.write_bytes(whole)
+    monkeypatch.undo()
     for step in (9, 10):
         shutil.rmtree(folder / f"step-{step:08d}")
     assert newest(folder) == 8

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import pickle
+import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +53,10 @@ def cuda_flash_attention():
     """Without a GPU, check that the operators have the arguments that are passed by name."""
     schemas = [getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")]
     return all("scale" in [argument.name for argument in schema.arguments] for schema in schemas)
+
+
+def python_unpickler():
+    return internals.PythonUnpickler.dispatch[pickle.BUILD[0]] is internals.PythonUnpickler.load_build
 
 
 def unshared_rendezvous():
@@ -152,6 +158,7 @@ def overrides(derived, base):
 
 
 CHECKS = {
+    ("Python", "the unpickler in Python, and its methods per opcode"): python_unpickler,
     ("torch", "distributed_c10d._world.pg_names"): num_process_groups,
     ("torch", "distributed_c10d._get_default_store"): default_store,
     ("torch", "autograd.forward_ad._current_level"): forward_mode,
@@ -177,7 +184,7 @@ CHECKS = {
 @pytest.mark.parametrize(("package", "part"), CHECKS)
 def test_installed_packages_have_every_private_part_that_we_use(package, part, tmp_path):
     try:
-        installed = f"{package} {version(package)}"
+        installed = f"{package} {platform.python_version() if package == 'Python' else version(package)}"
     except PackageNotFoundError:
         pytest.skip(f"{package} is not installed")
     check, problem = CHECKS[package, part], ""
