@@ -42,10 +42,10 @@ Our reader unpickles nothing but allowed names, so it must list them. Seen in to
 """
 
 
-PythonUnpickler = pickle._Unpickler
-"""The unpickler in Python, the same as `pickle.Unpickler` in C, but for its methods per opcode, which can be overridden.
+PythonUnpickler: Any = pickle._Unpickler
+"""The unpickler in Python: that in C, `pickle.Unpickler`, has no methods per opcode to override.
 
-That is the only way to forbid an opcode. Seen in Python 3.11.
+Overriding one is the only way to restrict an opcode. Seen in Python 3.11.
 """
 
 

@@ -96,7 +96,7 @@ class _AnyStorage(FileSystem):
         return path / suffix
 
 
-class _AllowList(internals.PythonUnpickler):
+class _AllowList(internals.PythonUnpickler):  # type: ignore[misc]
     """Unpickles classes of torch's checkpoint metadata and a few plain types, and refuses every other name.
 
     It sets attributes of their instances only. A pickle that sets those of a class would change it for the process.

@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0 for success, 2 if the arguments cannot work, 1 if checkpoints fail. On failure, one line on
-        stderr has the reason.
+        The exit status: 0; 2 if the arguments, or what they name, cannot work; or 1 for a failure while working.
+        The reason is one line on stderr. Only an error of this program itself has a traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["--version"]:
@@ -61,14 +61,15 @@ def main(arguments: list[str] | None = None) -> int:
             config=(tyro.conf.CascadeSubcommandArgs,),
             registry=path_registry(),
         )
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PathError) as error:
-        print(f"longnet-dist: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        from longnet_dist.checkpoints.checkpoints import CheckpointError
-
-        if not isinstance(error, CheckpointError):
-            raise
-        print(f"longnet-dist: {error}", file=sys.stderr)
-        return 1
+    except (ValueError, OSError, OverflowError, PathError) as error:
+        return _fail(error, 2)
+    except (RuntimeError, MemoryError) as error:
+        return _fail(error, 1)
     return 0
+
+
+def _fail(error: Exception, status: int) -> int:
+    """Print an error as one line on stderr, and return the exit status."""
+    lines = str(error).split("\n") if str(error) else [repr(error)]
+    print(f"longnet-dist: {' '.join(line.strip() for line in lines if line.strip())}", file=sys.stderr)
+    return status

@@ -78,6 +78,8 @@ def draw_pattern(
             f"seq_len is {seq_len}; a picture shows 1 to {_MAX_TOKENS} tokens. Scale the pattern down too: segments "
             "of 16, 64 and 256 look like segments of 2048, 8192 and 32768"
         )
+    if num_heads > _MAX_TOKENS or num_ranks > _MAX_TOKENS:
+        raise ValueError(f"{num_heads} heads on {num_ranks} ranks: a picture shows at most {_MAX_TOKENS} of either")
     chunk = choose_chunk(pattern, seq_len, num_ranks)
     counts = branch_counts(pattern, seq_len, num_heads, causal)
     heads_of: dict[tuple[int, ...], list[int]] = {}

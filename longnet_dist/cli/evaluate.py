@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -35,6 +36,12 @@ def run_eval(
     from longnet_dist.training.state import load_model
 
     check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
+    for edge in edges:
+        check_positive({"edges": edge})
+    if any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"--edges are {' '.join(map(str, edges))}; each must be above the one before")
+    if tokenizer is not None and not data:
+        raise ValueError("--tokenizer is for --data; the data that the run held out has the run's own tokenizer")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config, model = read_config(storage_path(run)), load_model(run).to(device).eval()
     if data:

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from longnet_dist.paths import local_path
+from longnet_dist.plan.pattern import MAX_SIZE
 
 Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 """A positional argument: the folder of a run, or its URL in an object store."""
@@ -50,17 +51,19 @@ def check_values(arguments: Sequence[str]) -> None:
 
 
 def check_positive(options: dict[str, int]) -> None:
-    """Check that each value is at least 1.
+    """Check that each value is at least 1, and at most `MAX_SIZE`.
 
     Args:
         options: The value of each option, by its name without the leading dashes.
 
     Raises:
-        ValueError: If a value is below 1.
+        ValueError: If a value is not.
     """
     for name, value in options.items():
         if value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")
+        if value > MAX_SIZE:
+            raise ValueError(f"--{name} is {value}; it must be at most {MAX_SIZE} (2^48)")
 
 
 def check_ending(path: Path, endings: Sequence[str]) -> None:

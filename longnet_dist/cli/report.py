@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,12 +86,36 @@ def _read_metrics(run: Path) -> Metrics:
     path = run / "metrics.jsonl"
     if not path.exists():
         raise ValueError(f"{run} holds no metrics.jsonl; give the folders of runs, for example runs/*")
-    lines = path.read_text().splitlines(keepends=True)
     try:
-        # The last line may be incomplete: the run was killed, or is writing it.
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except ValueError as error:
+        lines = path.read_text().splitlines(keepends=True)
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
+    # The last line may be incomplete: the run was killed, or is writing it.
+    return [_read_line(f"{path}, line {n}", line) for n, line in enumerate(lines, start=1) if line.endswith("\n")]
+
+
+def _read_line(place: str, line: str) -> dict[str, Any]:
+    """Read a line of metrics, of which all that is drawn or listed must be finite numbers, or null."""
+    try:
+        metrics = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} cannot be read: {error}") from None
+    if not isinstance(metrics, dict):
+        raise ValueError(f"{place} is {type(metrics).__name__}; it must be an object with the metrics of a step")
+    for name in {*CURVES, *_COLUMNS} & metrics.keys() | {"step", "tokens"}:
+        value = metrics.get(name)
+        required = name in ("step", "tokens")
+        if not (value is None and not required) and not _is_number(value):
+            problem = f"has {name} {value!r}" if name in metrics else f"has no {name}"
+            raise ValueError(f"{place} {problem}; it must be a finite number{'' if required else ' or null'}")
+    return metrics
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
 
 
 def _draw_curves(metrics: dict[Path, Metrics]) -> Figure:

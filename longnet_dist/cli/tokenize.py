@@ -34,8 +34,11 @@ def run_tokenize(
 
     from longnet_dist.data.corpus import num_bytes, tokenize
     from longnet_dist.data.shards import read_index
+    from longnet_dist.training.config import MAX_SEED
 
     check_positive({"shard-tokens": shard_tokens})
+    if abs(seed) > MAX_SEED:
+        raise ValueError(f"--seed is {seed}; it must be at most {MAX_SEED} (2^40) in magnitude")
     if not data:
         raise ValueError("no data to tokenise; give files, folders, globs or hf: datasets")
     columns = (TextColumn("tokenise"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from longnet_dist.plan.pattern import HEAD_PHASES, Pattern
+from longnet_dist.plan.pattern import HEAD_PHASES, MAX_SIZE, Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -65,9 +65,12 @@ class LongNetConfig:
     """Attention kernel; `longnet-dist doctor` lists them."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "d_model", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"):
+            size = getattr(self, name)
+            if size is None and name in ("num_kv_heads", "ffn_dim"):
+                continue
+            if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+                raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1 and at most 2^48")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         if self.kernel != "auto":

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 HEAD_PHASES = ("interleaved", "blocked")
+MAX_SIZE = 1 << 48
+"""The largest size of anything, far above all uses: products and sums of a few positions still fit in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -149,5 +151,7 @@ def _positive_integers(name: str, values: Iterable[int] | int) -> tuple[int, ...
             integer = 0
         if integer < 1 or isinstance(value, bool):
             raise ValueError(f"{name} has {value!r} in {entries}; every entry must be a positive integer")
+        if integer > MAX_SIZE:
+            raise ValueError(f"{name} has {integer}; every entry must be at most {MAX_SIZE} (2^48)")
         result.append(integer)
     return tuple(result)

@@ -5,7 +5,8 @@ The docstrings of the fields are the help of `longnet-dist train`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +14,11 @@ from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.paths import local_path
+from longnet_dist.plan.pattern import MAX_SIZE
 from longnet_dist.training.parallel import ParallelConfig
+
+MAX_SEED = 1 << 40
+"""The largest seed; the order of an epoch's windows multiplies it by a million."""
 
 
 @dataclass(frozen=True)
@@ -109,15 +114,34 @@ class TrainConfig:
         for name in ("cache", "tokenizer"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, local_path(getattr(self, name)))
+        for option in fields(self):
+            _check_number(option.name, getattr(self, option.name))
         for name, minimum in _MINIMA.items():
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {minimum}")
+        if abs(self.seed) > MAX_SEED:
+            raise ValueError(f"seed is {self.seed}; it must be at most {MAX_SEED} (2^40) in magnitude")
+        for name in ("timeout", "io_timeout"):
+            if getattr(self, name) > _MAX_SECONDS:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most {_MAX_SECONDS:g} (three years)")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas is {self.betas}; both must be at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
 
 
+def _check_number(name: str, value: object) -> None:
+    """Check that a number is finite, and an integer is within what a process can count to."""
+    for number in value if isinstance(value, tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{name} is {number}; it must be a finite number")
+        if isinstance(number, int) and abs(number) > MAX_SIZE:
+            raise ValueError(f"{name} is {number}; it must be at most {MAX_SIZE} (2^48) in magnitude")
+
+
+_MAX_SECONDS = 1e8
 _MINIMA = (
     dict.fromkeys(("seq_len", "batch_size", "grad_accumulation", "steps", "validation_sequences"), 1)
     | dict.fromkeys(("warmup_steps", "validate_every", "checkpoint_every", "keep_every"), 0)

@@ -49,12 +49,17 @@ def init_processes(config: TrainConfig) -> Iterator[torch.device]:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _prepare_for_torchrun(config)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, num_ranks = _read_launch()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            num_gpus = torch.cuda.device_count()
+            raise ValueError(
+                f"LOCAL_RANK is {local_rank}, and this machine has {num_gpus} GPUs: start one rank per GPU"
+            )
         torch.cuda.set_device(device)
-    owns_group = not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if owns_group:
+    ours = not dist.is_initialized() and num_ranks > 1
+    if ours:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     try:
@@ -63,6 +68,35 @@ def init_processes(config: TrainConfig) -> Iterator[torch.device]:
     finally:
         if owns_group:
             dist.destroy_process_group()
+
+
+def _read_launch() -> tuple[int, int]:
+    """Return this process's rank on its machine, and the number of ranks, from the launcher's variables.
+
+    Raises:
+        ValueError: if they cannot be those of a launcher.
+    """
+    num_ranks = _read_integer("WORLD_SIZE", 1, 1, None)
+    if not dist.is_initialized() and num_ranks > 1 and "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE is {num_ranks}, and RANK is not set; torchrun and other launchers set both")
+    _read_integer("RANK", 0, 0, None if dist.is_initialized() else num_ranks)
+    return _read_integer("LOCAL_RANK", 0, 0, dist.get_world_size() if dist.is_initialized() else num_ranks), num_ranks
+
+
+def _read_integer(name: str, default: int, minimum: int, end: int | None) -> int:
+    """Return a variable of the environment, an integer from `minimum` to below `end`."""
+    text = os.environ.get(name, str(default))
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum or (end is not None and value >= end):
+        limit = "" if end is None else f" and below the number of ranks, which is {end}"
+        raise ValueError(
+            f"the variable {name} is {text!r}; it must be an integer of at least {minimum}{limit}: launchers set it, "
+            "so unset it to train in one process alone"
+        )
+    return value
 
 
 def _prepare_for_torchrun(config: TrainConfig) -> None:
@@ -298,12 +332,19 @@ def read_config(run: Path) -> TrainConfig:
         run: the run folder.
 
     Raises:
-        ValueError: if the folder is not that of a run.
+        ValueError: if the folder is not that of a run, or its options cannot be read or are unknown.
     """
     path = run / "config.json"
     if not path.exists():
         raise ValueError(f"{run} holds no config.json; give the folder of a run")
-    saved = json.loads(path.read_text())
-    options = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
-    options |= {"model": LongNetConfig(**saved["model"]), "parallel": ParallelConfig(**saved["parallel"])}
-    return TrainConfig(**options)
+    try:
+        saved = json.loads(path.read_text())
+        options = {f.name: saved[f.name] for f in dataclasses.fields(TrainConfig) if f.name in saved}
+        for name, kind in (("model", LongNetConfig), ("parallel", ParallelConfig)):
+            parts = dict(saved.get(name, {}))
+            if unknown := sorted(parts.keys() - {f.name for f in dataclasses.fields(kind)}):
+                raise ValueError(f"{name} has unknown options: {', '.join(unknown)}; another version may know them")
+            options[name] = kind(**parts)
+        return TrainConfig(**options)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} does not hold the options of a run: {error}") from None

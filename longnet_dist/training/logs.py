@@ -116,10 +116,15 @@ class RunLog:
         options: dict[str, Any] = {"project": self.project, "dir": self.folder, "id": run, "name": self.folder.name}
         try:
             return wandb.init(**options, config=self.config, resume="allow")
-        except OSError as error:  # Other exceptions are the caller's mistake, such as a wrong key.
+        except OSError as error:
             with self._to_wandb:
                 raise error
             return None
+        except wandb.Error as error:  # The caller's mistake, such as no key, or a wrong one.
+            raise ValueError(
+                f"--wandb {self.project}: {error}; log in by `wandb login`, set WANDB_API_KEY or WANDB_MODE=offline, "
+                "or leave the option out"
+            ) from None
 
     def _board(self, purge_step: int) -> Any:
         # The import takes a second, and only rank 0 of a training run needs it.

@@ -174,7 +174,7 @@ def test_metadata_sets_attributes_of_no_class_or_function(checkpoint, parts, tar
 )
 def test_malformed_metadata_is_an_error_with_the_checkpoint(checkpoint, content):
     (checkpoint / ".metadata").write_bytes(content)
-    with pytest.raises(pickle.UnpicklingError, match="the metadata of checkpoint .*step-00000001 is malformed"):
+    with pytest.raises(pickle.UnpicklingError, match=r"the metadata of checkpoint .*step-00000001 is malformed"):
         TensorsOnlyReader(checkpoint).read_metadata()
     with pytest.raises(CheckpointError, match="step-00000001 cannot be read: the metadata of"):
         Checkpoints(checkpoint.parent).load(checkpoint, {"model.a": torch.zeros(3)})

@@ -17,6 +17,8 @@ _MAX_SCORES = 1 << 24
 def unsupported(request: KernelRequest) -> list[str]:
     """Return the reasons why this kernel cannot serve the request; empty if it can."""
     reasons = [] if request.dtype.is_floating_point else [f"{request.dtype} is not a floating dtype"]
+    if request.dtype.is_floating_point and request.dtype.itemsize < 2:
+        reasons.append(f"torch does not compute in {request.dtype}: convert q, k and v to torch.bfloat16")
     if request.variable_lengths:
         reasons.append("it takes rectangles of one size")
     if request.accumulates:
