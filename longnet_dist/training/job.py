@@ -58,8 +58,8 @@ def init_processes(config: TrainConfig) -> Iterator[torch.device]:
                 f"LOCAL_RANK is {local_rank}, and this machine has {num_gpus} GPUs: start one rank per GPU"
             )
         torch.cuda.set_device(device)
-    ours = not dist.is_initialized() and num_ranks > 1
-    if ours:
+    owns_group = not dist.is_initialized() and num_ranks > 1
+    if owns_group:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout))
     try:
