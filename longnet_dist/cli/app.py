@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import tyro
 
@@ -51,21 +56,54 @@ def main(arguments: list[str] | None = None) -> int:
     for name, command in SUBCOMMANDS.items():
         # `longnet-dist --help` shows the first line of each docstring, and the help of one command its whole docstring.
         summary = None if arguments[:1] == [name] else str(command.__doc__).partition("\n")[0]
-        app.command(name=name, help=summary)(command)
+        app.command(name=name, help=summary)(_defer(command))
     try:
         check_values(arguments)
-        app.cli(
-            prog="longnet-dist",
-            description=_DESCRIPTION,
-            args=arguments,
-            config=(tyro.conf.CascadeSubcommandArgs,),
-            registry=path_registry(),
-        )
+        run = _parse(app, arguments)
+        run()
     except (ValueError, OSError, OverflowError, PathError) as error:
         return _fail(error, 2)
     except (RuntimeError, MemoryError) as error:
         return _fail(error, 1)
     return 0
+
+
+def _defer(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Wrap a command so that it returns its call, in place of running: parsing and running fail differently."""
+
+    @functools.wraps(command)
+    def deferred(*args: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(command, *args, **options)
+
+    return deferred
+
+
+def _parse(app: tyro.extras.SubcommandApp, arguments: list[str]) -> Callable[[], None]:
+    """Return the call of the command that the arguments name.
+
+    Raises:
+        ValueError: for a value that cannot be read or cannot work, which tyro would print in a frame.
+        SystemExit: after tyro's message about arguments that it cannot parse, or its help.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            run: Callable[[], None] = app.cli(
+                prog="longnet-dist",
+                description=_DESCRIPTION,
+                args=arguments,
+                config=(tyro.conf.CascadeSubcommandArgs,),
+                registry=path_registry(),
+            )
+    except SystemExit:
+        message = " ".join(re.sub("[│╭╮╰╯─]|-{4,}", " ", errors.getvalue()).split())
+        pattern = r"Error parsing (?:__\S+__\.(?:config\.)?)?(?:--)?(\S+): (.*?) (?:Argument|For full) helptext"
+        if bad_value := re.search(pattern, message):
+            raise ValueError(f"--{bad_value[1]}: {bad_value[2]}") from None
+        sys.stderr.write(errors.getvalue())
+        raise
+    sys.stderr.write(errors.getvalue())
+    return run
 
 
 def _fail(error: Exception, status: int) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 
@@ -35,17 +34,13 @@ def _text(tmp_path, monkeypatch):
 
 
 def refusal(arguments, capsys) -> str:
-    """Run a command that must fail, and return its line on stderr, or the text in tyro's frame for nested options."""
+    """Run a command that must fail, and return its line on stderr."""
     capsys.readouterr()
     try:
         status = app.main(arguments)
     except SystemExit as end:
         status = end.code
     error = capsys.readouterr().err
-    if "╭" in error:
-        assert status == 2
-        assert "Traceback" not in error
-        return " ".join(re.sub("[│╭╮╰╯─]", " ", error).split())
     assert status in (1, 2)
     assert error.startswith("longnet-dist: ")
     assert error.count("\n") == 1
