@@ -131,6 +131,19 @@ def pickle_by_value(module: ModuleType) -> None:
     cloudpickle.register_pickle_by_value(module)
 
 
+def ray_address(address: str) -> str:
+    """Return the HOST:PORT to which `ray.init` connects for an address without a scheme, such as `auto`.
+
+    No public function tells before it connects, which takes minutes if nothing answers there. Seen in Ray 2.60.
+
+    Raises:
+        ConnectionError: If the address is `auto`, and no cluster runs on this machine.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return str(canonicalize_bootstrap_address(address))
+
+
 def attention_implementation(config: Any) -> str | None:
     """Return the name of the attention that a transformers model with this config calls.
 

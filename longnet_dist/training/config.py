@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +20,8 @@ from longnet_dist.training.parallel import ParallelConfig
 
 MAX_SEED = 1 << 40
 """The largest seed; the order of an epoch's windows multiplies it by a million."""
+_MAX_AMOUNT = 10**9
+_PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True)
@@ -187,3 +190,31 @@ class RayConfig:
             raise ValueError(
                 f"{self}: min_ranks and gpus_per_rank must be 0 or more, cpus_per_rank above 0, max_failures -1 or more"
             )
+        check_resources(self.cpus_per_rank, self.gpus_per_rank, self.placement, self.resources)
+        if not 0 < self.resize_seconds < math.inf:
+            raise ValueError(f"resize_seconds is {self.resize_seconds}; it must be above 0 and finite")
+
+
+def check_resources(
+    cpus_per_rank: float, gpus_per_rank: float, placement: str, resources: dict[str, float] | None = None
+) -> None:
+    """Check what each rank is to reserve on a Ray cluster, and where.
+
+    Args:
+        cpus_per_rank: number of CPUs, above 0.
+        gpus_per_rank: number of GPUs; a whole number above 1, because Ray splits only single GPUs.
+        placement: Ray's placement strategy.
+        resources: amounts of custom resources, by name.
+
+    Raises:
+        ValueError: for a value that cannot work, with the rule.
+    """
+    for name, amount in {"cpus_per_rank": cpus_per_rank, "gpus_per_rank": gpus_per_rank, **(resources or {})}.items():
+        if isinstance(amount, bool) or not isinstance(amount, Real) or not 0 <= amount <= _MAX_AMOUNT:
+            raise ValueError(f"{name} is {amount!r}; it must be a number between 0 and {_MAX_AMOUNT:,}")
+    if not cpus_per_rank:
+        raise ValueError("cpus_per_rank is 0; it must be above 0")
+    if gpus_per_rank > 1 and gpus_per_rank % 1:
+        raise ValueError(f"gpus_per_rank is {gpus_per_rank}; above 1 it must be a whole number")
+    if placement not in _PLACEMENTS:
+        raise ValueError(f"placement is {placement!r}; it must be one of {', '.join(_PLACEMENTS)}")

@@ -103,6 +103,10 @@ def pickle_by_value():
     return True
 
 
+def ray_address():
+    return internals.ray_address("192.0.2.1:6379") == "192.0.2.1:6379"
+
+
 def attention_implementation():
     from transformers import LlamaConfig
 
@@ -171,6 +175,7 @@ CHECKS = {
     ("torch", "ParallelStyle._apply"): parallel_style,
     ("torch", "stores that are written in Python"): store_in_python,
     ("ray", "cloudpickle.register_pickle_by_value"): pickle_by_value,
+    ("ray", "services.canonicalize_bootstrap_address"): ray_address,
     ("transformers", "config._attn_implementation"): attention_implementation,
     ("transformers", "the methods of Trainer that DilatedTrainer overrides"): trainer_methods,
     ("accelerate", "Accelerator._dataloaders, and the mark _is_accelerate_prepared"): accelerator_attributes,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -241,16 +240,6 @@ class Crew:
             if time.monotonic() >= deadline or self.closing.is_set():
                 return False
         return True
-
-
-def connect(dashboard: bool = False) -> None:
-    """Connect to the cluster at RAY_ADDRESS, or start one on this machine, which Ray protects with a token."""
-    if ray.is_initialized():
-        return
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
-    else:
-        ray.init(address="local", include_dashboard=dashboard)
 
 
 def _cause(error: RayError) -> BaseException:

@@ -17,10 +17,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from longnet_dist.distributed.collectives import Communicator
-from longnet_dist.integrations.ray.crew import connect
+from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.integrations.ray.store import StoreActor, join_group
 
 _MEBIBYTE = 1 << 20
+_MAX_SECONDS = 1e9
 _LATENCY_ROUNDS, _BANDWIDTH_ROUNDS = 20, 4
 _MAX_CLOCK_OFFSET_SECONDS = 1.0
 _SLOW_FACTOR = 3.0
@@ -91,8 +92,16 @@ def diagnose_cluster(timeout: float = 30.0, mebibytes: int = 16) -> tuple[str, l
         mebibytes: size of the messages that measure bandwidth; every two nodes exchange a few.
 
     Returns:
-        A report for people, and the list of the problems in it.
+        A report for people, and the problems in it, in words.
+
+    Raises:
+        ValueError: for arguments that cannot work, or if no cluster answers at RAY_ADDRESS.
     """
+    if not 0 < timeout <= _MAX_SECONDS or mebibytes < 1:
+        raise ValueError(
+            f"timeout is {timeout} and mebibytes is {mebibytes}; timeout must be above 0 and at most "
+            f"{_MAX_SECONDS:.0e} seconds, and mebibytes at least 1"
+        )
     connect()
     records = ray.nodes()
     lost = [record["NodeManagerAddress"] for record in records if not record["Alive"]]

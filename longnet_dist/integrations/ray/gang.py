@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.calls import Call, CallQueue
-from longnet_dist.integrations.ray.crew import Crew, connect
+from longnet_dist.integrations.ray.connection import connect
+from longnet_dist.integrations.ray.crew import Crew
 from longnet_dist.integrations.ray.requests import Document, Request, RequestBuilder, Source
 from longnet_dist.plan.pattern import Pattern
 

@@ -14,7 +14,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from longnet_dist.checkpoints.storage import in_store, storage_path
 from longnet_dist.data.sources import HUGGING_FACE
-from longnet_dist.integrations.ray.crew import connect
+from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.training.config import RayConfig, TrainConfig
 from longnet_dist.training.job import local_run_files, lock_run_folder, warn_if_no_checkpoints
 from longnet_dist.training.parallel import ParallelConfig
@@ -36,7 +36,7 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         The result of the training run.
 
     Raises:
-        ValueError: for options or data that cannot work.
+        ValueError: for options or data that cannot work, or if no cluster answers at RAY_ADDRESS.
         RuntimeError: if the run was stopped, or failed more often than `options.max_failures`.
 
     Example::
