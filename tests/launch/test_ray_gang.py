@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import re
 import signal
@@ -62,7 +63,9 @@ def test_a_gang_equals_the_oracle_and_the_model(ray_nodes, exported, tmp_path, r
 
     folder, scores, features = exported
     (tmp_path / "book.bin").write_bytes(DOCUMENT)
-    np.save(tmp_path / "ids.npy", np.frombuffer(DOCUMENT, np.uint8).astype(np.int32))
+    ids = np.frombuffer(DOCUMENT, np.uint8)
+    np.save(tmp_path / "ids.npy", ids.astype(np.int32))
+    np.save(tmp_path / "unsigned.npy", ids.astype(np.uint16))
     with make_gang(ray_nodes, ranks, folder) as gang:
         for rows, causal in ((100, True), (61, False), (3, True)):
             q, k, v = random_qkv(rows)
@@ -77,6 +80,9 @@ def test_a_gang_equals_the_oracle_and_the_model(ray_nodes, exported, tmp_path, r
         joined = torch.from_numpy(np.concatenate([np.load(p) for p in files], 1))
         assert_close(joined, dense_reference(q, k, v, PATTERN, causal=True), rtol=0, atol=1e-12)
         for document in (DOCUMENT, list(DOCUMENT), tmp_path / "book.bin", tmp_path / "ids.npy"):
+            assert_close(gang.score(document), scores, rtol=0, atol=1e-12)
+        unsigned = [ids.astype(dtype) for dtype in (np.uint16, np.uint32, np.uint64)]
+        for document in (*unsigned, *map(torch.from_numpy, unsigned), tmp_path / "unsigned.npy"):
             assert_close(gang.score(document), scores, rtol=0, atol=1e-12)
         assert gang.score("é").shape == (1,)
         assert gang.score(b"a").shape == (0,)
@@ -109,8 +115,19 @@ def assert_mistakes_are_reported(gang, folder):
     mistakes = [
         (lambda: gang.dilated_attention(q, k[:, :5], v, PATTERN), "with the same N"),
         (lambda: gang.dilated_attention(q, k.float(), v, PATTERN), "dtype"),
+        (
+            lambda: gang.dilated_attention(q.to(torch.uint16), k, v, PATTERN),
+            "q is of torch.uint16; it must be of float16",
+        ),
+        (lambda: gang.dilated_attention(q.numpy().astype(np.uint64), k, v, PATTERN), "q is of uint64"),
+        (lambda: gang.dilated_attention(q.tolist(), k, v, PATTERN), r"q is \[.*; it must be a tensor, a NumPy array"),
         (lambda: gang.dilated_attention(q, k, v, PATTERN, dropout=0.1), r"\['dropout'\] are not known"),
         (lambda: gang.score([5, 999]), "token ids of rows .* 999"),
+        (lambda: gang.score(np.array([2**63], np.uint64)), "holds 9223372036854775808"),
+        (lambda: gang.score(None), "the document is None; it must be text"),
+        (lambda: gang.submit("score", DOCUMENT).result("soon"), "timeout is 'soon'; it must be None, or at least 0"),
+        (lambda: gang.submit(["score"], DOCUMENT), "must be one of dilated_attention, score, embed"),
+        (lambda: gang.score(DOCUMENT, out=folder / "book.bin"), "book.bin cannot be created"),
         (lambda: gang.score([]), "at least one token"),
         (lambda: gang.score([1.5, 2.0]), "they must be integers"),
         (lambda: gang.score(folder / "missing.bin"), "no such file"),
@@ -142,8 +159,11 @@ RANK_LOSSES = {
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
-    """A rank is killed between calls, during a call and during a collective; one is stopped; a call is retried."""
+def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes, tmp_path):
+    """A rank is killed between calls, during a call and during a collective; one is stopped; a call is retried.
+
+    A lost call leaves its folder to the next call.
+    """
     from longnet_dist.integrations.ray import GangError
 
     q, k, v = random_qkv(100)
@@ -160,7 +180,7 @@ def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
                 os.kill(pid, signal.SIGKILL)
                 continue
             gang.retries = int(loss == "retried")
-            call = gang.submit("dilated_attention", *long, dense, kernel="eager")
+            call = gang.submit("dilated_attention", *long, dense, kernel="eager", out=tmp_path / "out")
             time.sleep(0.3)
             if loss in ("during a collective", "stopped"):  # So that the other rank waits for it.
                 os.kill(pid, signal.SIGSTOP)
@@ -176,7 +196,10 @@ def test_the_loss_of_a_rank_is_reported_and_the_gang_re_forms(ray_nodes):
                 assert (caught.value.rank, caught.value.node) == (1, "127.0.0.2")
                 assert time.monotonic() - start < 15 + 10 * (loss == "stopped")
             else:
-                assert call.result().shape == (2, 3000, 4, 8)
+                files = json.loads((call.result() / "index.json").read_text())["files"]
+                assert np.concatenate([np.load(tmp_path / "out" / name) for name in files], 1).shape == (2, 3000, 4, 8)
+                with pytest.raises(ValueError, match="holds results already"):
+                    gang.dilated_attention(q, k, v, PATTERN, out=tmp_path / "out")
         assert_close(gang.dilated_attention(q, k, v, PATTERN, causal=True), expected, rtol=0, atol=1e-12)
         assert gang.stats()["formed"] == 6
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from longnet_dist.integrations.ray.crew import Crew, GangError
 from longnet_dist.integrations.ray.rank import write_index
-from longnet_dist.integrations.ray.requests import Request
+from longnet_dist.integrations.ray.requests import Request, is_number
 
 
 class Call:
@@ -29,8 +31,11 @@ class Call:
 
         Raises:
             GangError: if a rank was lost or did not answer in time.
+            ValueError: if `timeout` is no such number, or the call's files cannot be used.
             TimeoutError: if `timeout` expires first; the call keeps running.
         """
+        if timeout is not None and not (is_number(timeout) and 0 <= timeout <= threading.TIMEOUT_MAX):
+            raise ValueError(f"timeout is {timeout!r}; it must be None, or at least 0 and finite")
         try:
             return self._future.result(timeout)
         except FutureTimeoutError:
@@ -55,15 +60,41 @@ class CallQueue:
     def __init__(self, crew: Crew) -> None:
         self.counts = {"calls": 0, "failed": 0}
         self._crew = crew
+        self._folders: set[Path] = set()
+        """The folders of the calls that have not ended."""
         self._thread = ThreadPoolExecutor(1, "gang")
 
     def submit(self, request: Request, retries: int) -> Call:
-        """Queue a request, to be repeated up to `retries` times if a rank is lost."""
-        return Call(self._thread.submit(self._run, request, retries), self._crew.progress)
+        """Queue a request, to be repeated up to `retries` times if a rank is lost.
+
+        Raises:
+            ValueError: if the request's folder holds a result or will, or cannot be created.
+        """
+        if request.folder is not None:
+            self._reserve(request.folder)
+        return Call(self._thread.submit(self._run_once, request, retries), self._crew.progress)
 
     def close(self, cancel: bool) -> None:
         """Wait for the queued calls; with `cancel`, only for the one that runs."""
         self._thread.shutdown(cancel_futures=cancel)
+
+    def _reserve(self, folder: Path) -> None:
+        """Create the folder of a result, unless it holds one, or is another call's."""
+        if folder in self._folders or (folder / "index.json").exists():
+            raise ValueError(f"{folder} holds results already, or will; give another folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be created ({error.strerror}); give another folder") from None
+        self._folders.add(folder)
+
+    def _run_once(self, request: Request, retries: int) -> Any:
+        """Run a request, and release its folder before the caller learns how it ended: the same call may follow."""
+        try:
+            return self._run(request, retries)
+        finally:
+            if request.folder is not None:
+                self._folders.discard(request.folder)
 
     def _run(self, request: Request, retries: int) -> Any:
         self.counts["calls"] += 1

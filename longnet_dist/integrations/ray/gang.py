@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +12,12 @@ from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.calls import Call, CallQueue
 from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.integrations.ray.crew import Crew
-from longnet_dist.integrations.ray.requests import Document, Request, RequestBuilder, Source
+from longnet_dist.integrations.ray.requests import Document, Request, RequestBuilder, Source, is_number
+from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
+from longnet_dist.training.config import check_resources
+
+_MIN_SECONDS, _MAX_SECONDS = 1e-3, 1e9
 
 
 class SequenceParallelGang:
@@ -32,7 +38,7 @@ class SequenceParallelGang:
 
     Raises:
         GangError: if the gang cannot form in time; names the resources that the cluster lacks.
-        ValueError: for arguments that cannot work.
+        ValueError: for arguments that cannot work, or if no cluster answers at RAY_ADDRESS.
 
     Example (on a cluster, or on this machine alone)::
 
@@ -55,11 +61,11 @@ class SequenceParallelGang:
         retries: int = 0,
         tokenizer: Tokenizer | None = None,
     ) -> None:
-        for name, value, least in (("num_ranks", num_ranks, 1), ("timeout", timeout, 1e-3), ("retries", retries, 0)):
-            if not value >= least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+        _check_numbers(num_ranks, retries, timeout, form_timeout)
+        check_resources(cpus_per_rank, gpus_per_rank, placement)
+        _check_objects(model, labels, tokenizer)
         self.num_ranks, self.retries = num_ranks, retries
-        self.model = None if model is None else Path(model).resolve()
+        self.model = None if model is None else Path(os.path.realpath(local_path(model)))
         self.tokenizer: Tokenizer = tokenizer or Bytes()
         self._requests = RequestBuilder(num_ranks, self.model, self.tokenizer)
         self.config = self._requests.config
@@ -105,8 +111,8 @@ class SequenceParallelGang:
         The first token has none.
 
         Args:
-            document: text or bytes; token ids; the `Path` of a `.npy` file of ids; or the `Path` of any other file,
-                whose bytes are the tokens. Each rank reads only its own rows of a file.
+            document: text or bytes; token ids of any integer type; the `Path` of a `.npy` file of ids; or the `Path` of
+                any other file, whose bytes are the tokens. Each rank reads only its own rows of a file.
             out: as for `dilated_attention`.
 
         Returns:
@@ -163,7 +169,7 @@ class SequenceParallelGang:
             "score": self._requests.score,
             "embed": self._requests.embed,
         }
-        if method not in builders:
+        if not isinstance(method, str) or method not in builders:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(builders)}")
         return self._calls.submit(builders[method](*arguments, **options), self.retries)
 
@@ -194,3 +200,23 @@ class SequenceParallelGang:
 
     def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
         self.close(cancel=error_type is not None)
+
+
+def _check_numbers(num_ranks: int, retries: int, timeout: float, form_timeout: float) -> None:
+    for name, count, least in (("num_ranks", num_ranks, 1), ("retries", retries, 0)):
+        if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+            raise ValueError(f"{name} is {count!r}; it must be a whole number of at least {least}")
+    for name, seconds in (("timeout", timeout), ("form_timeout", form_timeout)):
+        if not (is_number(seconds) and _MIN_SECONDS <= seconds <= _MAX_SECONDS):
+            raise ValueError(f"{name} is {seconds!r}; it must be from {_MIN_SECONDS} to {_MAX_SECONDS:.0e} seconds")
+
+
+def _check_objects(model: object, labels: object, tokenizer: object) -> None:
+    if model is not None and not isinstance(model, Path | str):
+        raise ValueError(f"model is {model!r}; it must be the path of a folder, or None")
+    if labels is not None and not (
+        isinstance(labels, dict) and all(isinstance(text, str) for text in (*labels, *labels.values()))
+    ):
+        raise ValueError(f"labels is {labels!r}; it must be a dictionary of text to text, or None")
+    if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("name", "vocab_size", "encode")):
+        raise ValueError(f"tokenizer is {tokenizer!r}; it must be a Tokenizer, such as load_tokenizer(path)")

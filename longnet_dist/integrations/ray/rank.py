@@ -9,7 +9,6 @@ import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -24,36 +23,12 @@ from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.inference.embed import embeddings
 from longnet_dist.inference.score import log_likelihoods
+from longnet_dist.integrations.ray.rows import Rows
 from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.plan.pattern import Pattern
 
 _MAX_MESHES = 8
-
-
-@dataclass(frozen=True)
-class Rows:
-    """A rank's rows of an array: the rows themselves, or the file from which the rank reads them."""
-
-    value: Tensor | Path
-    """The rank's rows alone, or the path of the whole array."""
-    dim: int = 0
-    """The dimension of the rows."""
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Return the rows [start, stop) along `dim`: of a .npy file, or of any other file's bytes."""
-        if isinstance(self.value, Tensor):
-            return self.value
-        index = (slice(None),) * self.dim + (slice(start, stop),)
-        return torch.from_numpy(np.array(map_file(self.value)[index]))
-
-
-def map_file(path: Path) -> np.ndarray:
-    """Map the array of a .npy file, or the bytes of any other file, into memory without reading it."""
-    if path.suffix == ".npy":
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    # An empty file cannot be mapped.
-    return np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
 
 
 class Rank:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_dist.attention.kernels import KERNELS
 from longnet_dist.data.tokenizers import Bytes, Tokenizer
-from longnet_dist.integrations.ray.rank import Rows, map_file
+from longnet_dist.integrations.ray.rows import Rows, copy_rows, map_file
 from longnet_dist.models.config import LongNetConfig
+from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
 
 Source = Tensor | np.ndarray | Path | str
 Document = Source | bytes | Sequence[int]
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 @dataclass(frozen=True)
@@ -53,28 +63,30 @@ class RequestBuilder:
     def __init__(self, num_ranks: int, model: Path | None, tokenizer: Tokenizer) -> None:
         self.num_ranks, self.tokenizer = num_ranks, tokenizer
         self.config = None if model is None else _load_config(model)
-        self._folders: set[Path] = set()
-        """The folders that hold, or will hold, a result."""
 
     def attention(
         self, q: Source, k: Source, v: Source, pattern: Pattern, *, out: Path | str | None = None, **options: Any
     ) -> Request:
         """Build the request of `SequenceParallelGang.dilated_attention`."""
-        if unknown := set(options) - {"causal", "scale", "kernel"}:
-            raise ValueError(f"options {sorted(unknown)} are not known; there are causal, scale and kernel")
-        shapes = {name: _shape(x) for name, x in (("q", q), ("k", k), ("v", v))}
+        _check_attention_options(pattern, options)
+        sources = {name: _array_or_path(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+        shapes = {name: _shape(x) for name, x in sources.items()}
         if any(len(shape) != 4 for shape in shapes.values()) or len({shape[1] for shape in shapes.values()}) > 1:
             raise ValueError(f"q, k and v are {shapes}; they must be (B, N, heads, D), with the same N")
-        num_rows, folder = shapes["q"][1], self._output_folder(out)
-        parts = zip(*(self._split(x, pattern, num_rows, dim=1) for x in (q, k, v)), strict=True)
-        arguments = [[pattern, *rows, options, out and str(folder)] for rows in parts]
+        for name, x in sources.items():
+            dtype = _dtype(x)
+            if not (dtype in _FLOATS if isinstance(dtype, torch.dtype) else dtype.char in "efd"):
+                raise ValueError(f"{name} is of {dtype}; it must be of float16, bfloat16, float32 or float64")
+        num_rows, folder = shapes["q"][1], _output_folder(out)
+        parts = zip(*(self._split(x, pattern, num_rows, dim=1) for x in sources.values()), strict=True)
+        arguments = [[pattern, *rows, options, folder and str(folder)] for rows in parts]
         return Request("attention", num_rows, 1, arguments, folder)
 
     def score(self, document: Document, *, out: Path | str | None = None) -> Request:
         """Build the request of `SequenceParallelGang.score`."""
         parts, num_rows = self._split_document(document, lookahead=1)
-        folder = self._output_folder(out)
-        return Request("score", num_rows, 0, [[rows, out and str(folder)] for rows in parts], folder)
+        folder = _output_folder(out)
+        return Request("score", num_rows, 0, [[rows, folder and str(folder)] for rows in parts], folder)
 
     def embed(
         self,
@@ -84,13 +96,13 @@ class RequestBuilder:
         out: Path | str | None = None,
     ) -> Request:
         """Build the request of `SequenceParallelGang.embed`."""
-        if pooling not in ("mean", "last", None) or (pooling and out):
+        if pooling not in ("mean", "last", None) or (pooling and out is not None):
             raise ValueError(
                 f"pooling is {pooling!r} and out is {out!r}; pooling must be 'mean', 'last' or None, and out needs None"
             )
         parts, num_rows = self._split_document(document)
-        folder = self._output_folder(out)
-        return Request("embed", num_rows, 0, [[rows, pooling, out and str(folder)] for rows in parts], folder)
+        folder = _output_folder(out)
+        return Request("embed", num_rows, 0, [[rows, pooling, folder and str(folder)] for rows in parts], folder)
 
     def _split_document(self, document: Document, lookahead: int = 0) -> tuple[list[Any], int]:
         """Return each rank's tokens, with the `lookahead` tokens that follow them, and the number of all tokens."""
@@ -98,16 +110,21 @@ class RequestBuilder:
             raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
         if isinstance(document, str):
             document = document.encode()
+        if isinstance(document, bytearray | memoryview):
+            document = bytes(document)
         if isinstance(document, bytes) or (isinstance(document, Path) and document.suffix != ".npy"):
             self._check_tokenizer(document, self.config.vocab_size)
         if isinstance(document, bytes):
-            document = torch.from_numpy(self.tokenizer.encode([document])[0].astype(np.int64))
-        elif not isinstance(document, Tensor | np.ndarray | Path):
-            document = torch.tensor(document) if document else torch.empty(0, dtype=torch.int64)
-        shape = _shape(document)
+            document = self.tokenizer.encode([document])[0]
+        elif isinstance(document, Sequence) and not isinstance(document, str):
+            document = _array_of_ids(document)
+        source = _array_or_path("the document", document, "text, bytes, token ids or a Path")
+        shape, dtype = _shape(source), _dtype(source)
         if len(shape) != 1 or shape[0] < 1:
             raise ValueError(f"the document has shape {shape}; it must be one sequence of at least one token")
-        return self._split(document, self.config.pattern, shape[0], dim=0, lookahead=lookahead), shape[0]
+        if not (dtype in _INTEGERS if isinstance(dtype, torch.dtype) else dtype.kind in "iu"):
+            raise ValueError(f"token ids are {dtype}; they must be integers")
+        return self._split(source, self.config.pattern, shape[0], dim=0, lookahead=lookahead), shape[0]
 
     def _check_tokenizer(self, document: bytes | Path, vocab_size: int) -> None:
         """Raise ValueError unless the tokenizer turns this text into tokens of the model."""
@@ -125,40 +142,101 @@ class RequestBuilder:
         if isinstance(document, Path) and not isinstance(tokenizer, Bytes):
             raise ValueError(f"{document}: ranks read bytes from a file; tokenise it, and give a .npy file of ids")
 
-    def _split(self, x: Source, pattern: Pattern, num_rows: int, dim: int, lookahead: int = 0) -> list[Any]:
+    def _split(
+        self, x: Tensor | np.ndarray | Path, pattern: Pattern, num_rows: int, dim: int, lookahead: int = 0
+    ) -> list[Rows]:
         """Return each rank's rows along `dim`: a copy of them, or the file from which the rank reads them."""
-        if isinstance(x, Path | str):
-            return [Rows(Path(x).resolve(), dim)] * self.num_ranks
+        if isinstance(x, Path):
+            return [Rows(x, dim)] * self.num_ranks
         chunk = choose_chunk(pattern, num_rows, self.num_ranks)
         shards = [Shard(num_rows, chunk, rank, self.num_ranks) for rank in range(self.num_ranks)]
-        whole = torch.from_numpy(x) if isinstance(x, np.ndarray) else x.detach()
-        parts = [whole.narrow(dim, s.start, min(s.num_rows + lookahead, num_rows - s.start)) for s in shards]
-        return [Rows(part.cpu().clone(), dim) for part in parts]
+        return [Rows(copy_rows(x, s.start, min(s.stop + lookahead, num_rows), dim), dim) for s in shards]
 
-    def _output_folder(self, out: Path | str | None) -> Path | None:
-        """Create the folder of a result, and refuse one that has a result already."""
-        if out is None:
-            return None
-        folder = Path(out).resolve()
-        if folder in self._folders or (folder / "index.json").exists():
-            raise ValueError(f"{folder} holds results already, or will; give another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folders.add(folder)
-        return folder
+
+def _output_folder(out: Path | str | None) -> Path | None:
+    """Return the absolute path of the folder of a result."""
+    if out is None:
+        return None
+    if not isinstance(out, Path | str):
+        raise ValueError(f"out is {out!r}; it must be the path of a folder, or None")
+    return Path(os.path.realpath(local_path(out)))
 
 
 def _load_config(folder: Path) -> LongNetConfig:
     path = folder / "config.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json; give a folder that `longnet-dist export` wrote")
-    return LongNetConfig(**json.loads(path.read_text()))
+    try:
+        return LongNetConfig(**json.loads(path.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the config of a model that `longnet-dist export` wrote: {error}") from None
 
 
-def _shape(x: Source) -> tuple[int, ...]:
+def _check_attention_options(pattern: Pattern, options: dict[str, Any]) -> None:
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern")
+    if unknown := set(options) - {"causal", "scale", "kernel"}:
+        raise ValueError(f"options {sorted(unknown)} are not known; there are causal, scale and kernel")
+    causal, scale, kernel = options.get("causal", False), options.get("scale"), options.get("kernel", "auto")
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal is {causal!r}; it must be True or False")
+    if scale is not None and not (is_number(scale) and math.isfinite(scale)):
+        raise ValueError(f"scale is {scale!r}; it must be None or a finite number")
+    if not isinstance(kernel, str) or kernel not in ("auto", *KERNELS):
+        raise ValueError(f"kernel is {kernel!r}; it must be one of auto, {', '.join(KERNELS)}")
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a real number; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _array_of_ids(ids: Sequence[int]) -> np.ndarray:
+    """Return a sequence of token ids as an array."""
+    if not len(ids):
+        return np.empty(0, np.int64)
+    try:
+        return np.asarray(ids)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"the document is not one sequence of token ids: {error}") from None
+
+
+def _array_or_path(
+    name: str, x: Any, forms: str = "a tensor, a NumPy array or the path of a .npy file"
+) -> Tensor | np.ndarray | Path:
+    """Return the argument `name`, as an absolute path if it is one.
+
+    Raises:
+        ValueError: if it is a missing file, not a dense tensor with values, or nothing of the kind.
+    """
+    if isinstance(x, Path | str):
+        path = local_path(x)
+        if not path.is_file():
+            raise ValueError(f"{name} is {path}: no such file")
+        return path.resolve()
+    if isinstance(x, Tensor):
+        if x.layout is not torch.strided or x.is_nested:
+            raise ValueError(f"{name} is a sparse or nested tensor; it must be dense")
+        if x.device.type == "meta":
+            raise ValueError(f"{name} is on the device meta, and has no values; give a tensor with values")
+        if type(x.detach()) is not Tensor:
+            raise ValueError(f"{name} is a {type(x).__name__}; it must be a plain tensor, such as x.full_tensor()")
+    elif not isinstance(x, np.ndarray):
+        raise ValueError(f"{name} is {_abridged(x)}; it must be {forms}")
+    return x
+
+
+def _abridged(x: object) -> str:
+    """Return the representation of a value, cut to the length of a line."""
+    text = repr(x)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _shape(x: Tensor | np.ndarray | Path) -> tuple[int, ...]:
     """Return the shape of a tensor, array or file; of a file, only the header is read."""
-    if not isinstance(x, Path | str):
-        return tuple(x.shape)
-    path = Path(x)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    return map_file(path).shape
+    return tuple(map_file(x).shape if isinstance(x, Path) else x.shape)
+
+
+def _dtype(x: Tensor | np.ndarray | Path) -> torch.dtype | np.dtype:
+    """Return the dtype of a tensor, array or file; of a file, only the header is read."""
+    return map_file(x).dtype if isinstance(x, Path) else x.dtype
