@@ -1,7 +1,8 @@
 """The private parts of other packages that longnet_dist uses, each with the reason for using it.
 
-Private names may change in any release. So no other module accesses one, and `tests/unit/test_internals.py` checks
-each of them in the installed versions. Packages that not every user has are imported inside the functions.
+Private names may change in any release. So no other module accesses one, and
+`tests/unit/package/test_internals.py` checks each of them in the installed versions. Packages that not every user has
+are imported inside the functions.
 
 Three private names must be spelled where they are used, in subclasses:
 

@@ -22,10 +22,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 @pytest.fixture(scope="session")
 def ray_nodes(s3_server: None) -> Iterator[object]:
-    """One Ray cluster for all tests, whose nodes can reach the store; see tests/launch/ray_cluster.py."""
+    """One Ray cluster for all tests, whose nodes can reach the store; see tests/launch/on_ray/ray_cluster.py."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Ray's own warnings.
-        from tests.launch.ray_cluster import Nodes
+        from tests.launch.on_ray.ray_cluster import Nodes
 
         nodes = Nodes()
     yield nodes

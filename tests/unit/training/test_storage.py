@@ -18,7 +18,7 @@ from longnet_dist.checkpoints.storage import Store, copy, storage_path
 from longnet_dist.cli import app
 from longnet_dist.training.state import load_model
 from tests.unit.conftest import TINY
-from tests.unit.test_checkpoint import DAMAGES, newest, state
+from tests.unit.training.test_checkpoint import DAMAGES, newest, state
 
 pytestmark = pytest.mark.timeout(120)
 

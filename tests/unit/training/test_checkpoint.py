@@ -124,7 +124,7 @@ def test_a_save_replaces_a_damaged_checkpoint_of_its_step(folder):
 
 
 def test_a_failing_disk_is_a_warning_and_the_last_checkpoint_stays(folder, monkeypatch):
-    """A real full disk is in tests/launch/test_reliability.py."""
+    """A real full disk is in tests/launch/torchrun/test_reliability.py."""
     import longnet_dist.checkpoints.checkpoints
 
     def full(*args, **kwargs):

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DistributedSampler, default_collate
 
 from longnet_dist import LongNetConfig, next_token_labels
-from tests.launch.examples import losses_in, output_of
 from tests.launch.jobs import forked
+from tests.launch.trainers.examples import losses_in, output_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 CLOSE = {"rel": 0, "abs": 2e-9}
@@ -74,7 +74,7 @@ def job_results(tmp_path_factory):
     """The results of each rank, by the number of groups: one group of two ranks, and two that resume its checkpoint."""
     folder = tmp_path_factory.mktemp("lightning")
     for groups in (1, 2):
-        job = forked(2 * groups, "-m", "tests.launch.lightning_job", folder)
+        job = forked(2 * groups, "-m", "tests.launch.trainers.lightning_job", folder)
         assert job.returncode == 0, job.stderr
     return {
         groups: [json.loads((folder / f"{groups}-{rank}.json").read_text()) for rank in range(2 * groups)]

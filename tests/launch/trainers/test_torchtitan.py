@@ -18,8 +18,8 @@ from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
 from longnet_dist import Pattern
-from tests.launch.examples import losses_in, output_of
 from tests.launch.jobs import forked
+from tests.launch.trainers.examples import losses_in, output_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
@@ -36,7 +36,7 @@ def test_the_example_has_the_losses_of_one_process_on_two():
 @pytest.mark.slow
 def test_ranks_compute_what_one_process_does():
     """Each case is a function of this module, with the name of the case."""
-    job = forked(RANKS, "-m", "tests.launch.test_torchtitan")
+    job = forked(RANKS, "-m", "tests.launch.trainers.test_torchtitan")
     assert job.returncode == 0, job.stderr
     assert sorted(re.findall(r"(\w+): passed", job.stdout)) == sorted(CASES * RANKS), job.stdout
 

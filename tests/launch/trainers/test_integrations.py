@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.launch.examples import losses_in, output_of, outputs_with_accelerate
+from tests.launch.trainers.examples import losses_in, output_of, outputs_with_accelerate
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture(scope="module")
 def job():
     """The module with the trainers; importing transformers is slow, and warns."""
-    from tests.launch import hf_trainer_job
+    from tests.launch.trainers import hf_trainer_job
 
     return hf_trainer_job
 

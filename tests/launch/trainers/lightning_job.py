@@ -1,6 +1,6 @@
 """The job of test_lightning.py: many small fits, on two or four ranks.
 
-python -m tests.launch.lightning_job FOLDER    # under torchrun; each rank writes its results into FOLDER
+python -m tests.launch.trainers.lightning_job FOLDER    # under torchrun; each rank writes its results into FOLDER
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
-from tests.launch.test_lightning import CLIP, CONFIG, N, make_sequences
+from tests.launch.trainers.test_lightning import CLIP, CONFIG, N, make_sequences
 
 
 class Language(LightningModule):

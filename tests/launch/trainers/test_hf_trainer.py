@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.launch.examples import losses_in, outputs_with_accelerate
 from tests.launch.jobs import forked
+from tests.launch.trainers.examples import losses_in, outputs_with_accelerate
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 
@@ -24,7 +24,7 @@ def test_the_example_has_the_losses_of_one_process_on_two(tmp_path):
 def job_results(tmp_path_factory):
     """The results of each of four ranks."""
     folder = tmp_path_factory.mktemp("job")
-    job = forked(4, "-m", "tests.launch.hf_trainer_job", folder)
+    job = forked(4, "-m", "tests.launch.trainers.hf_trainer_job", folder)
     assert job.returncode == 0, job.stderr
     return [torch.load(folder / f"{rank}.pt") for rank in range(4)]
 
@@ -35,7 +35,7 @@ def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, 
     """The job has accumulation, uneven labels, a ragged last batch, evaluations, and a resumed run."""
     from transformers import Trainer
 
-    from tests.launch.hf_trainer_job import train
+    from tests.launch.trainers.hf_trainer_job import train
 
     expected = train(tmp_path, trainer_class=Trainer, num_sequences=num_sequences)
     for results in job_results:

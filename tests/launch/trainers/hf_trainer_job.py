@@ -1,6 +1,6 @@
 """The job of test_hf_trainer.py: Trainer on four ranks, as one mesh and as two meshes of two ranks; and its errors.
 
-python -m tests.launch.hf_trainer_job FOLDER    # under torchrun; each rank writes its results into FOLDER
+python -m tests.launch.trainers.hf_trainer_job FOLDER    # under torchrun; each rank writes its results into FOLDER
 """
 
 from __future__ import annotations
