@@ -27,7 +27,7 @@ def test_only_q_k_v_out_and_lse_are_saved_for_the_backward():
 def test_compiles_without_graph_breaks(backend):
     def function(q, k, v):
         out, lse = dilated_attention(q, k, v, PAPER, causal=True, return_lse=True)
-        return out.square() + lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
+        return out.to(lse.dtype).square() + lse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1)
 
     case = Case(PAPER, N=50, H=4, G=2, B=1, D=8, causal=True)
     on_gpu = backend == "inductor"
