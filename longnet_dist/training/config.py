@@ -190,6 +190,8 @@ class RayConfig:
             raise ValueError(
                 f"{self}: min_ranks and gpus_per_rank must be 0 or more, cpus_per_rank above 0, max_failures -1 or more"
             )
+        if max(self.min_ranks, self.max_failures) > _MAX_AMOUNT:
+            raise ValueError(f"{self}: min_ranks and max_failures must be at most {_MAX_AMOUNT:,}")
         check_resources(self.cpus_per_rank, self.gpus_per_rank, self.placement, self.resources)
         if not 0 < self.resize_seconds < math.inf:
             raise ValueError(f"resize_seconds is {self.resize_seconds}; it must be above 0 and finite")
