@@ -14,11 +14,7 @@ def format_bytes(count: float) -> str:
     """
     if count < 1024:
         return f"{count:.0f} bytes"
-    for prefix in "KMGTP":
-        count /= 1024
-        if count < 1024 or prefix == "P":
-            break
-    return f"{count:,.1f} {prefix}iB"
+    return f"{_scale(count, 1024, 'KMGTP')}iB"
 
 
 def format_flops(count: float) -> str:
@@ -32,8 +28,13 @@ def format_flops(count: float) -> str:
     """
     if count < 1000:
         return f"{count:.0f} FLOP"
-    for prefix in "kMGTPE":
-        count /= 1000
-        if count < 1000 or prefix == "E":
+    return f"{_scale(count, 1000, 'kMGTPE')}FLOP"
+
+
+def _scale(count: float, base: int, prefixes: str) -> str:
+    """Divide by `base` until the count is below it, or the prefixes end; return the count and its prefix."""
+    for prefix in prefixes:
+        count /= base
+        if count < base or prefix == prefixes[-1]:
             break
-    return f"{count:,.1f} {prefix}FLOP"
+    return f"{count:,.1f} {prefix}"
