@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet_dist import internals
 from longnet_dist.distributed import collectives
+from longnet_dist.distributed.differentiable import Join, Split, Sum
 from longnet_dist.plan.blocks import SharedSegment
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
@@ -70,7 +71,7 @@ class SequenceMesh:
         self.reduce_dtype = reduce_dtype
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
-        self._everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
+        self.everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
         self._agreed: set[Any] = set()
         self._facts = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
         self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
@@ -78,9 +79,9 @@ class SequenceMesh:
         self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
         self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
-        if self.group is not None and self._everyone is not None:
-            count = torch.tensor([internals.num_process_groups()], device=self._everyone.device)
-            counts = self._everyone.all_gather(count, "counting process groups").wait()
+        if self.group is not None and self.everyone is not None:
+            count = torch.tensor([internals.num_process_groups()], device=self.everyone.device)
+            counts = self.everyone.all_gather(count, "counting process groups").wait()
             collectives.pad_process_groups(int(counts.max()))
             self._communicators = collectives.communicators(self.group, rank_groups(pattern, self.shard), timeout)
         self.handle = next(_HANDLES)
@@ -119,7 +120,7 @@ class SequenceMesh:
                 f"mesh.split takes the whole sequence: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
                 f"not seq_len = {self.seq_len}. (To join chunks, use mesh.join.)"
             )
-        return _Split.apply(x, self, dim)
+        return Split.apply(x, self, dim)
 
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
         """Join the chunks of all ranks to the whole tensor, on every rank; differentiable. Collective.
@@ -137,7 +138,7 @@ class SequenceMesh:
         Raises:
             ValueError: on every rank, if one of them passes a wrong number of rows, or they disagree.
         """
-        return _Join.apply(x, self, dim)
+        return Join.apply(x, self, dim)
 
     def sum(self, x: Tensor) -> Tensor:
         """Sum `x` over the ranks; every rank gets the result. Collective.
@@ -151,7 +152,7 @@ class SequenceMesh:
         Raises:
             ValueError: on every rank, if shapes, dtypes or devices differ.
         """
-        return x if self._everyone is None else _Sum.apply(x, self, self._everyone)
+        return x if self.everyone is None else Sum.apply(x, self)
 
     def token_mean(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
         """Average `values` over the unmasked tokens of all ranks; every rank gets the result. Collective.
@@ -198,15 +199,15 @@ class SequenceMesh:
         Raises:
             ValueError: on every rank, if ranks differ or one has a `problem`.
         """
-        if self._everyone is None:
+        if self.everyone is None:
             if problem:
                 raise ValueError(problem)
             return
         key = tuple((name, str(value)) for name, value in facts.items())
         if problem is None and key in self._agreed:
             return
-        self._everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | facts, problem)
-        if not always and self._everyone.device.type != "cpu":
+        self.everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | facts, problem)
+        if not always and self.everyone.device.type != "cpu":
             self._agreed.add(key)
 
     def wrong_rows(self, name: str, num_rows: int) -> str:
@@ -278,70 +279,3 @@ def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) 
             f"{max(1, -(-seq_len // num_ranks))}"
         )
     return None
-
-
-class _Split(torch.autograd.Function):
-    """Forward: take this rank's rows. Backward: gather the rows of all ranks, which is `_Join`."""
-
-    @staticmethod
-    def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
-        return x.narrow(dim, mesh.shard.start, mesh.shard.num_rows).clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.mesh, ctx.dim = inputs
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Join.apply(grad, ctx.mesh, ctx.dim), None, None
-
-
-class _Join(torch.autograd.Function):
-    """Forward: gather the rows of all ranks. Backward: take this rank's rows, which is `_Split`."""
-
-    @staticmethod
-    def forward(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
-        return _gather(x, mesh, dim)
-
-    setup_context = _Split.setup_context
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _Split.apply(grad, ctx.mesh, ctx.dim), None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Forward: all-reduce. Backward: the identity, so that a rank's gradient is its own part."""
-
-    @staticmethod
-    def forward(x: Tensor, mesh: SequenceMesh, everyone: collectives.Communicator) -> Tensor:
-        mesh.agree({"call": "sum", "shape": [*x.shape], "dtype": str(x.dtype), "device": x.device.type})
-        return everyone.all_reduce(x.clone(), "summing over the sequence's ranks")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad, None, None
-
-
-def _gather(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
-    chunk, shard = mesh.shard.chunk, mesh.shard
-    problem, others = None, list(x.shape)
-    if not -x.dim() <= dim < x.dim():
-        problem = f"mesh.join takes a tensor with a dimension of the sequence: {tuple(x.shape)} has no dim {dim}"
-    elif others.pop(dim) != shard.num_rows:
-        problem = (
-            f"mesh.join takes this rank's chunk: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
-            f"not the {shard.num_rows} of rows [{shard.start}, {shard.stop})"
-        )
-    facts = {"call": "join", "dim": dim % max(1, x.dim()), "sizes": others, "dtype": str(x.dtype)}
-    mesh.agree(facts | {"device": x.device.type}, problem)
-    if mesh._everyone is None:
-        return x.clone()
-    padded = x.new_zeros(chunk, *x.movedim(dim, 0).shape[1:])
-    padded[: shard.num_rows] = x.movedim(dim, 0)
-    parts = mesh._everyone.all_gather(padded, "joining the chunks of a sequence").wait()
-    return parts.flatten(0, 1)[: shard.seq_len].movedim(0, dim)

@@ -31,7 +31,6 @@ from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
     describe_changes,
-    init_processes,
     load_corpus,
     local_run_files,
     lock_run_folder,
@@ -40,6 +39,7 @@ from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, step_bytes, step_flops, step_metrics
 from longnet_dist.training.optimizer import parameter_groups
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
+from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import make_moments, restore_random_state, training_state, without_prefixes
 from longnet_dist.training.steps import StepRunner
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals

@@ -16,8 +16,9 @@ from longnet_dist.checkpoints.storage import in_store, storage_path
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.training.config import RayConfig, TrainConfig
-from longnet_dist.training.job import local_run_files, lock_run_folder, warn_if_no_checkpoints
+from longnet_dist.training.job import local_run_files, lock_run_folder
 from longnet_dist.training.parallel import ParallelConfig
+from longnet_dist.training.processes import warn_if_no_checkpoints
 from longnet_dist.training.trainer import TrainResult, train
 
 
