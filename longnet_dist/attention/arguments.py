@@ -39,9 +39,10 @@ class Options(NamedTuple):
         """The branches."""
         return Pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_phases)
 
-    def plan(self, shard: Shard, num_kv_heads: int) -> Plan:
+    def plan(self, shard: Shard, num_kv_heads: int, strategies: tuple[str, ...] = ()) -> Plan:
         """Make the plan of a rank that holds `shard` and this many key/value heads."""
-        return make_plan(self.pattern, shard, num_kv_heads, self.causal, self.first_kv_head, self.total_kv_heads)
+        heads = num_kv_heads, self.causal, self.first_kv_head, self.total_kv_heads
+        return make_plan(self.pattern, shard, *heads, strategies)
 
 
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())

@@ -47,17 +47,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     out, lse, retained = output
     ctx.set_materialize_grads(False)
     ctx.mesh = mesh_of(Options(*ctx.options).mesh)  # A reference, so that the handle stays valid in the backward.
-    keep = ctx.mesh is not None and ctx.mesh.keep_kv
-    ctx.save_for_backward(q, k, v, out, lse, bias_parameters, *([retained] if keep else []))
+    ctx.save_for_backward(q, k, v, out, lse, bias_parameters, *([] if ctx.mesh is None else [retained]))
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, bias_parameters, *retained = ctx.saved_tensors
-    empty = q.new_empty(0)
     grads: list[Tensor] = []
     if dout is not None:
-        retained_or_empty = retained[0] if retained else empty
-        args = (dout, q, k, v, out, lse, retained_or_empty, bias_parameters, *ctx.options)
+        args = (dout, q, k, v, out, lse, retained[0] if retained else None, bias_parameters, *ctx.options)
         grads += _differentiable(_AttentionBackward, backward_op, *args)
     if dlse is not None:
         # d lse / d score is the softmax weight p. Flash computes p (dout . v - dout . out), which is p dlse for v = 0,
@@ -65,7 +62,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
         unit = torch.zeros_like(q)
         unit[..., 0] = 1
         minus_dlse = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
-        args = (unit, q, k, torch.zeros_like(v), minus_dlse, lse, empty, bias_parameters, *ctx.options)
+        args = (unit, q, k, torch.zeros_like(v), minus_dlse, lse, None, bias_parameters, *ctx.options)
         dq, dk, dv, dbias = _differentiable(_AttentionBackward, backward_op, *args)
         lse_grads = [dq, dk, torch.zeros_like(dv), dbias]
         grads = [a + b for a, b in zip(grads, lse_grads, strict=True)] if grads else lse_grads

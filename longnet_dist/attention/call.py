@@ -1,8 +1,8 @@
-"""The plan, kernel, bias and exchanges of one call of an operator, and rectangles in the shapes of kernels."""
+"""The plan, kernel, bias and exchanges of one call of an operator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +11,24 @@ from torch import Tensor
 from longnet_dist.attention.arguments import Options
 from longnet_dist.attention.bias import BiasOfRectangle, PositionBias
 from longnet_dist.attention.exchanges import Exchange
-from longnet_dist.attention.exchanges.gather import Gather, retained_size
+from longnet_dist.attention.exchanges.all_gather import AllGather
+from longnet_dist.attention.exchanges.all_to_all import AllToAll
+from longnet_dist.attention.exchanges.exchange import SendNeeded
 from longnet_dist.attention.kernels import Kernel, KernelRequest, choose_kernel
-from longnet_dist.attention.rows import rectangle
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
-from longnet_dist.plan.blocks import Heads, Plan, Rows
+from longnet_dist.plan.blocks import Plan, Rows, SharedBranch
+from longnet_dist.plan.cost import LayerSize, keeps_arrivals
 from longnet_dist.plan.shard import Shard
+
+STRATEGIES: dict[str, Callable[[SharedBranch, SequenceMesh], Exchange]] = {
+    "all_gather": AllGather,
+    "all_to_all": AllToAll,
+    "exchange": SendNeeded,
+}
+"""The strategies of exchange by name."""
+
+HeadTable = tuple[tuple[int, ...], ...]
+"""The key/value heads of a rectangle: F rows of M numbers."""
 
 
 @dataclass(frozen=True)
@@ -33,68 +45,65 @@ class Call:
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor, bias_parameters: Tensor | None, options: Options) -> Call:
-        """Look up the plan and the kernel of a call; the plan is empty if q is."""
-        mesh = mesh_of(options.mesh)
-        shard = Shard(q.shape[1], max(1, q.shape[1])) if mesh is None else mesh.shard
-        plan = options.plan(shard, k.shape[2]) if q.numel() else Plan((), ())
+        """Look up the plan and the kernel of a call."""
         bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
         request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
         kernel = choose_kernel(options.kernel, request)
-        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2])
+        mesh = mesh_of(options.mesh)
+        return cls(plan_of(q, k, options), kernel, mesh, options.causal, options.scale, bias, k.shape[2])
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""
         return x.unflatten(2, (self.num_kv_heads, x.shape[2] // self.num_kv_heads))
 
-    def bias_parameters_of(self, parameters: Tensor, heads: Heads) -> Tensor:
-        """View the bias parameters (P, H) of some heads as (1, 1, F, 1, M, H / G, P)."""
-        one_row = Rows(0, 0, 1, 1, 0, 1)
-        return rectangle(parameters.t().unflatten(0, (self.num_kv_heads, -1))[None, None], heads, one_row)
-
-    def bias_of(self, heads: Heads, rows: Rows, key_rows: Sequence[Rows], batch: int) -> BiasOfRectangle | None:
-        """Return the position bias of a rectangle for the kernel; None if the call has none."""
+    def bias_of(
+        self, heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], rectangles: int
+    ) -> BiasOfRectangle | None:
+        """Return the position bias of b rectangles for the kernel; None if the call has none."""
         if self.bias is None:
             return None
-        parameters = self.bias_parameters_of(self.bias.parameters, heads)
-        parameters = parameters.expand(batch, rows.segments, *parameters.shape[2:])
-        queries, keys = (_positions(runs, parameters.device) for runs in ([rows], key_rows))
-        return BiasOfRectangle(self.bias, as_queries(parameters)[:, 0], queries, keys, self.causal)
+        by_kv_head = self.bias.parameters.t().unflatten(0, (self.num_kv_heads, -1))
+        parameters = by_kv_head[torch.tensor(heads, device=by_kv_head.device)].flatten(1, 2)
+        parameters = parameters.repeat(rectangles // len(heads), 1, 1)
+        queries, keys = (_positions(runs, parameters.device) for runs in (query_rows, key_rows))
+        return BiasOfRectangle(self.bias, parameters, queries, keys, self.causal)
 
-    def start_exchanges(self, k: Tensor, v: Tensor, retained: Tensor | None = None) -> list[Exchange]:
-        """Start the exchange of every shared segment, or restore it from what the forward retained.
+    def add_bias_gradient(self, dbias: Tensor, heads: HeadTable, grad: Tensor) -> None:
+        """Add the gradient of b rectangles' bias parameters, (b, M H / G, P), to dbias, (P, H)."""
+        by_kv_head = dbias.t().unflatten(0, (self.num_kv_heads, -1))
+        table = torch.tensor(heads, device=dbias.device)
+        summed = grad.unflatten(0, (-1, len(heads))).sum(0).unflatten(1, (table.shape[1], -1))
+        by_kv_head.index_put_((table,), summed.to(dbias.dtype), accumulate=True)
 
-        The strategy of exchange is chosen here.
-        """
-        exchanges: list[Exchange] = []
-        for segment in self.plan.shared:
-            assert self.mesh is not None
-            exchange: Exchange = Gather(segment, self.mesh)
-            if retained is not None and retained.numel():
-                size = retained_size(segment, len(k), k.shape[2:])
-                piece, retained = retained.split([size, retained.numel() - size])
-                exchange.restore(k, piece)
-            else:
-                exchange.start(k, v)
-            exchanges.append(exchange)
-        return exchanges
+    def exchanges(self) -> list[Exchange]:
+        """Return the exchanges of the call, which are not started."""
+        assert self.mesh is not None or not self.plan.shared
+        return [STRATEGIES[shared.strategy](shared, self.mesh) for shared in self.plan.shared]  # type: ignore[arg-type]
 
 
-def retained_elements(plan: Plan, k: Tensor) -> int:
-    """Return the number of elements that all exchanges of a call retain for the backward."""
-    return sum(retained_size(segment, len(k), k.shape[2:]) for segment in plan.shared)
+def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:
+    """Return the plan of a call; it is empty if all ranks' tensors are."""
+    batch, num_rows, num_heads, dim = q.shape
+    if 0 in (batch, num_heads, dim):
+        return Plan((), (), ())
+    mesh, num_kv_heads = mesh_of(options.mesh), k.shape[2]
+    if mesh is None:
+        return options.plan(Shard(num_rows, max(1, num_rows)), num_kv_heads)
+    layer = LayerSize(num_heads, num_kv_heads, dim, q.dtype.itemsize, options.causal)
+    return options.plan(mesh.shard, num_kv_heads, mesh.strategies(layer))
 
 
-def as_keys(x_BSFJMD: Tensor) -> Tensor:
-    """Reshape K or V of a rectangle for a kernel, (B, S, F, J, M, D) -> (b = B S F, J, M, D).
-
-    The result is a view if strides allow it, else a copy.
-    """
-    return x_BSFJMD.flatten(0, 2)
-
-
-def as_queries(x_BSFIMR: Tensor) -> Tensor:
-    """Reshape a tensor with query heads for a kernel, (B, S, F, I, M, R, ...) -> (b = B S F, I, M R, ...)."""
-    return x_BSFIMR.flatten(0, 2).flatten(2, 3)
+def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[int | None]:
+    """Return the number of elements that each exchange retains for the backward; None if it sends them again."""
+    (batch, _, num_heads, dim), num_kv_heads = q.shape, k.shape[2]
+    mesh, layer = mesh_of(options.mesh), LayerSize(num_heads, num_kv_heads, dim, q.dtype.itemsize, options.causal)
+    sizes: list[int | None] = []
+    for shared in plan.shared:
+        assert mesh is not None
+        queries, keys = shared.arriving_rows
+        keeps = keeps_arrivals(shared.branch, shared.strategy, mesh.shard, layer, mesh.keep_kv)
+        sizes.append(batch * dim * (queries * num_heads // num_kv_heads + 2 * keys) if keeps else None)
+    return sizes
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -20,10 +20,9 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.arguments import SCHEMA, Options, agree
-from longnet_dist.attention.call import Call, as_keys, as_queries, retained_elements, unit_stride
-from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dtype, rectangle
-from longnet_dist.distributed.mesh import mesh_of
-from longnet_dist.plan.blocks import Heads, OwnBlock, Rows
+from longnet_dist.attention.call import Call, HeadTable, plan_of, retained_sizes, unit_stride
+from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dtype, as_keys, as_queries, rectangle
+from longnet_dist.plan.blocks import OwnBlock, Rows
 
 
 @torch.library.custom_op(
@@ -34,39 +33,48 @@ from longnet_dist.plan.blocks import Heads, OwnBlock, Rows
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (out, lse, retained); `retained` holds the exchanged K and V if the mesh has `keep_kv`, else nothing."""
+    """Return (out, lse, retained); `retained` holds what exchanges keep for the backward, which may be nothing."""
     if Options(*options).mesh:
         agree(q, k, v, bias_parameters, Options(*options))
     call = Call.of(q, k, bias_parameters, Options(*options))
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    exchanges = call.start_exchanges(k, v)
     q_BLGRD = call.by_kv_head(q)
-    merged = MergedRows(q_BLGRD)
-
-    def attend(heads: Heads, rows: Rows, key_rows: Sequence[Rows], k_r: Tensor, v_r: Tensor, causal: bool) -> None:
-        q_r = as_queries(rectangle(q_BLGRD, heads, rows))
-        bias = call.bias_of(heads, rows, key_rows, len(q))
-        out, lse = call.kernel.forward(q_r, as_keys(k_r), as_keys(v_r), causal=causal, scale=call.scale, bias=bias)
-        merged.merge(heads, rows, out, lse.transpose(1, 2))
-
-    for block in [*call.plan.local, *(block for segment in call.plan.shared for block in segment.own)]:
-        own_k, own_v = (rectangle(x, block.heads, block.rows) for x in (k, v))
-        attend(block.heads, block.rows, [block.rows], own_k, own_v, call.causal)
+    merged = MergedRows(q_BLGRD, call.plan.first_shared)
+    exchanges = call.exchanges()
+    for exchange in exchanges:
+        exchange.start(q_BLGRD, k, v)
+    for block in [*call.plan.local, *call.plan.own]:
+        q_r = as_queries(rectangle(q_BLGRD, block.heads, block.rows))
+        k_r, v_r = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
+        bias = call.bias_of(block.heads.table, [block.rows], [block.rows], len(q_r))
+        out, lse = call.kernel.forward(q_r, k_r, v_r, causal=call.causal, scale=call.scale, bias=bias)
+        merged.merge(block.branch, block.heads, block.rows, out, lse.transpose(1, 2))
     for exchange in exchanges:
         for arrival in exchange.arrivals():
-            attend(arrival.heads, arrival.rows, arrival.key_rows, arrival.k, arrival.v, causal=False)
+            bias = call.bias_of(arrival.heads, arrival.query_rows, arrival.key_rows, len(arrival.q))
+            out, lse = call.kernel.forward(
+                arrival.q, arrival.k, arrival.v, causal=arrival.causal, scale=call.scale, bias=bias
+            )
+            exchange.put(arrival, out, lse.transpose(1, 2))
+        exchange.start_return()
+    for exchange in exchanges:
+        for result in exchange.returned():
+            merged.merge(*result)
     out, lse = merged.result()
     # A kernel may return the strides of its inputs, and the fakes promise contiguous results.
     out, lse = out.to(q.dtype).contiguous(), lse.contiguous()
-    keep = call.mesh is not None and call.mesh.keep_kv and exchanges
-    retained = torch.cat([exchange.retained() for exchange in exchanges]) if keep else q.new_empty(0)
-    return out.view(q.shape), lse.view(q.shape[:-1]), retained
+    kept = [
+        exchange.retained()
+        for exchange, size in zip(exchanges, retained_sizes(call.plan, q, k, Options(*options)), strict=True)
+        if size is not None
+    ]
+    return out.view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if kept else q.new_empty(0)
 
 
 @torch.library.custom_op(
     "longnet_dist::dilated_attention_backward",
     mutates_args=(),
-    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor retained, "
+    schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? retained, "
     f"Tensor? bias_parameters, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def backward_op(
@@ -76,68 +84,71 @@ def backward_op(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    retained: Tensor,
+    retained: Tensor | None,
     bias_parameters: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (dq, dk, dv, dbias) from the merged out and lse; dbias is empty if there is no bias."""
+    """Return (dq, dk, dv, dbias) from the merged out and lse; dbias is empty if there is no bias.
+
+    `retained` is what the forward returned; None if the exchanges must send all again.
+    """
     call = Call.of(q, k, bias_parameters, Options(*options))
     dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
-    exchanges = call.start_exchanges(k, v, retained)
-    dq, dk, dv = SummedRows(call.by_kv_head(q)), SummedRows(k), SummedRows(v)
+    dq, dk, dv = (SummedRows(x, call.plan.first_shared) for x in (call.by_kv_head(q), k, v))
     dbias = q.new_zeros(0 if bias_parameters is None else bias_parameters.shape, dtype=accumulation_dtype(q.dtype))
-    by_query = [call.by_kv_head(x) for x in (dout, q, out, lse)]
+    q_BLGRD, *results = (call.by_kv_head(x) for x in (q, dout, out, lse))
+    exchanges = call.exchanges()
+    for exchange, size in zip(exchanges, retained_sizes(call.plan, q, k, Options(*options)), strict=True):
+        if size is not None and retained is not None:
+            kept, retained = retained.split([size, retained.numel() - size])
+            exchange.restore(kept)
+        exchange.start_backward(q_BLGRD, k, v, (results[0], results[1], results[2]))
 
     def attend(
-        heads: Heads, rows: Rows, key_rows: Sequence[Rows], k_r: Tensor, v_r: Tensor, causal: bool
-    ) -> tuple[Tensor, Tensor]:
-        dout_r, q_r, out_r, lse_r = (as_queries(rectangle(x, heads, rows)) for x in by_query)
-        dq_r, dk_r, dv_r, dbias_r = call.kernel.backward(
-            dout_r,
-            q_r,
-            as_keys(k_r),
-            as_keys(v_r),
-            out_r,
-            lse_r.transpose(1, 2).contiguous(),
-            causal=causal,
-            scale=call.scale,
-            bias=call.bias_of(heads, rows, key_rows, len(q)),
+        heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
+    ) -> list[Tensor]:
+        q_r, k_r, v_r, dout_r, out_r, lse_r = tensors
+        bias = call.bias_of(heads, query_rows, key_rows, len(q_r))
+        lse_r = lse_r.transpose(1, 2).contiguous()
+        *grads, dbias_r = call.kernel.backward(
+            dout_r, q_r, k_r, v_r, out_r, lse_r, causal=causal, scale=call.scale, bias=bias
         )
-        dq.add(heads, rows, dq_r)
         if dbias_r is not None:
-            target = call.bias_parameters_of(dbias, heads)
-            target += dbias_r.unflatten(0, (-1, heads.phases)).sum(0).view(target.shape)
-        return dk_r.reshape(k_r.shape), dv_r.reshape(v_r.shape)
+            call.add_bias_gradient(dbias, heads, dbias_r)
+        return grads
 
     def attend_own(block: OwnBlock) -> None:
-        own_k, own_v = (rectangle(x, block.heads, block.rows) for x in (k, v))
-        grads = attend(block.heads, block.rows, [block.rows], own_k, own_v, call.causal)
-        for total, grad in zip((dk, dv), grads, strict=True):
-            total.add(block.heads, block.rows, grad)
+        by_query = (as_queries(rectangle(x, block.heads, block.rows)) for x in (q_BLGRD, *results))
+        q_r, dout_r, out_r, lse_r = by_query
+        k_r, v_r = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
+        rows = [block.rows]
+        grads = attend(block.heads.table, rows, rows, call.causal, q_r, k_r, v_r, dout_r, out_r, lse_r)
+        for total, grad in zip((dq, dk, dv), grads, strict=True):
+            total.add(block.branch, block.heads, block.rows, grad)
 
     for block in call.plan.local:
         attend_own(block)
     for exchange in exchanges:
-        for arrival in exchange.arrivals():
-            dk_r, dv_r = attend(arrival.heads, arrival.rows, arrival.key_rows, arrival.k, arrival.v, causal=False)
-            exchange.add_gradients(arrival, dk_r, dv_r)
+        for a in exchange.arrivals():
+            assert a.backward is not None
+            grads = attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v, *a.backward)
+            exchange.put_gradients(a, *grads)
         exchange.start_return()
-    for segment in call.plan.shared:
-        for block in segment.own:
-            attend_own(block)
+    for block in call.plan.own:
+        attend_own(block)
     for exchange in exchanges:
-        for heads, rows, dk_r, dv_r in exchange.returned():
-            dk.add(heads, rows, dk_r)
-            dv.add(heads, rows, dv_r)
+        for branch, heads, rows, *parts in exchange.returned_gradients():
+            for total, grad in zip((dq, dk, dv), parts, strict=True):
+                if grad is not None:
+                    total.add(branch, heads, rows, grad)
     dq_BLHD, dk_BLGD, dv_BLGD = (total.result().to(q.dtype).contiguous() for total in (dq, dk, dv))
     return dq_BLHD.view(q.shape), dk_BLGD, dv_BLGD, dbias
 
 
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    mesh = mesh_of(Options(*options).mesh)
-    keep = mesh is not None and mesh.keep_kv
-    elements = retained_elements(Options(*options).plan(mesh.shard, k.shape[2]), k) if mesh and keep else 0
+    sizes = retained_sizes(plan_of(q, k, Options(*options)), q, k, Options(*options))
+    elements = sum(size or 0 for size in sizes)
     lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty(elements)
 
@@ -150,7 +161,7 @@ def _(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    retained: Tensor,
+    retained: Tensor | None,
     bias_parameters: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from longnet_dist.cli.options import check_positive
 from longnet_dist.cli.units import format_bytes, format_flops
-from longnet_dist.plan.cost import attention_flops, bytes_received
+from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
 
@@ -18,7 +18,7 @@ def run_plan(
     kv_heads: int | None = None,
     head_dim: int = 64,
     element_size: int = 2,
-    keep_kv: bool = False,
+    keep_kv: bool | None = None,
     causal: bool = True,
 ) -> None:
     """Print what one layer of attention costs: rows and received bytes per rank, and floating-point operations.
@@ -32,7 +32,7 @@ def run_plan(
         kv_heads: Number of key/value heads; by default as many as query heads.
         head_dim: Number of dimensions per head.
         element_size: Bytes per element: 2 for bfloat16, 4 for float32. Gradients are sent in at least 4 bytes.
-        keep_kv: Whether to keep gathered keys and values for the backward, instead of gathering them again.
+        keep_kv: Whether to keep what other ranks sent for the backward; by default if that is little.
         causal: Whether a query sees only keys at or before its own position.
     """
     kv_heads = heads if kv_heads is None else kv_heads
@@ -43,7 +43,7 @@ def run_plan(
     pattern = Pattern(segment_lengths, dilation_rates)
     chunk = choose_chunk(pattern, seq_len, ranks)
     shard = Shard(seq_len, chunk, 0, ranks)
-    received = bytes_received(pattern, shard, kv_heads, head_dim, element_size, keep_kv)
+    received = bytes_received(pattern, shard, LayerSize(heads, kv_heads, head_dim, element_size, causal), (), keep_kv)
     last_rows = shard.of(ranks - 1).num_rows
     last = "" if last_rows == chunk else f" (the last: {last_rows:,})"
     print(f"{ranks} ranks of {chunk:,} rows{last}; one layer, forward and backward:")

@@ -65,6 +65,17 @@ class Communicator:
             lambda: _reduce_scatter_single(part, flat, group=self.group, async_op=True),
         )
 
+    def all_to_all(self, x: Tensor, sent: list[int], received: list[int], what: str) -> Pending:
+        """Start to send each rank its rows of x: (sum(sent), ...) -> (sum(received), ...).
+
+        The dual is `all_to_all` with `sent` and `received` exchanged.
+        """
+        result = x.new_empty(sum(received), *x.shape[1:])
+        x = x.contiguous()
+        return self._start(
+            what, result, lambda: dist.all_to_all_single(result, x, received, sent, group=self.group, async_op=True)
+        )
+
     def all_reduce(self, x: Tensor, what: str) -> Tensor:
         """Sum x over the ranks, in place, on every rank. Its own dual."""
         return self._start(what, x, lambda: dist.all_reduce(x, group=self.group, async_op=True)).wait()

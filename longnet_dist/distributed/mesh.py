@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import numbers
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import lru_cache
 from typing import Any, NoReturn
 from weakref import WeakValueDictionary
 
@@ -17,10 +19,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from longnet_dist import internals
 from longnet_dist.distributed import collectives
 from longnet_dist.distributed.differentiable import Join, Split, Sum
-from longnet_dist.plan.blocks import SharedSegment
+from longnet_dist.plan.cost import LayerSize, choose_strategies
+from longnet_dist.plan.exchange import STRATEGIES, SharedSegment
+from longnet_dist.plan.hardware import HARDWARE, Hardware
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 
+_choose_strategies = lru_cache(maxsize=256)(choose_strategies)
 _HANDLES = itertools.count(1)
 _BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
 """The living meshes by handle, because operators take no Python objects (docs/decisions/custom-op.md)."""
@@ -37,9 +42,12 @@ class SequenceMesh:
         pattern: the branches that will be attended; they decide the chunk and which ranks communicate.
         seq_len: N, the global number of tokens; any number, even fewer than ranks.
         chunk: rows per rank; by default chosen so that the pattern's segments align with chunks.
-        keep_kv: whether to keep gathered keys and values for the backward. The default gathers them
-            again, which saves memory, and receives a third to a half more bytes
-            (docs/decisions/regather-or-keep.md).
+        strategy: how queries meet the keys of other ranks: "all_gather", "all_to_all", "exchange", or one
+            of them for each branch. "auto" chooses for each branch (docs/decisions/strategies.md).
+        hardware: the speed by which "auto" compares strategies; by default that of a CPU core for groups on
+            CPUs, and of an H100 otherwise.
+        keep_kv: whether to keep what other ranks sent for the backward, instead of sending it again. By
+            default it is kept where that takes little memory (docs/decisions/regather-or-keep.md).
         reduce_dtype: the dtype in which dK and dV are sent and summed, unless that of K and V is wider.
         timeout: the time limit of each collective, in seconds or as a timedelta.
 
@@ -58,8 +66,10 @@ class SequenceMesh:
         pattern: Pattern,
         seq_len: int,
         *,
+        strategy: str | Sequence[str] = "auto",
         chunk: int | None = None,
-        keep_kv: bool = False,
+        hardware: Hardware | None = None,
+        keep_kv: bool | None = None,
         reduce_dtype: torch.dtype = torch.float32,
         timeout: timedelta | float = timedelta(minutes=10),
     ) -> None:
@@ -67,15 +77,19 @@ class SequenceMesh:
         self.group = _process_group(group)
         self.pattern = pattern
         self.seq_len = int(seq_len) if isinstance(seq_len, numbers.Integral) else seq_len
+        self.strategy = strategy if isinstance(strategy, str) else tuple(strategy)
         self.keep_kv = keep_kv
         self.reduce_dtype = reduce_dtype
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
+        on_gpu = self.everyone is not None and self.everyone.device.type == "cuda"
+        self.hardware = hardware or HARDWARE["h100" if on_gpu else "cpu"]
         self._agreed: set[Any] = set()
         self._facts = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
+        self._facts |= {"strategy": str(self.strategy), "hardware": str(hardware)}
         self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
-        self.agree({"call": "SequenceMesh"}, _problem(pattern, seq_len, chunk, self.size))
+        self.agree({"call": "SequenceMesh"}, _problem(pattern, seq_len, chunk, self.size, self.strategy))
         self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
         self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
@@ -86,6 +100,14 @@ class SequenceMesh:
             self._communicators = collectives.communicators(self.group, rank_groups(pattern, self.shard), timeout)
         self.handle = next(_HANDLES)
         _BY_HANDLE[self.handle] = self
+
+    def strategies(self, layer: LayerSize) -> tuple[str, ...]:
+        """Return the strategy of each branch for a layer of these sizes; the same on every rank."""
+        names = (self.strategy,) * len(self.pattern.branches) if isinstance(self.strategy, str) else self.strategy
+        if "auto" not in names:
+            return names
+        chosen = _choose_strategies(self.pattern, self.shard.of(0), layer, self.hardware, self.keep_kv)
+        return tuple(best if name == "auto" else name for name, best in zip(names, chosen, strict=True))
 
     def communicator(self, segment: SharedSegment) -> collectives.Communicator:
         """Return the communicator of the ranks that hold this segment."""
@@ -268,7 +290,9 @@ def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | No
     return group
 
 
-def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) -> str | None:
+def _problem(
+    pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int, strategy: str | tuple[str, ...]
+) -> str | None:
     if not isinstance(pattern, Pattern):
         return f"pattern is {pattern!r}; it must be a longnet_dist.Pattern"
     if not isinstance(seq_len, numbers.Integral) or isinstance(seq_len, bool) or seq_len < 0:
@@ -278,4 +302,11 @@ def _problem(pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int) 
             f"chunk is {chunk!r}; {num_ranks} ranks must hold {seq_len} tokens, so it must be at least "
             f"{max(1, -(-seq_len // num_ranks))}"
         )
+    names = (strategy,) if isinstance(strategy, str) else strategy
+    if not isinstance(strategy, str) and len(strategy) != len(pattern.branches):
+        return (
+            f"strategy has {len(strategy)} entries, and the pattern {len(pattern.branches)} branches: give one for each"
+        )
+    if unknown := [name for name in names if name not in ("auto", *STRATEGIES)]:
+        return f"strategy is {unknown[0]!r}; it must be auto, {', '.join(STRATEGIES)}, or one of them for each branch"
     return None

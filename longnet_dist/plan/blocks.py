@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from longnet_dist.plan.exchange import SharedSegment
 from longnet_dist.plan.pattern import Branch, Pattern
-from longnet_dist.plan.shard import Shard, shared_segments, whole_segments
+from longnet_dist.plan.shard import Shard, is_shared, shared_segments, whole_segments
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,20 @@ class Heads:
     per_phase: int
     step: int
 
+    @property
+    def table(self) -> tuple[tuple[int, ...], ...]:
+        """The heads of each phase: F rows of M numbers."""
+        heads = range(self.first, self.first + self.per_phase * self.step, self.step)
+        return tuple(tuple(head + phase * self.phase_step for head in heads) for phase in range(self.phases))
+
 
 @dataclass(frozen=True)
 class Rows:
     """Kept rows of a run of phases: row(s, f, i) = first + s segment_step + f phase_step + i step.
 
     s < segments counts segments, f the phases of the run, and i < count the kept rows of one phase.
-    A row is an index into this rank's chunk, or into a buffer that ranks exchange. `position` is the
-    global position of row(0, 0, 0), and consecutive kept rows are `rate` tokens apart.
+    A row is an index into this rank's chunk. `position` is the global position of row(0, 0, 0), and
+    consecutive kept rows are `rate` tokens apart.
     """
 
     first: int
@@ -53,8 +60,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class OwnBlock:
-    """A rectangle of rows of this chunk that attend one another (causally, if the attention is causal)."""
+    """A rectangle of rows of this chunk that attend one another (causally, if the attention is causal).
 
+    `branch` is the number of the branch in the pattern.
+    """
+
+    branch: int
     heads: Heads
     rows: Rows
 
@@ -63,61 +74,74 @@ class OwnBlock:
 class RemoteBlock:
     """A rectangle of rows of this chunk that attend keys of other ranks.
 
-    `keys` holds a pair (peer, packed rows) for each peer that has keys for it. A peer is a number
-    among the ranks of the segment, and its packed rows are those of the buffer that it sends.
+    `key_rows` holds one or two runs of kept rows of the segment: those before this rank's part of it,
+    and those after. Their positions alone matter; an exchange knows where the rows arrive.
     """
 
     heads: Heads
     rows: Rows
-    keys: tuple[tuple[int, Rows], ...]
-
-    @property
-    def key_rows(self) -> list[Rows]:
-        """The packed rows of every peer, in the peers' order."""
-        return [rows for _, rows in self.keys]
+    key_rows: tuple[Rows, ...]
 
 
 @dataclass(frozen=True)
-class Packing:
-    """Kept rows of the chunk, and the rows at the front of the send buffer to which they are copied."""
+class SharedPart:
+    """This rank's part of a shared segment.
 
-    heads: Heads
-    rows: Rows
-    packed: Rows
-
-
-@dataclass(frozen=True)
-class SharedSegment:
-    """This rank's part of a segment that the ranks [first_rank, last_rank] hold together.
-
-    `sent_rows` is the number of rows in the buffer that each of these ranks sends.
+    `own` blocks attend the rank's own rows, `remote` blocks those of other ranks. If queries are sent, to
+    trade heads for rows, there is no remote block, and `own` is what the rank sends.
     """
 
-    branch: Branch
-    first_rank: int
-    last_rank: int
-    sent_rows: int
-    packing: tuple[Packing, ...]
+    segment: SharedSegment
     own: tuple[OwnBlock, ...]
     remote: tuple[RemoteBlock, ...]
 
+
+@dataclass(frozen=True)
+class SharedBranch:
+    """The exchange of one branch by one strategy: collective over the mesh, or over the ranks of its one part.
+
+    With the strategy "exchange", every rank of the mesh takes part, with no, one or two parts.
+    """
+
+    number: int
+    branch: Branch
+    strategy: str
+    parts: tuple[SharedPart, ...]
+
     @property
-    def num_ranks(self) -> int:
-        """The number of ranks that hold rows of this segment."""
-        return self.last_rank - self.first_rank + 1
+    def arriving_rows(self) -> tuple[int, int]:
+        """The number of rows of queries, and of keys, in the buffers that arrive on this rank."""
+        counts = [part.segment.arriving_rows for part in self.parts]
+        return sum(queries for queries, _ in counts), sum(keys for _, keys in counts)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank computes: `local` blocks need no other rank, and `shared` segments need some."""
+    """What one rank computes.
+
+    `local` blocks are whole segments, `own` blocks this rank's part of shared segments, both without
+    another rank. `shared` holds the exchanges, which every rank starts in this order.
+    """
 
     local: tuple[OwnBlock, ...]
-    shared: tuple[SharedSegment, ...]
+    own: tuple[OwnBlock, ...]
+    shared: tuple[SharedBranch, ...]
+
+    @property
+    def first_shared(self) -> int:
+        """The number of the first branch with an exchange; a large number if there is none."""
+        return min((shared.number for shared in self.shared), default=1 << 30)
 
 
 @lru_cache(maxsize=1024)
 def make_plan(
-    pattern: Pattern, shard: Shard, num_kv_heads: int, causal: bool, first_kv_head: int = 0, total_kv_heads: int = 0
+    pattern: Pattern,
+    shard: Shard,
+    num_kv_heads: int,
+    causal: bool,
+    first_kv_head: int = 0,
+    total_kv_heads: int = 0,
+    strategies: tuple[str, ...] = (),
 ) -> Plan:
     """Make the plan of one rank. Every rank can compute the plan of every other.
 
@@ -129,26 +153,43 @@ def make_plan(
         first_kv_head: the first key/value head on the rank, if tensor parallelism shards heads.
         total_kv_heads: the number of key/value heads on all such ranks; 0 if this rank has all of them.
             The phase of a head depends on its number among all heads.
+        strategies: the strategy of each branch, by which shared segments are exchanged; by default
+            "all_gather".
 
     Returns:
         The plan. Equal arguments give the same, cached object.
     """
     local: list[OwnBlock] = []
-    shared: list[SharedSegment] = []
-    for branch in pattern.branches:
-        head_runs = _HeadRuns(pattern, branch, num_kv_heads, first_kv_head, total_kv_heads or num_kv_heads)
+    shared: list[SharedBranch] = []
+    total = total_kv_heads or num_kv_heads
+    for number, branch in enumerate(pattern.branches):
+        strategy = strategies[number] if strategies else "all_gather"
+        head_runs = _HeadRuns(pattern, number, num_kv_heads, first_kv_head, total)
+        phases = tuple(pattern.phase(first_kv_head + head, total, branch) for head in range(num_kv_heads))
         for lo, hi, segments in whole_segments(branch, shard):
             local += _own_blocks(head_runs, shard, lo, lo, hi, segments)
-        for lo, hi in shared_segments(branch, shard):
-            shared.append(_shared_segment(head_runs, shard, lo, hi, causal))
-    return Plan(tuple(local), tuple(shared))
+        parts = [
+            _shared_part(
+                head_runs,
+                shard,
+                SharedSegment(branch, number, strategy, lo, hi, shard.chunk, shard.rank, phases, causal),
+            )
+            for lo, hi in shared_segments(branch, shard)
+        ]
+        if strategy != "exchange":
+            shared += [SharedBranch(number, branch, strategy, (part,)) for part in parts]
+        elif is_shared(branch, shard):
+            shared.append(SharedBranch(number, branch, strategy, tuple(parts)))
+    own = [block for s in shared if s.strategy != "all_to_all" for part in s.parts for block in part.own]
+    return Plan(tuple(local), tuple(own), tuple(shared))
 
 
 class _HeadRuns:
     """The heads of this rank by their phase in a branch, in runs of phases with equally many heads."""
 
-    def __init__(self, pattern: Pattern, branch: Branch, num_kv_heads: int, first: int, total: int) -> None:
-        self.branch = branch
+    def __init__(self, pattern: Pattern, number: int, num_kv_heads: int, first: int, total: int) -> None:
+        self.number = number
+        self.branch = branch = pattern.branches[number]
         self.first, self.stop = first, first + num_kv_heads
         r = branch.dilation_rate
         self.blocked = pattern.head_phases == "blocked"
@@ -197,39 +238,29 @@ def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, s
         first, count = _kept_rows(runs.branch, phase, lo - segment, hi - segment)
         position = segment + first
         if count:
-            yield OwnBlock(heads, Rows(position - shard.start, 1, r, count, position, r, segments, w))
+            yield OwnBlock(runs.number, heads, Rows(position - shard.start, 1, r, count, position, r, segments, w))
 
 
-def _shared_segment(runs: _HeadRuns, shard: Shard, lo: int, hi: int, causal: bool) -> SharedSegment:
-    """This rank's part of the segment [lo, hi), with the number of rows that every rank sends."""
-    branch, r = runs.branch, runs.branch.dilation_rate
-    ranks = range(lo // shard.chunk, (hi - 1) // shard.chunk + 1)
-    # The offsets, in the segment, of each rank's part of it.
-    parts = [(max(lo, shard.of(c).start) - lo, min(hi, shard.of(c).stop) - lo) for c in ranks]
-    me = shard.rank - ranks[0]
-    own = tuple(_own_blocks(runs, shard, lo, lo + parts[me][0], lo + parts[me][1]))
-    packing = tuple(
-        Packing(block.heads, block.rows, Rows(0, 0, 1, block.rows.count, block.rows.position, r)) for block in own
-    )
-    remote = tuple(_remote_blocks(runs, shard, lo, parts, me, causal))
-    sent_rows = max(-(-(stop - start) // r) for start, stop in parts)
-    return SharedSegment(branch, ranks[0], ranks[-1], sent_rows, packing, own, remote)
+def _shared_part(runs: _HeadRuns, shard: Shard, segment: SharedSegment) -> SharedPart:
+    """Return this rank's part of a shared segment."""
+    start = segment.start
+    lo, hi = segment.rows_of(range(shard.rank, shard.rank + 1))
+    own = tuple(_own_blocks(runs, shard, start, lo, hi))
+    trades_heads = segment.strategy == "all_to_all"
+    return SharedPart(segment, own, () if trades_heads else tuple(_remote_blocks(runs, shard, segment, lo, hi)))
 
 
-def _remote_blocks(
-    runs: _HeadRuns, shard: Shard, lo: int, parts: list[tuple[int, int]], me: int, causal: bool
-) -> Iterable[RemoteBlock]:
-    """Yield the rectangles of this rank's rows and the keys of the segment's other ranks (earlier ones if causal)."""
-    branch, r = runs.branch, runs.branch.dilation_rate
-    peers = [c for c in range(len(parts)) if (c < me if causal else c != me)]
-    edges = [offset for c in [me, *peers] for offset in parts[c]]
-    for phase, heads in runs.split(edges):
-        first, count = _kept_rows(branch, phase, *parts[me])
+def _remote_blocks(runs: _HeadRuns, shard: Shard, segment: SharedSegment, lo: int, hi: int) -> Iterable[RemoteBlock]:
+    """Yield the rectangles of the rows [lo, hi) and the segment's other keys (the earlier ones if causal)."""
+    branch, r, start = runs.branch, runs.branch.dilation_rate, segment.start
+    edges = [(start, lo)] if segment.causal else [(start, lo), (hi, segment.stop)]
+    for phase, heads in runs.split(edge - start for edge in (start, lo, hi, segment.stop)):
+        first, count = _kept_rows(branch, phase, lo - start, hi - start)
         keys = []
-        for c in peers:
-            key_first, key_count = _kept_rows(branch, phase, *parts[c])
+        for key_lo, key_hi in edges:
+            key_first, key_count = _kept_rows(branch, phase, key_lo - start, key_hi - start)
             if key_count:
-                keys.append((c, Rows(0, 0, 1, key_count, lo + key_first, r)))
+                keys.append(Rows(0, 1, r, key_count, start + key_first, r))
         if count and keys:
-            position = lo + first
+            position = start + first
             yield RemoteBlock(heads, Rows(position - shard.start, 1, r, count, position, r), tuple(keys))

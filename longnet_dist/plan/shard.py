@@ -83,6 +83,11 @@ def shared_segments(branch: Branch, shard: Shard) -> Iterable[tuple[int, int]]:
             yield lo, hi
 
 
+def is_shared(branch: Branch, shard: Shard) -> bool:
+    """Return whether any segment of the branch is shared; the same on every rank."""
+    return shard.chunk < shard.seq_len and shard.chunk % branch.segment_length != 0
+
+
 def rank_groups(pattern: Pattern, shard: Shard) -> list[list[tuple[int, int]]]:
     """Return the groups of ranks, (first, last), that share a segment, in rounds of disjoint groups.
 

@@ -89,8 +89,10 @@ class TrainConfig:
     """Write checkpoints in the background."""
     cache: Path = Path("~/.cache/longnet_dist")
     """Folder for tokenised data, which later runs reuse."""
-    keep_kv: bool = False
-    """Keep gathered keys and values for the backward, instead of gathering them again."""
+    strategy: str = "auto"
+    """How queries meet the keys of other ranks: all_gather, all_to_all, exchange, or auto."""
+    keep_kv: bool | None = None
+    """Keep what other ranks sent for the backward, instead of sending it again; by default if that is little."""
     wandb: str = ""
     """Project of Weights & Biases to log to; its environment variables (WANDB_MODE, ...) configure it."""
     profile: bool = False

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.plan.cost import attention_flops, bytes_received
-from longnet_dist.plan.shard import Shard
+from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
 from longnet_dist.training.config import TrainConfig
 
 
@@ -74,24 +74,19 @@ def step_flops(config: TrainConfig, model: LongNet) -> float:
     return sequences * (6.0 * matrices * config.seq_len + 3.5 * attention * config.model.num_layers)
 
 
-def step_bytes(config: TrainConfig, shard: Shard, data_ranks: int) -> int:
+def step_bytes(config: TrainConfig, mesh: SequenceMesh, data_ranks: int) -> int:
     """Count the bytes that this rank receives for attention in a step, by the plan; see `bytes_received`.
 
     Args:
         config: the run's options.
-        shard: this rank's rows of a sequence.
+        mesh: the ranks of a sequence.
         data_ranks: number of data-parallel ranks.
     """
     model = config.model
     itemsize = 2 if config.autocast else getattr(torch, config.dtype).itemsize
-    bytes_per_layer = bytes_received(
-        model.pattern,
-        shard,
-        model.num_kv_heads or model.num_heads,
-        model.d_model // model.num_heads,
-        itemsize,
-        config.keep_kv,
-    )
+    num_kv_heads = model.num_kv_heads or model.num_heads
+    layer = LayerSize(model.num_heads, num_kv_heads, model.d_model // model.num_heads, itemsize, causal=True)
+    bytes_per_layer = bytes_received(model.pattern, mesh.shard, layer, mesh.strategies(layer), config.keep_kv)
     return sum(bytes_per_layer) * model.num_layers * config.grad_accumulation * config.batch_size // data_ranks
 
 

@@ -119,7 +119,14 @@ class _Trainer:
         data_ranks = _num_data_ranks(config, self.num_ranks)
         group = None if device_mesh is None else device_mesh["sp"].get_group()
         limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
-        self.mesh = SequenceMesh(group, config.model.pattern, config.seq_len, keep_kv=config.keep_kv, timeout=limit)
+        self.mesh = SequenceMesh(
+            group,
+            config.model.pattern,
+            config.seq_len,
+            strategy=config.strategy,
+            keep_kv=config.keep_kv,
+            timeout=limit,
+        )
         self.patience = Patience(io_limit)
         if self.rank == 0:
             source = ", ".join(config.data) or "the source of Python's standard library"
@@ -134,7 +141,7 @@ class _Trainer:
             self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, io_limit
         )
         self.steps = StepRunner(config, device, self.mesh, data_ranks, self.corpus, self.model, self.optimizer)
-        self.costs = step_flops(config, self.model), step_bytes(config, self.mesh.shard, data_ranks)
+        self.costs = step_flops(config, self.model), step_bytes(config, self.mesh, data_ranks)
         self.watch = Watch(self.files.folder / "traces", self.rank, self.num_ranks, config.timeout)
         self.losses: list[float] = []
         self.metrics: dict[str, float] = {}

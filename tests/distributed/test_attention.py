@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 from longnet_dist.distributed import collectives
+from longnet_dist.plan.exchange import STRATEGIES
 from tests.cases import Case, cases
 from tests.pool import WORLDS
 
@@ -59,7 +60,9 @@ def cases_and_options(draw, world: int):
     if draw(st.booleans()):
         case = dataclasses.replace(case, pattern=draw(st.sampled_from([ALIGNED, UNALIGNED])))
     chunk = draw(st.none() | st.integers(0, 5).map(lambda extra: max(1, -(-case.N // world)) + extra))
-    return case, {"chunk": chunk, "keep_kv": draw(st.booleans())}
+    names = st.sampled_from(STRATEGIES)
+    strategy = draw(names | st.lists(names, min_size=(n := len(case.pattern.branches)), max_size=n))
+    return case, {"chunk": chunk, "keep_kv": draw(st.none() | st.booleans()), "strategy": strategy}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -68,7 +71,7 @@ def test_drawn_cases_equal_the_oracle(pool, world):
     examples = []
 
     @settings(
-        max_examples=60, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        max_examples=100, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(cases_and_options(world))

@@ -24,9 +24,7 @@ from longnet_dist import (
     next_token_labels,
     token_loss,
 )
-from longnet_dist.distributed import collectives
 from longnet_dist.models.loss import linear_token_loss
-from longnet_dist.plan.cost import bytes_received
 
 PATTERN = Pattern((8, 16, 64), (1, 2, 4))
 
@@ -202,56 +200,6 @@ def make_from_device_mesh(group):
 
 def test_a_mesh_is_made_from_one_axis_of_a_device_mesh(pool):
     assert pool.run(8, make_from_device_mesh) == [(rank % 4, 4) for rank in range(8)]
-
-
-def count_bytes(group, pattern, num_tokens, keep_kv, dtype, reduce_dtype):
-    """Return the bytes that this rank receives in each collective of a step, the formula's result, and the chunk."""
-    mesh = SequenceMesh(group, pattern, num_tokens, keep_kv=keep_kv, reduce_dtype=reduce_dtype)
-    reduce_size = reduce_dtype.itemsize
-    q, k, v = (torch.randn(1, mesh.shard.num_rows, 4, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-    dilated_attention(q, k, v, pattern, mesh=mesh)  # The first call also compares arguments.
-    received = []
-
-    def counted(collective):
-        def call(output, x, *args, **kwargs):
-            # In a gather and in its dual, a rank does not receive its own part.
-            received.append(abs(output.numel() - x.numel()) * x.element_size())
-            return collective(output, x, *args, **kwargs)
-
-        return call
-
-    originals = collectives._all_gather_single, collectives._reduce_scatter_single
-    collectives._all_gather_single, collectives._reduce_scatter_single = map(counted, originals)
-    try:
-        dilated_attention(q, k, v, pattern, mesh=mesh).sum().backward()
-    finally:
-        collectives._all_gather_single, collectives._reduce_scatter_single = originals
-    return received, bytes_received(pattern, mesh.shard, 4, 8, dtype.itemsize, keep_kv, reduce_size), mesh.shard.chunk
-
-
-@pytest.mark.parametrize("keep_kv", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bytes_received_follow_the_formula(pool, keep_kv, dtype):
-    """The bytes are flat, too: with twice the ranks and twice N, each branch moves the same number."""
-    by_branch = {}
-    for world in (2, 4, 8):
-        pattern = Pattern.geometric(world * 16, base=16, growth=2)
-        for received, formula, chunk in pool.run(world, count_bytes, pattern, world * 16, keep_kv, dtype, dtype):
-            assert sum(received) == sum(formula)
-            collectives_per_branch = 2 if keep_kv else 3
-            assert len(received) == collectives_per_branch * sum(w > chunk for w in pattern.segment_lengths)
-            factor = 4 if keep_kv else 6
-            for branch, count in zip(pattern.branches, formula, strict=True):
-                w, r = branch.segment_length, branch.dilation_rate
-                assert count == factor * (w - chunk) // r * 4 * 8 * dtype.itemsize
-                assert by_branch.setdefault(branch, count) == count
-
-
-def test_bytes_received_in_bfloat16_with_default_options(pool):
-    """Keys and values move twice in bfloat16, and their gradients once in float32."""
-    pattern = Pattern.geometric(64, base=16, growth=2)
-    for received, formula, _ in pool.run(4, count_bytes, pattern, 64, False, torch.bfloat16, torch.float32):
-        assert sum(received) == sum(formula) == sum(16 * (w - 16) // r * 4 * 8 for w, r in ((32, 2), (64, 4)))
 
 
 def compare_layer(group, num_tokens, options):

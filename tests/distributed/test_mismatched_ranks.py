@@ -12,10 +12,19 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from longnet_dist import DilatedAttention, LongNetConfig, Pattern, SequenceMesh, dense_reference, dilated_attention
+from longnet_dist.plan.hardware import HARDWARE
 from tests.pool import Pool
 
 PATTERN = Pattern((8, 16, 64), (1, 2, 4))
-CHANGES = {"seq_len": 63, "chunk": 17, "keep_kv": True, "reduce_dtype": torch.float64, "timeout": 61}
+CHANGES = {
+    "seq_len": 63,
+    "chunk": 17,
+    "keep_kv": True,
+    "strategy": "exchange",
+    "hardware": HARDWARE["b200"],
+    "reduce_dtype": torch.float64,
+    "timeout": 61,
+}
 
 
 def errors_of_different_meshes(group, option, rows):
@@ -203,9 +212,9 @@ def test_a_mistake_of_one_rank_is_an_error_on_every_rank(pool, what, message):
     assert re.search(message, errors[0]), errors[0]
 
 
-def call_without_rank_3(group):
+def call_without_rank_3(group, strategy):
     """Return the errors that this rank gets, at first and in later calls, when rank 3 does not call."""
-    mesh = SequenceMesh(group, PATTERN, 64, timeout=timedelta(seconds=2))
+    mesh = SequenceMesh(group, PATTERN, 64, strategy=strategy, timeout=timedelta(seconds=2))
     q = torch.zeros(1, mesh.shard.num_rows, 4, 8)
     dilated_attention(q, q, q, PATTERN, mesh=mesh)
     if mesh.rank == 3:
@@ -218,14 +227,22 @@ def call_without_rank_3(group):
     return str(caught.value), str(later.value)
 
 
-def test_a_missing_rank_is_an_attributed_error_within_the_time_limit():
+@pytest.mark.parametrize(
+    ("strategy", "doing"),
+    [
+        ("all_gather", "gathering the keys and values"),
+        ("all_to_all", "sending queries"),
+        ("exchange", "sending keys and values"),
+    ],
+)
+def test_a_missing_rank_is_an_attributed_error_within_the_time_limit(strategy, doing):
     """The test uses its own pool, because the process groups are broken afterwards."""
     pool = Pool()
     try:
-        errors = pool.run(4, call_without_rank_3, limit=60)
+        errors = pool.run(4, call_without_rank_3, strategy, limit=60)
     finally:
         pool.close()
     first, later = errors[2]
     assert "rank 2 of the sequence failed while comparing the ranks' arguments" in first
-    assert "rank 2 of the sequence failed while gathering the keys and values of branch (w=64, r=4)" in later
+    assert f"rank 2 of the sequence failed while {doing} of branch (w=64, r=4) over ranks 0 to 3" in later
     assert "time limit 2 s" in later

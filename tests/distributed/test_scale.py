@@ -17,14 +17,17 @@ def _build(pipe: Any) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     from longnet_dist import Pattern, SequenceMesh
-    from longnet_dist.plan.cost import bytes_received
+    from longnet_dist.plan.cost import LayerSize, bytes_received
 
     dist.init_process_group("fake", rank=1234, world_size=RANKS, store=FakeStore())
     start = time.perf_counter()
     pattern = Pattern.geometric(RANKS * CHUNK, base=CHUNK, growth=4)
     mesh = SequenceMesh(dist.group.WORLD, pattern, RANKS * CHUNK)
     seconds = time.perf_counter() - start
-    received = bytes_received(pattern, mesh.shard, 32, 128, 2, keep_kv=True, reduce_size=2)
+    gather = ("all_gather",) * len(pattern.branches)
+    received = bytes_received(
+        pattern, mesh.shard, LayerSize(32, 32, 128, 2, causal=False), gather, keep_kv=True, reduce_size=2
+    )
     pipe.send((seconds, mesh.shard.start, mesh.shard.chunk, received))
 
 

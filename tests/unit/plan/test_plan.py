@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from longnet_dist import Pattern
 from longnet_dist.attention.reference import branch_counts
 from longnet_dist.plan.blocks import Rows, make_plan
-from longnet_dist.plan.cost import attention_flops, bytes_received
+from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 from tests.cases import patterns
 
@@ -37,14 +37,14 @@ def test_every_pair_is_computed_as_often_as_the_oracle_counts_it(pattern, seq_le
     for rank in range(ranks):
         shard = Shard(seq_len, chunk, rank, ranks)
         plan = make_plan(pattern, shard, num_heads, causal)
-        for block in [*plan.local, *(b for s in plan.shared for b in s.own)]:
+        for block in [*plan.local, *plan.own]:
             assert block.rows.first == block.rows.position - shard.start
             for head, rows in positions_of(block.heads, block.rows):
                 assert all(shard.start <= p < shard.stop for p in rows)
                 for n, i in enumerate(rows):
                     for j in rows[: n + 1] if causal else rows:
                         counts[head, i, j] -= 1
-        for block in (b for s in plan.shared for b in s.remote):
+        for block in (b for s in plan.shared for part in s.parts for b in part.remote):
             keys = [dict(positions_of(block.heads, rows)) for rows in block.key_rows]
             for head, rows in positions_of(block.heads, block.rows):
                 for i in rows:
@@ -59,8 +59,7 @@ def test_heads_spread_over_ranks_keep_their_phases(pattern, seq_len, total, per_
     """With any number of heads per rank, the plans of the parts together are the plan of all heads."""
 
     def pairs(plan, first_head):
-        own = [*plan.local, *(b for s in plan.shared for b in s.own)]
-        local = [pair for block in own for pair in positions_of(block.heads, block.rows)]
+        local = [pair for block in [*plan.local, *plan.own] for pair in positions_of(block.heads, block.rows)]
         return sorted((first_head + head, rows) for head, rows in local)
 
     shard = Shard(seq_len, max(1, -(-seq_len // ranks)), 0, ranks)
@@ -81,9 +80,10 @@ def test_groups_form_rounds_of_disjoint_ranks(pattern, seq_len, ranks, extra):
         members = [rank for first, last in groups for rank in range(first, last + 1)]
         assert len(members) == len(set(members))
     needed = {
-        (segment.first_rank, segment.last_rank)
+        (part.segment.first_rank, part.segment.last_rank)
         for rank in range(ranks)
-        for segment in make_plan(pattern, shard.of(rank), 2, True).shared
+        for shared in make_plan(pattern, shard.of(rank), 2, True).shared
+        for part in shared.parts
     }
     assert needed == {group for groups in rounds for group in groups}
 
@@ -120,7 +120,9 @@ def test_bytes_received_follow_the_formula_and_stay_flat():
     for ranks in (4, 8, 16, 32):
         pattern = Pattern.geometric(chunk * ranks, base=chunk, growth=2)
         shard = Shard(chunk * ranks, chunk, 1, ranks)
-        received = bytes_received(pattern, shard, heads, dim, size, keep_kv=True, reduce_size=size)
+        layer = LayerSize(heads, heads, dim, size, causal=False)
+        gather = ("all_gather",) * len(pattern.branches)
+        received = bytes_received(pattern, shard, layer, gather, keep_kv=True, reduce_size=size)
         for branch, count in zip(pattern.branches, received, strict=True):
             w, r = branch.segment_length, branch.dilation_rate
             assert count == 4 * (w - chunk) // r * heads * dim * size
@@ -129,7 +131,8 @@ def test_bytes_received_follow_the_formula_and_stay_flat():
 
 def test_ranks_receive_only_from_ranks_of_their_segment():
     plan = make_plan(ALIGNED, Shard(1024, 32, 5, 32), 4, False)
-    assert [(s.first_rank, s.last_rank) for s in plan.shared] == [(4, 5), (0, 7)]
+    segments = [part.segment for shared in plan.shared for part in shared.parts]
+    assert [(s.first_rank, s.last_rank) for s in segments] == [(4, 5), (0, 7)]
 
 
 def test_flops_follow_the_papers_formula():

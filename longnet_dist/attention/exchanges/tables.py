@@ -1,0 +1,94 @@
+"""Where the rows of a shared segment lie in the buffers that ranks exchange: index tables, made once per plan.
+
+A buffer holds, for each source rank, its kept rows of the first head, then of the second, and so on. With
+these tables, packing and unpacking take one kernel each, however many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longnet_dist.plan.blocks import Heads, Rows
+from longnet_dist.plan.exchange import SharedSegment
+
+
+class Layout:
+    """The layout of a buffer of rows.
+
+    Args:
+        segment: the segment whose rows it holds.
+        sources: the ranks whose rows it holds, in order.
+        heads: the key/value heads whose rows it holds.
+        rows_per_source: the size of each source's part; by default as many rows as the source keeps.
+    """
+
+    def __init__(
+        self, segment: SharedSegment, sources: Sequence[int], heads: range, rows_per_source: int | None = None
+    ) -> None:
+        self.segment, self.heads = segment, heads
+        ranks, r = torch.tensor(sources, dtype=torch.int64), segment.branch.dilation_rate
+        phases = torch.tensor(segment.phases, dtype=torch.int64)[heads.start : heads.stop]
+        start = (ranks * segment.chunk).clamp(min=segment.start)[:, None]
+        end = ((ranks + 1) * segment.chunk).clamp(max=segment.stop)[:, None]
+        self.first = start + (phases - (start - segment.start)) % r
+        self.counts = ((end - self.first + r - 1) // r).clamp(min=0)
+        counts = self.counts if rows_per_source else self.counts.view(1, -1)
+        offsets = (counts.cumsum(1) - counts).view_as(self.counts)
+        self.offsets = offsets + (torch.arange(len(ranks))[:, None] * (rows_per_source or 0))
+        self.source_of = torch.full((segment.num_ranks,), -1)
+        self.source_of[ranks - segment.first_rank] = torch.arange(len(ranks))
+
+    def index(self, positions: Tensor, heads: Tensor) -> Tensor:
+        """Return where the rows at these global positions lie, for these heads; both broadcast together."""
+        source = self.source_of[positions // self.segment.chunk - self.segment.first_rank]
+        heads = heads - self.heads.start
+        return (
+            self.offsets[source, heads] + (positions - self.first[source, heads]) // self.segment.branch.dilation_rate
+        )
+
+
+class KeptRows(NamedTuple):
+    """The rows that a rank keeps of a segment, head by head, as they are packed to be sent.
+
+    Args:
+        rows: indices of rows in the rank's chunk, int64, (n,).
+        heads: their key/value heads, int64, (n,).
+    """
+
+    rows: Tensor
+    heads: Tensor
+
+    def pack(self, x_BLG: Tensor) -> Tensor:
+        """Copy the rows of a tensor: (B, L, G, ..., D) -> (n, ..., B, D)."""
+        batch_inside = x_BLG.movedim(0, -2)
+        return batch_inside[self.rows, self.heads]
+
+
+@lru_cache(maxsize=256)
+def kept_rows(segment: SharedSegment, device: torch.device) -> KeptRows:
+    """Return the rows of this rank in the order in which they are packed."""
+    layout = Layout(segment, [segment.rank], range(len(segment.phases)))
+    counts = layout.counts[0]
+    heads = torch.repeat_interleave(counts)
+    number = torch.arange(len(heads)) - layout.offsets[0, heads]
+    rows = layout.first[0, heads] + number * segment.branch.dilation_rate - segment.rank * segment.chunk
+    return KeptRows(rows.to(device), heads.to(device))
+
+
+@lru_cache(maxsize=1024)
+def packed_index(segment: SharedSegment, heads: Heads, rows: Rows, device: torch.device) -> Tensor:
+    """Return where the rows of a rectangle of this rank lie among its packed rows: int64, (F, I, M)."""
+    layout = Layout(segment, [segment.rank], range(len(segment.phases)))
+    return layout.index(*positions_and_heads(heads, rows)).to(device)
+
+
+def positions_and_heads(heads: Heads, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Return the global positions (F, I, 1) and the heads (F, 1, M) of a rectangle in one segment."""
+    phases, count, per_phase = (torch.arange(n) for n in (heads.phases, rows.count, heads.per_phase))
+    positions = rows.position + phases[:, None, None] * rows.phase_step + count[None, :, None] * rows.rate
+    return positions, heads.first + phases[:, None, None] * heads.phase_step + per_phase[None, None, :] * heads.step

@@ -1,0 +1,219 @@
+"""A failure here means: a strategy of exchange moves other bytes than planned, or its work grows with the ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from longnet_dist import Pattern, SequenceMesh, dilated_attention
+from longnet_dist.attention.kernels import KERNELS, eager
+from longnet_dist.distributed import collectives
+from longnet_dist.plan.cost import LayerSize, bytes_received, choose_strategies
+from longnet_dist.plan.exchange import STRATEGIES
+from longnet_dist.plan.shard import Shard
+from tests.cases import Case
+from tests.distributed.test_attention import distributed
+from tests.pool import forkserver
+
+MISALIGNED = Pattern((16, 24, 56, 200), (1, 3, 5, 4))
+
+
+class CountingBytes:
+    """Counts the bytes that this rank receives from others in each collective of rows."""
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+
+    def __enter__(self) -> CountingBytes:
+        self.originals = collectives._all_gather_single, collectives._reduce_scatter_single
+        collectives._all_gather_single, collectives._reduce_scatter_single = map(self.counted, self.originals)
+        self.all_to_all = collectives.dist.all_to_all_single
+        collectives.dist.all_to_all_single = self.counted_all_to_all
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        collectives._all_gather_single, collectives._reduce_scatter_single = self.originals
+        collectives.dist.all_to_all_single = self.all_to_all
+
+    def counted(self, collective: Any) -> Any:
+        def call(output, x, *args, **kwargs):
+            # In a gather and in its dual, a rank does not receive its own part.
+            self.received.append(abs(output.numel() - x.numel()) * x.element_size())
+            return collective(output, x, *args, **kwargs)
+
+        return call
+
+    def counted_all_to_all(self, output, x, received, sent, *, group, async_op):
+        own = received[torch.distributed.get_rank(group)]
+        self.received.append((sum(received) - own) * output[:1].numel() * output.element_size())
+        return self.all_to_all(output, x, received, sent, group=group, async_op=async_op)
+
+
+def count_bytes(group, case, dtype, mesh_options):
+    """Return the bytes that this rank receives in each collective of a step, and those of the plan, by branch."""
+    mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
+    local = {name: mesh.split(x).detach().requires_grad_() for name, x in case.tensors(dtype).items()}
+    dilated_attention(**case.arguments(local), mesh=mesh)  # The first call also compares arguments.
+    with CountingBytes() as count:
+        dilated_attention(**case.arguments(local), mesh=mesh).sum().backward()
+    layer = LayerSize(case.H, case.G, case.D, dtype.itemsize, case.causal)
+    reduce_size = mesh.reduce_dtype.itemsize
+    planned = bytes_received(case.pattern, mesh.shard, layer, mesh.strategies(layer), mesh.keep_kv, reduce_size)
+    return count.received, planned, mesh.shard.chunk
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_each_rank_receives_the_bytes_of_the_plan(pool, world, strategy):
+    for pattern, N in ((Pattern.geometric(world * 16, base=16, growth=2), world * 16), (MISALIGNED, world * 25 - 7)):
+        for causal in (True, False):
+            for G, keep_kv, dtype in ((2, None, torch.bfloat16), (4, True, torch.float32), (3, False, torch.float64)):
+                case = Case(pattern, N, H=2 * G, G=G, B=1, D=8, causal=causal)
+                options = {"strategy": strategy, "keep_kv": keep_kv}
+                for received, planned, _ in pool.run(world, count_bytes, case, dtype, options):
+                    assert sum(received) == sum(planned), (case, options)
+
+
+@pytest.mark.parametrize("keep_kv", [True, False])
+def test_bytes_of_a_gather_follow_the_formula_and_stay_flat(pool, keep_kv):
+    """With twice the ranks and twice N, each branch moves the same number."""
+    by_branch = {}
+    for world in (2, 4, 8):
+        pattern = Pattern.geometric(world * 16, base=16, growth=2)
+        case = Case(pattern, world * 16, H=4, G=4, B=1, D=8, causal=False)
+        options = {"strategy": "all_gather", "keep_kv": keep_kv}
+        for received, planned, chunk in pool.run(world, count_bytes, case, torch.float32, options):
+            assert len(received) == (2 if keep_kv else 3) * sum(w > chunk for w in pattern.segment_lengths)
+            factor = 4 if keep_kv else 6
+            for branch, count in zip(pattern.branches, planned, strict=True):
+                w, r = branch.segment_length, branch.dilation_rate
+                assert count == factor * (w - chunk) // r * 4 * 8 * 4
+                assert by_branch.setdefault(branch, count) == count
+
+
+def compare_with_one_process(group, case, strategy):
+    """Return the output and gradients over ranks, and those of one process."""
+    inputs = case.tensors(torch.float32)
+    out = dilated_attention(**case.arguments(inputs))
+    expected = [out.detach(), *torch.autograd.grad(out, list(inputs.values()), case.dout(torch.float32))]
+    return list(zip(distributed(group, case, torch.float32, strategy=strategy), expected, strict=True))
+
+
+def assert_bitwise_equal(group, case):
+    for actual, expected in compare_with_one_process(group, case, "all_to_all"):
+        assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+@pytest.mark.parametrize("causal", [True, False])
+def test_trading_heads_gives_the_bits_of_one_process(pool, world, causal):
+    """The CPU's flash kernel computes a head's segment in the same way wherever it is, and sums keep their order."""
+    for pattern, N in ((Pattern((64, 256, 1024), (1, 4, 16)), 1024), (Pattern((64, 192, 1000), (1, 3, 5)), 931)):
+        pool.run(world, assert_bitwise_equal, Case(pattern, N, H=16, G=8, B=2, D=16, causal=causal))
+
+
+class CountingKernel:
+    """The eager kernel, counting calls and multiplications of a query with a key."""
+
+    def __init__(self) -> None:
+        self.calls = self.pairs = 0
+
+    unsupported = staticmethod(eager.unsupported)
+
+    def forward(self, q, k, v, *, causal, **options):
+        self._count(q, k, causal)
+        return eager.forward(q, k, v, causal=causal, **options)
+
+    def backward(self, dout, q, k, *others, causal, **options):
+        self._count(q, k, causal)
+        return eager.backward(dout, q, k, *others, causal=causal, **options)
+
+    def _count(self, q, k, causal):
+        self.calls += 1
+        (b, num_queries, heads, _), num_keys = q.shape, k.shape[1]
+        self.pairs += b * heads * num_queries * ((num_queries + 1) / 2 if causal else num_keys)
+
+
+def count_pairs(group, case, strategy):
+    KERNELS["counting"] = counting = CountingKernel()
+    try:
+        mesh = SequenceMesh(group, case.pattern, case.N, strategy=strategy)
+        local = {name: mesh.split(x).detach().requires_grad_() for name, x in case.tensors(torch.float32).items()}
+        dilated_attention(**case.arguments(local), mesh=mesh, kernel="counting").sum().backward()
+    finally:
+        del KERNELS["counting"]
+    return counting.pairs
+
+
+def test_causal_work_is_balanced_by_trading_heads(pool):
+    """One segment over eight ranks: with a gather the last rank has nearly twice the work of the mean."""
+    case = Case(Pattern((1024,), (2,)), 1024, H=8, G=8, B=1, D=8, causal=True)
+    for strategy, low, high in (("all_to_all", 1.0, 1.01), ("all_gather", 1.7, 1.9), ("exchange", 1.7, 1.9)):
+        pairs = pool.run(8, count_pairs, case, strategy)
+        assert low <= max(pairs) / (sum(pairs) / len(pairs)) <= high
+
+
+def _count_on_a_fake_group(pipe: Any, ranks: int) -> None:
+    """Run one rank of many on torch's fake group; send what a layer needs, and its bytes, by strategy."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            operations[str(func)] += 1
+            return func(*args, **(kwargs or {}))
+
+    chunk, rank, results = 32, ranks // 2 + 1, {}
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    pattern = Pattern((chunk, 4 * chunk, ranks * chunk), (1, 2, 4))
+    q, k, v = (torch.zeros(1, chunk, heads, 8, requires_grad=True) for heads in (16, 4, 4))
+    for strategy in STRATEGIES:
+        mesh = SequenceMesh(dist.group.WORLD, pattern, ranks * chunk, strategy=strategy)
+        mesh.agree = lambda *arguments: None  # The fake group's reductions do not reduce.
+        with Counting(), CountingBytes() as count:
+            operations: Counter[str] = Counter()
+            dilated_attention(q, k, v, pattern, causal=True, mesh=mesh).backward(torch.zeros(1, chunk, 16, 8))
+        layer = LayerSize(16, 4, 8, 4, causal=True)
+        planned = bytes_received(pattern, mesh.shard, layer, mesh.strategies(layer))
+        results[strategy] = dict(operations), sum(count.received), sum(planned)
+    pipe.send(results)
+
+
+def test_nothing_is_done_for_each_peer_and_bytes_are_those_of_the_plan():
+    """A layer needs the same kernels, copies and collectives on a rank of 16, of 64 and of 1024 ranks."""
+    by_ranks = []
+    for ranks in (16, 64, 1024):
+        receiver, sender = forkserver().Pipe()
+        process = forkserver().Process(target=_count_on_a_fake_group, args=(sender, ranks))
+        process.start()
+        sender.close()
+        assert receiver.poll(100)
+        by_ranks.append(receiver.recv())
+        process.join()
+    for results in by_ranks:
+        for _, received, planned in results.values():
+            assert received == planned
+    assert by_ranks[0].keys() == set(STRATEGIES)
+    for results in by_ranks[1:]:
+        for strategy, (operations, *_) in results.items():
+            assert operations == by_ranks[0][strategy][0], strategy
+
+
+def test_4096_ranks_receive_little():
+    """With 16,384 tokens a rank in bfloat16, a layer moves at most 50 MB to a rank, forward and backward together."""
+    pattern = Pattern.geometric(4096 * 16384, base=2048, growth=2)
+    layer = LayerSize(32, 8, 128, 2, causal=True)
+    for rank in (0, 2047, 4095):
+        shard = Shard(4096 * 16384, 16384, rank, 4096)
+        assert sum(bytes_received(pattern, shard, layer)) <= 50e6
+
+
+def test_auto_chooses_what_moves_least_between_few_and_between_many_ranks():
+    layer, chunk = LayerSize(32, 8, 128, 2, causal=True), 16384
+    pattern = Pattern((2 * chunk, 64 * chunk), (16, 512))
+    assert choose_strategies(pattern, Shard(64 * chunk, chunk, 0, 64), layer) == ("exchange", "all_to_all")
