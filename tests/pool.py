@@ -89,6 +89,7 @@ def _work(rank: int, store: str, pipe: Connection) -> None:
     import torch.distributed as dist
 
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "no token sees further")
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group(

@@ -52,14 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments[:1] == ["--version"]:
         print(f"longnet-dist {__version__}")
         return 0
-    app = tyro.extras.SubcommandApp()
-    for name, command in SUBCOMMANDS.items():
-        # `longnet-dist --help` shows the first line of each docstring, and the help of one command its whole docstring.
-        summary = None if arguments[:1] == [name] else str(command.__doc__).partition("\n")[0]
-        app.command(name=name, help=summary)(_defer(command))
     try:
         check_values(arguments)
-        run = _parse(app, arguments)
+        run = parse(arguments)
         run()
     except (ValueError, OSError, OverflowError, PathError) as error:
         return _fail(error, 2)
@@ -68,27 +63,35 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _defer(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+def _defer(command: Callable[..., None]) -> Callable[..., functools.partial[None]]:
     """Wrap a command so that it returns its call, in place of running: parsing and running fail differently."""
 
     @functools.wraps(command)
-    def deferred(*args: Any, **options: Any) -> Callable[[], None]:
+    def deferred(*args: Any, **options: Any) -> functools.partial[None]:
         return functools.partial(command, *args, **options)
 
     return deferred
 
 
-def _parse(app: tyro.extras.SubcommandApp, arguments: list[str]) -> Callable[[], None]:
+def parse(arguments: list[str]) -> functools.partial[None]:
     """Return the call of the command that the arguments name.
+
+    Args:
+        arguments: The command line without the program's name.
 
     Raises:
         ValueError: for a value that cannot be read or cannot work, which tyro would print in a frame.
         SystemExit: after tyro's message about arguments that it cannot parse, or its help.
     """
+    app = tyro.extras.SubcommandApp()
+    for name, command in SUBCOMMANDS.items():
+        # `longnet-dist --help` shows the first line of each docstring, and the help of one command its whole docstring.
+        summary = None if arguments[:1] == [name] else str(command.__doc__).partition("\n")[0]
+        app.command(name=name, help=summary)(_defer(command))
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            run: Callable[[], None] = app.cli(
+            run: functools.partial[None] = app.cli(
                 prog="longnet-dist",
                 description=_DESCRIPTION,
                 args=arguments,

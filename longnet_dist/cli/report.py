@@ -14,7 +14,7 @@ import tyro
 
 from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.cli.options import check_ending
-from longnet_dist.cli.units import format_bytes
+from longnet_dist.units import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,8 @@ join_help_lines(TrainConfig, ParallelConfig, LongNetConfig, RayConfig)
 
 
 def run_train(
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig(),  # noqa: B008
+    # Without a default, because that of TrainConfig has chosen its branches already.
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")],
     launcher: Literal["none", "ray"] = "none",
     ranks: int = 1,
     ray: RayConfig = RayConfig(),  # noqa: B008

@@ -140,6 +140,13 @@ def num_bytes(data: Sequence[str]) -> int:
     return sum(p.stat().st_size for p in (find_files(data) if data else standard_library()) if isinstance(p, Path))
 
 
+def num_files(data: Sequence[str]) -> int:
+    """Return the number of files that `data` names; 0 for a folder of tokens, or datasets."""
+    if any(holds_tokens(path) for path in _local_paths(data)):
+        return 0
+    return sum(isinstance(p, Path) for p in (find_files(data) if data else standard_library()))
+
+
 def open_corpus(
     data: Sequence[str],
     cache: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
+import warnings
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -90,6 +91,12 @@ class SequenceMesh:
         self._facts |= {"strategy": str(self.strategy), "hardware": str(hardware)}
         self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
         self.agree({"call": "SequenceMesh"}, _problem(pattern, seq_len, chunk, self.size, self.strategy))
+        if self.rank == 0 and self.seq_len > pattern.reach(self.seq_len):
+            warnings.warn(
+                f"no token sees further than {pattern.reach(self.seq_len):,} tokens: the longest segment is shorter "
+                f"than seq_len = {self.seq_len:,}; Pattern.geometric(max_length={self.seq_len}) has longer ones",
+                stacklevel=2,
+            )
         self.shard = Shard(self.seq_len, chunk or choose_chunk(pattern, self.seq_len, self.size), self.rank, self.size)
         self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}

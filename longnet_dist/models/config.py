@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
     from longnet_dist.models.decoder import LongNet
 
+DEFAULT_LENGTH = 16384
+"""The length of the sequences for which branches are chosen if nothing else says it, in tokens."""
 _CHOICES = {
     "head_phases": HEAD_PHASES,
     "position": ("rotary", "xpos", "none"),
@@ -43,10 +45,11 @@ class LongNetConfig:
     """Number of key/value heads; num_heads by default."""
     ffn_dim: int | None = None
     """Hidden width of the feed-forward network; 4 * d_model by default."""
-    segment_lengths: tuple[int, ...] = (1024, 4096, 16384)
-    """Segment length of each branch of the dilated attention, in tokens."""
-    dilation_rates: tuple[int, ...] = (1, 4, 16)
-    """Dilation rate of each branch."""
+    segment_lengths: tuple[int, ...] | None = None
+    """Segment length of each branch of the dilated attention, in tokens. By default 1024, 4096, ... up to the length of
+    the sequence that is trained (16384 without a training)."""
+    dilation_rates: tuple[int, ...] | None = None
+    """Dilation rate of each branch; by default 1, 4, ..., in proportion to the segment lengths."""
     head_phases: Literal["interleaved", "blocked"] = "interleaved"
     """Which rows each head keeps: the paper's rule (interleaved), or that of torchscale's weights (blocked)."""
     position: Literal["rotary", "xpos", "none"] = "rotary"
@@ -81,18 +84,39 @@ class LongNetConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
         # JSON has lists in place of tuples.
-        for name in ("segment_lengths", "dilation_rates"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, other in (("segment_lengths", "dilation_rates"), ("dilation_rates", "segment_lengths")):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+                if getattr(self, other) is None:
+                    raise ValueError(f"{name} is {getattr(self, name)}, without {other}: give both, or neither")
 
     @property
     def resolved(self) -> LongNetConfig:
         """The same configuration with the values that depend on others filled in."""
-        return replace(self, num_kv_heads=self.num_kv_heads or self.num_heads, ffn_dim=self.ffn_dim or 4 * self.d_model)
+        config = self.for_length(DEFAULT_LENGTH)
+        return replace(
+            config, num_kv_heads=self.num_kv_heads or self.num_heads, ffn_dim=self.ffn_dim or 4 * self.d_model
+        )
+
+    def for_length(self, seq_len: int) -> LongNetConfig:
+        """Return the same configuration with branches for sequences of `seq_len` tokens, unless it has branches.
+
+        Example:
+            >>> LongNetConfig().for_length(65536).segment_lengths
+            (1024, 4096, 16384, 65536)
+        """
+        if self.segment_lengths is not None:
+            return self
+        pattern = Pattern.geometric(seq_len, base=1024, growth=4)
+        return replace(self, segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates)
 
     @property
     def pattern(self) -> Pattern:
         """The branches of the dilated attention."""
-        return Pattern(self.segment_lengths, self.dilation_rates, self.head_phases)
+        config = self.for_length(DEFAULT_LENGTH)
+        assert config.segment_lengths is not None
+        assert config.dilation_rates is not None
+        return Pattern(config.segment_lengths, config.dilation_rates, self.head_phases)
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LongNet:
         """Build the model, with newly initialised parameters.

@@ -142,7 +142,7 @@ class LongNet(nn.Module):
         # Unlike state_dict(), named_parameters() lists a tied weight once.
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(asdict(self.config.resolved), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: torch.device | str | None = None) -> LongNet:

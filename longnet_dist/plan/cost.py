@@ -85,6 +85,32 @@ def _from_others(segment: SharedSegment, ranks: list[int], counts: list[int]) ->
     return sum(count for rank, count in zip(ranks, counts, strict=True) if rank != segment.rank)
 
 
+def rank_flops(pattern: Pattern, shard: Shard, layer: LayerSize, strategies: tuple[str, ...] = ()) -> int:
+    """The floating-point operations of one forward on this rank alone; see `attention_flops`."""
+    strategies = strategies or choose_strategies(pattern, shard, layer)
+    plan = make_plan(pattern, shard, layer.num_kv_heads, layer.causal, strategies=strategies)
+
+    def square(count: int) -> int:
+        return count * (count + 1) // 2 if layer.causal else count * count
+
+    pairs = 0
+    for block in (*plan.local, *plan.own):
+        pairs += block.heads.phases * block.heads.per_phase * block.rows.segments * square(block.rows.count)
+    for part in (part for shared in plan.shared for part in shared.parts):
+        for remote in part.remote:
+            keys = sum(rows.count for rows in remote.key_rows)
+            pairs += remote.heads.phases * remote.heads.per_phase * remote.rows.count * keys
+        if part.segment.strategy == "all_to_all":
+            lo, hi = part.segment.rows_of(part.segment.team_of(part.segment.rank))
+            for head in part.segment.heads_of(part.segment.rank):
+                inside, before, after = (
+                    part.segment.kept(head, *rows)[1]
+                    for rows in ((lo, hi), (part.segment.start, lo), (hi, part.segment.stop))
+                )
+                pairs += square(inside) + inside * (before + (0 if layer.causal else after))
+    return 4 * layer.head_dim * pairs * (layer.num_heads // layer.num_kv_heads)
+
+
 def keeps_arrivals(branch: Branch, strategy: str, shard: Shard, layer: LayerSize, keep_kv: bool | None) -> bool:
     """Return whether the forward keeps what other ranks sent, for the backward; the same on every rank.
 

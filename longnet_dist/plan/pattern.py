@@ -126,6 +126,24 @@ class Pattern:
         """The branches, in the order of the arguments."""
         return tuple(map(Branch, self.segment_lengths, self.dilation_rates))
 
+    def reach(self, seq_len: int) -> int:
+        """Return how many tokens a token can see, itself included, in a sequence of `seq_len` tokens."""
+        return min(seq_len, max(self.segment_lengths))
+
+    def coverage(self, num_kv_heads: int) -> tuple[float, ...]:
+        """Return, for each branch, the share of tokens that some key/value head keeps.
+
+        It is 1 where the heads have every phase, and otherwise the number of their phases over r.
+
+        Example:
+            >>> Pattern((1024, 4096, 16384), (1, 4, 16)).coverage(num_kv_heads=4)
+            (1.0, 1.0, 0.25)
+        """
+        return tuple(
+            len({self.phase(head, num_kv_heads, branch) for head in range(num_kv_heads)}) / branch.dilation_rate
+            for branch in self.branches
+        )
+
     def phase(self, kv_head: int, num_kv_heads: int, branch: Branch) -> int:
         """Return the phase of a key/value head, and of its query heads, in `branch`: 0 <= phase < r."""
         if self.head_phases == "blocked":

@@ -13,7 +13,7 @@ from typing import Literal
 
 from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.data.sources import HUGGING_FACE
-from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.config import DEFAULT_LENGTH, LongNetConfig
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import MAX_SIZE
 from longnet_dist.training.parallel import ParallelConfig
@@ -40,7 +40,7 @@ class TrainConfig:
     """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"
     """Key or column that holds the text in a row of JSON lines or Parquet."""
-    seq_len: int = 16384
+    seq_len: int = DEFAULT_LENGTH
     """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
     batch_size: int = 1
     """Sequences per forward, over all data-parallel ranks together."""
@@ -109,6 +109,7 @@ class TrainConfig:
     """Architecture of the model, and how it computes."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "model", self.model.for_length(max(1, self.seq_len)))
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
         object.__setattr__(self, "data", tuple(map(str, data)))
         for path in self.data:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from longnet_dist.data.corpus import Corpus, num_files
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
 from longnet_dist.training.config import TrainConfig
+from longnet_dist.units import format_bytes
 
 
 @dataclass
@@ -88,6 +90,37 @@ def step_bytes(config: TrainConfig, mesh: SequenceMesh, data_ranks: int) -> int:
     layer = LayerSize(model.num_heads, num_kv_heads, model.d_model // model.num_heads, itemsize, causal=True)
     bytes_per_layer = bytes_received(model.pattern, mesh.shard, layer, mesh.strategies(layer), config.keep_kv)
     return sum(bytes_per_layer) * model.num_layers * config.grad_accumulation * config.batch_size // data_ranks
+
+
+def describe_run(
+    config: TrainConfig, corpus: Corpus, mesh: SequenceMesh, parameters: int, step_bytes: int
+) -> list[str]:
+    """Describe what a run reads, trains and communicates, in a few lines for its start.
+
+    Args:
+        config: the run's options.
+        corpus: its data.
+        mesh: the ranks of a sequence.
+        parameters: number of parameters of the model.
+        step_bytes: bytes that a rank receives for attention in a step.
+    """
+    index, pattern = corpus.index, config.model.pattern
+    num_bytes, documents = (sum(getattr(s, name) for s in index.shards) for name in ("num_bytes", "documents"))
+    files = num_files(config.data)
+    heads = config.model.num_kv_heads or config.model.num_heads
+    branches = ", ".join(
+        f"{branch}" + ("" if covered == 1 else f" which keeps {covered:.2%} of the tokens")
+        for branch, covered in zip(pattern.branches, pattern.coverage(heads), strict=True)
+    )
+    reach = pattern.reach(config.seq_len)
+    short = "" if reach == config.seq_len else f", although sequences have {config.seq_len:,}"
+    return [
+        f"data: {f'{files:,} files, ' if files else ''}{documents:,} documents, {format_bytes(num_bytes)} of text, "
+        f"{index.num_tokens:,} tokens by {index.tokenizer}",
+        f"model: {parameters:,} parameters; a token sees at most {reach:,} tokens{short}; branches {branches}",
+        f"ranks: {mesh.size} for each sequence of {config.seq_len:,} tokens, {mesh.shard.chunk:,} rows each; a rank "
+        f"receives {format_bytes(step_bytes)} a step for attention",
+    ]
 
 
 def peak_memory() -> int:

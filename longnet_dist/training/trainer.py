@@ -36,7 +36,7 @@ from longnet_dist.training.job import (
     lock_run_folder,
 )
 from longnet_dist.training.logs import RunLog
-from longnet_dist.training.measures import StepCost, step_bytes, step_flops, step_metrics
+from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
 from longnet_dist.training.optimizer import parameter_groups
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
@@ -135,6 +135,7 @@ class _Trainer:
         self.folder = create_run_folder(config, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)
         self.model = self._build_model()
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
         shard_parameters(self.model, self.model.blocks, device_mesh)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), betas=config.betas)
         self.checkpoints = Checkpoints(
@@ -162,9 +163,9 @@ class _Trainer:
             step = self._resume(log)
             log.begin(step)
             self.patience.gather(None, "open metrics.jsonl and the other logs")
-            log.print_line(
-                f"{self.num_ranks} ranks, {self.mesh.shard.chunk} rows of {config.seq_len} each; run {self.folder}"
-            )
+            for line in describe_run(config, self.corpus, self.mesh, self.num_parameters, self.costs[1]):
+                log.print_line(line)
+            log.print_line(f"run: {self.folder}, on {self.num_ranks} rank{'s' * (self.num_ranks > 1)}")
             profiled = min(step + 3, config.steps) if config.profile else 0
             while step < config.steps and not stop.agreed:
                 step += 1
@@ -223,6 +224,12 @@ class _Trainer:
         unit = "byte" if self.corpus.index.tokenizer == Bytes.name else "token"
         log.print_line(
             f"validation {self.validation:.3f} bits per byte; {unit}-unigram model {unigram:.3f} bits per byte"
+        )
+        log.print_line(
+            f"checkpoint: {self.checkpoints.latest}\n"
+            f"next: longnet-dist eval {self.folder}    bits per byte, by position\n"
+            f"      longnet-dist report {self.folder}    its curves\n"
+            f"      longnet-dist export {self.folder} FOLDER    for LongNet.from_pretrained"
         )
 
     def _save_checkpoint(self, step: int, log: RunLog) -> None:
