@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.models.config import LongNetConfig
     from longnet_dist.models.decoder import LongNet
-    from longnet_dist.models.loss import next_token_labels, token_loss
+    from longnet_dist.models.loss import next_token_targets, token_loss
     from longnet_dist.nn.attention import DilatedAttention
     from longnet_dist.plan.pattern import Branch, Pattern
     from longnet_dist.training.config import TrainConfig
@@ -37,7 +37,7 @@ __all__ = [
     "__version__",
     "dense_reference",
     "dilated_attention",
-    "next_token_labels",
+    "next_token_targets",
     "token_loss",
     "train",
 ]
@@ -54,7 +54,7 @@ _MODULES = {
     "TrainResult": "training.trainer",
     "dense_reference": "attention.reference",
     "dilated_attention": "attention.api",
-    "next_token_labels": "models.loss",
+    "next_token_targets": "models.loss",
     "token_loss": "models.loss",
     "train": "training.trainer",
 }

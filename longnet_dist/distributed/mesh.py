@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import numbers
+import os
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -76,6 +77,12 @@ class SequenceMesh:
     ) -> None:
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
         self.group = _process_group(group)
+        if self.group is None and not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
+            raise ValueError(
+                f"the group is None, and this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE): call "
+                "torch.distributed.init_process_group() first, and pass a group such as torch.distributed.group.WORLD. "
+                "With a process group initialised, None means that this process holds whole sequences"
+            )
         self.pattern = pattern
         self.seq_len = int(seq_len) if isinstance(seq_len, numbers.Integral) else seq_len
         self.strategy = strategy if isinstance(strategy, str) else tuple(strategy)
@@ -214,7 +221,7 @@ class SequenceMesh:
         total = self.sum(selected.sum(dtype=torch.promote_types(values.dtype, torch.float32)))
         return total / count.clamp(min=1).to(total.dtype)
 
-    def agree(self, facts: dict[str, Any], problem: str | None = None, *, always: bool = False) -> None:
+    def agree(self, facts: dict[str, Any], problem: str | None = None, *, always: bool = False) -> bool:
         """Check that every rank passes the same `facts` to a mesh with the same arguments. Collective.
 
         Groups on GPUs compare the same facts only once, because a comparison blocks the host. So a later
@@ -225,19 +232,23 @@ class SequenceMesh:
             problem: what is wrong on this rank, or None.
             always: whether to compare in every call, on GPUs too.
 
+        Returns:
+            Whether the facts were compared.
+
         Raises:
             ValueError: on every rank, if ranks differ or one has a `problem`.
         """
         if self.everyone is None:
             if problem:
                 raise ValueError(problem)
-            return
+            return False
         key = tuple((name, str(value)) for name, value in facts.items())
         if problem is None and key in self._agreed:
-            return
+            return False
         self.everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | facts, problem)
         if not always and self.everyone.device.type != "cpu":
             self._agreed.add(key)
+        return True
 
     def wrong_rows(self, name: str, num_rows: int) -> str:
         """Return the error message for a tensor that does not have this rank's number of rows."""

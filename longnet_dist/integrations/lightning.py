@@ -8,9 +8,9 @@
                 fully_shard(self.model, mesh=self.device_mesh)
 
         def training_step(self, tokens, _):  # Whole sequences, (B, N), the same on every rank of a sequence.
-            labels = next_token_labels(tokens)
-            loss = self.model(self.mesh.split(tokens), self.mesh, self.mesh.split(labels))
-            return {"loss": loss, "tokens": (labels != -100).sum()}
+            targets = next_token_targets(tokens)
+            loss = self.model(self.mesh.split(tokens), self.mesh, self.mesh.split(targets))
+            return {"loss": loss, "tokens": (targets != -100).sum()}
 
     Trainer(strategy=SequenceParallelStrategy(), devices=8).fit(Language(), loader)
 

@@ -26,7 +26,7 @@ from longnet_dist import internals
 from longnet_dist.attention.api import dilated_attention
 from longnet_dist.data.batches import digest
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
+from longnet_dist.models.loss import IGNORED, next_token_targets, token_loss
 from longnet_dist.plan.pattern import Pattern
 
 NAME = "longnet_dist"
@@ -127,7 +127,7 @@ def split_checked_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> 
     """Split a batch as `split_batch` does, without checking and comparing it again."""
     whole = dict(batch)
     if "labels" in whole:
-        whole["labels"] = whole["shift_labels"] = next_token_labels(whole["labels"])
+        whole["labels"] = whole["shift_labels"] = next_token_targets(whole["labels"])
     tokens = whole["input_ids"]
     whole["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     return whole if mesh is None else {name: mesh.split(x) for name, x in whole.items()}
@@ -342,5 +342,5 @@ class _Loss:
                     self.mesh,
                 )
             assert labels is not None
-            shift_labels = next_token_labels(labels, ignore_index)
+            shift_labels = next_token_targets(labels, ignore_index)
         return token_loss(logits, shift_labels, self.mesh, ignore_index, num_items_in_batch)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.config import LongNetConfig
-from longnet_dist.models.loss import linear_token_loss
+from longnet_dist.models.loss import check_targets, linear_token_loss
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
 from longnet_dist.nn.rotary import Rotation
@@ -83,29 +83,27 @@ class LongNet(nn.Module):
             assert isinstance(block, Block)
             block.reset_parameters(self.config.num_layers)
 
-    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None, labels: Tensor | None = None) -> Tensor:
-        """Compute the logits of the next token, or the loss if there are labels.
+    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None, targets: Tensor | None = None) -> Tensor:
+        """Compute the logits of the next token, or the loss if there are targets.
 
         Args:
             tokens: (B, N), int64; with a mesh (B, L), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-            labels: the shape of `tokens`, int64; see `next_token_labels`.
+            targets: the token after each of `tokens`, of their shape: `next_token_targets(tokens)`, and with a mesh
+                `mesh.split(next_token_targets(tokens))`. They are not shifted again.
 
         Returns:
-            Logits, (B, N or L, vocab_size). With `labels`, the mean loss of `token_loss`; the logits then never exist
+            Logits, (B, N or L, vocab_size). With `targets`, the mean loss of `token_loss`; the logits then never exist
             as a whole.
 
         Raises:
-            ValueError: if a shape is wrong, or the mesh has another pattern or length.
+            ValueError: if a shape is wrong, or the mesh has another pattern or length; if targets are not shifted, or
+                ranks of a mesh have different sequences.
         """
-        x = self.features(tokens, mesh)
-        if labels is None:
-            return self.output(x)
-        if labels.shape != tokens.shape:
-            refuse(
-                f"labels is {tuple(labels.shape)} and tokens {tuple(tokens.shape)}; they must have the same shape", mesh
-            )
-        return linear_token_loss(x, self.output.weight, labels, mesh)
+        if targets is None:
+            return self.output(self.features(tokens, mesh))
+        check_targets(tokens, targets, mesh)
+        return linear_token_loss(self.features(tokens, mesh), self.output.weight, targets, mesh)
 
     def features(self, tokens: Tensor, mesh: SequenceMesh | None = None) -> Tensor:
         """Compute the features that the output projection takes.

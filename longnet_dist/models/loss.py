@@ -10,77 +10,129 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
 
 IGNORED = -100
-"""The label of tokens that do not count."""
+"""The target of tokens that do not count."""
 _MAX_ROWS, _MAX_LOGITS = 4096, 1 << 24
 """The largest part of the logits in memory at once: this many rows, and this many logits (but at least one row)."""
 
 
-def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """Return the label of each token of whole sequences: the next token, and `ignore_index` for the last.
+def next_token_targets(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
+    """Return the target of each token of whole sequences: the next token, and `ignore_index` for the last.
 
-    Shift first, split after: the label of a chunk's last token is in the next rank's chunk.
+    Shift first, split after: the target of a chunk's last token is in the next rank's chunk.
 
     Args:
         tokens: (B, N), whole sequences.
-        ignore_index: the label of the last token.
+        ignore_index: the target of the last token.
 
     Returns:
-        The labels, (B, N).
+        The targets, (B, N).
 
     Example:
-        >>> next_token_labels(torch.tensor([[5, 6, 7]]))
+        >>> next_token_targets(torch.tensor([[5, 6, 7]]))
         tensor([[   6,    7, -100]])
     """
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
 
 
+def check_targets(tokens: Tensor, targets: Tensor, mesh: SequenceMesh | None = None) -> None:
+    """Check that targets are the tokens that follow, and that the ranks of a mesh hold parts of the same sequences.
+
+    Over a mesh, the last target of a rank must be the first token of the next rank. Groups on GPUs compare
+    them only in the first call, because a comparison blocks the host.
+
+    Args:
+        tokens: (B, N); with a mesh (B, L), this rank's rows.
+        targets: the same shape.
+        mesh: the ranks that hold the sequences.
+
+    Raises:
+        ValueError: on every rank, if shapes differ, targets are the tokens themselves, or ranks do not fit.
+    """
+    problem = None
+    if targets.shape != tokens.shape or tokens.dim() != 2:
+        problem = f"targets is {tuple(targets.shape)} and tokens {tuple(tokens.shape)}; both must be (B, N or L)"
+    elif targets is tokens or (not torch.compiler.is_compiling() and _is_unshifted(tokens, targets)):
+        problem = "targets are the tokens themselves; they must be the tokens that follow: next_token_targets(tokens)"
+    if mesh is None or torch.compiler.is_compiling():
+        if problem:
+            raise ValueError(problem)
+        return
+    if not mesh.agree({"call": "targets", "batch": len(tokens)}, problem) or mesh.everyone is None:
+        return
+    edges = torch.full((2, len(tokens)), IGNORED, dtype=torch.int64, device=tokens.device)
+    if tokens.shape[1]:
+        edges[0], edges[1] = tokens[:, 0], targets[:, -1]
+    first, last = mesh.everyone.all_gather(edges, "comparing targets").wait().unbind(1)
+    following, expected = first[1:], last[:-1]
+    wrong = (following != expected) & (following != IGNORED) & (expected != IGNORED)
+    if wrong.any():
+        rank, row = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"the last target of rank {rank} is {expected[rank, row]}, and the first token of rank {rank + 1} is "
+            f"{following[rank, row]}: all ranks of a mesh need parts of the same sequences, with targets that were "
+            "shifted before they were split: mesh.split(next_token_targets(tokens))"
+        )
+
+
+def _is_unshifted(tokens: Tensor, targets: Tensor) -> bool:
+    """Return whether targets equal tokens, which are not all the same. Only on CPUs: elsewhere the host would wait."""
+    on_cpu = tokens.device.type == targets.device.type == "cpu"
+    return on_cpu and tokens.shape[1] > 1 and torch.equal(tokens, targets) and bool((tokens != tokens[:, :1]).any())
+
+
 def token_loss(
     logits: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     mesh: SequenceMesh | None = None,
     ignore_index: int = IGNORED,
     num_items: Tensor | int | None = None,
 ) -> Tensor:
-    """Compute the mean cross-entropy over the valid labels of all ranks, in nats.
+    """Compute the mean cross-entropy over the valid targets of all ranks, in nats.
 
     Each token has the same weight, whichever rank holds it.
 
     Args:
         logits: (B, L, vocab), the logits of this rank's rows.
-        labels: (B, L), int64, shifted before they were split.
+        targets: (B, L), int64, shifted before they were split.
         mesh: the ranks that hold the sequence; chunks may be uneven or empty. `SequenceMesh.token_mean` says what
             the gradients of each rank are.
-        ignore_index: the label of tokens that do not count.
-        num_items: divisor of the sum, in place of the number of valid labels. With gradient accumulation, pass the
-            number of valid labels in all calls of a step.
+        ignore_index: the target of tokens that do not count.
+        num_items: divisor of the sum, in place of the number of valid targets. With gradient accumulation, pass the
+            number of valid targets in all calls of a step.
 
     Returns:
-        A scalar, float32 (float64 for float64 logits), the same on every rank; 0 if no label is valid.
+        A scalar, float32 (float64 for float64 logits), the same on every rank; 0 if no target is valid.
 
     Example:
         >>> round(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).item(), 4)
         1.6094
     """
+    if logits.shape[:-1] != targets.shape:
+        refuse(
+            f"targets is {tuple(targets.shape)} and logits {tuple(logits.shape)}; each row of logits needs one target: "
+            "with a mesh, pass mesh.split(next_token_targets(tokens))",
+            mesh,
+        )
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, -2).to(dtype), labels.flatten(), ignore_index=ignore_index, reduction="none"
+        logits.flatten(0, -2).to(dtype), targets.flatten(), ignore_index=ignore_index, reduction="none"
     )
     if num_items is not None:
         total = losses.sum() if mesh is None else mesh.sum(losses.sum())
         return total / torch.as_tensor(num_items, device=total.device)
-    mask = labels.flatten() != ignore_index
+    mask = targets.flatten() != ignore_index
     if mesh is not None:
         return mesh.token_mean(losses, mask)
     return losses.sum() / mask.sum().clamp(min=1)
 
 
 def linear_token_loss(
-    x: Tensor, weight: Tensor, labels: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = IGNORED
+    x: Tensor, weight: Tensor, targets: Tensor, mesh: SequenceMesh | None = None, ignore_index: int = IGNORED
 ) -> Tensor:
-    """Compute `token_loss(x @ weight.T, labels, ...)` without ever holding all logits.
+    """Compute `token_loss(x @ weight.T, targets, ...)` without ever holding all logits.
 
     The forward computes the logits of a few thousand rows at a time, and the gradients with them. The
     result is differentiable once: a backward with `create_graph=True` raises ValueError.
@@ -88,32 +140,34 @@ def linear_token_loss(
     Args:
         x: (B, L, E), the features of this rank's rows.
         weight: (vocab, E), the weight of the output projection.
-        labels, mesh, ignore_index: as for `token_loss`.
+        targets, mesh, ignore_index: as for `token_loss`.
 
     Returns:
         A scalar, as `token_loss` returns.
 
     Example:
-        >>> x, weight, labels = torch.randn(1, 6, 8), torch.randn(5, 8), torch.randint(5, (1, 6))
-        >>> torch.allclose(linear_token_loss(x, weight, labels), token_loss(x @ weight.T, labels), atol=1e-5)
+        >>> x, weight, targets = torch.randn(1, 6, 8), torch.randn(5, 8), torch.randint(5, (1, 6))
+        >>> torch.allclose(linear_token_loss(x, weight, targets), token_loss(x @ weight.T, targets), atol=1e-5)
         True
     """
-    total, _ = _LinearLoss.apply(x.flatten(0, -2), weight, labels.flatten(), ignore_index, torch.is_grad_enabled())
-    count = (labels != ignore_index).sum().double()
+    if x.shape[:-1] != targets.shape:
+        refuse(f"targets is {tuple(targets.shape)} and x {tuple(x.shape)}; each row of x needs one target", mesh)
+    total, _ = _LinearLoss.apply(x.flatten(0, -2), weight, targets.flatten(), ignore_index, torch.is_grad_enabled())
+    count = (targets != ignore_index).sum().double()
     if mesh is not None:
         total, count = mesh.sum(total), mesh.sum(count)
     return total / count.clamp(min=1).to(total.dtype)
 
 
 @torch.no_grad()
-def linear_token_losses(x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
+def linear_token_losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Compute the cross-entropy of each token, in nats, without ever holding all logits; not differentiable.
 
     Args:
         x: (B, L, E), the features that the output projection takes.
         weight: (vocab, E), the weight of the output projection.
-        labels: (B, L), int64.
-        ignore_index: the label of tokens that do not count.
+        targets: (B, L), int64.
+        ignore_index: the target of tokens that do not count.
 
     Returns:
         The losses, (B, L), float32 (float64 for float64); 0 for tokens that do not count.
@@ -122,21 +176,21 @@ def linear_token_losses(x: Tensor, weight: Tensor, labels: Tensor, ignore_index:
         >>> linear_token_losses(torch.zeros(1, 2, 8), torch.zeros(4, 8), torch.tensor([[3, -100]]))
         tensor([[1.3863, 0.0000]])
     """
-    _, losses = _LinearLoss.apply(x.flatten(0, -2), weight, labels.flatten(), ignore_index, False)
-    return losses.view(labels.shape)
+    _, losses = _LinearLoss.apply(x.flatten(0, -2), weight, targets.flatten(), ignore_index, False)
+    return losses.view(targets.shape)
 
 
 class _LinearLoss(torch.autograd.Function):
     """The sum of the cross-entropies, and the cross-entropy of each token (without a gradient).
 
-    forward:  for a part of the rows at a time, logits = x w' and p = softmax(logits) - onehot(label);
+    forward:  for a part of the rows at a time, logits = x w' and p = softmax(logits) - onehot(target);
               dx = p w, dw += p' x
     backward: dx and dw, times the gradient of the sum
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, with_gradient: bool
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.promote_types(x.dtype, torch.float32)
         losses = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
@@ -144,14 +198,14 @@ class _LinearLoss(torch.autograd.Function):
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if with_gradient else None
         rows = min(_MAX_ROWS, max(1, _MAX_LOGITS // weight.shape[0]))
         for first in range(0, x.shape[0], rows):
-            part, label = x[first : first + rows], labels[first : first + rows]
-            valid = label != ignore_index
-            label = label.where(valid, 0)[:, None]
+            part, target = x[first : first + rows], targets[first : first + rows]
+            valid = target != ignore_index
+            target = target.where(valid, 0)[:, None]
             log_p = nn.functional.linear(part, weight).to(dtype).log_softmax(-1)
-            losses[first : first + rows] = torch.where(valid, -log_p.gather(1, label)[:, 0], 0)
+            losses[first : first + rows] = torch.where(valid, -log_p.gather(1, target)[:, 0], 0)
             if dx is not None and dw is not None:
                 p = log_p.exp_()
-                p.scatter_add_(1, label, torch.full_like(label, -1, dtype=dtype))
+                p.scatter_add_(1, target, torch.full_like(target, -1, dtype=dtype))
                 p = torch.where(valid[:, None], p, 0).to(weight.dtype)
                 dx[first : first + rows] = p @ weight
                 dw += p.T @ part
@@ -165,8 +219,8 @@ class _LinearLoss(torch.autograd.Function):
         # torch.autograd.grad silently ignores `once_differentiable`.
         if torch.is_grad_enabled():
             raise ValueError(
-                "linear_token_loss has no second derivative (create_graph=True): use token_loss(x @ weight.T, labels), "
-                "which has every derivative"
+                "linear_token_loss has no second derivative (create_graph=True): use token_loss(x @ weight.T, "
+                "targets), which has one"
             )
         dx, dw = ctx.saved_tensors
         return (dx * grad).to(dx.dtype), (dw * grad).to(dw.dtype), None, None, None

@@ -162,7 +162,7 @@ class StepRunner:
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
-            return self.model(tokens, mesh=self.mesh, labels=labels)
+            return self.model(tokens, mesh=self.mesh, targets=labels)
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))

@@ -21,7 +21,7 @@ from longnet_dist import (
     SequenceMesh,
     dense_reference,
     dilated_attention,
-    next_token_labels,
+    next_token_targets,
     token_loss,
 )
 from longnet_dist.models.loss import linear_token_loss
@@ -134,7 +134,7 @@ def compare_losses(group, num_tokens):
     """Compare the loss and a parameter's gradient with one process; chunks are uneven, and some labels ignored."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(11, (2, num_tokens), generator=generator)
-    labels = next_token_labels(tokens)
+    labels = next_token_targets(tokens)
     labels[:, : num_tokens // 3] = -100
     logits = torch.randn(2, num_tokens, 11, dtype=torch.float64, generator=generator)
     results = []
@@ -162,6 +162,43 @@ def test_masked_values_have_no_weight_and_may_be_nan():
     mean.backward()
     assert mean.item() == 2
     assert values.grad.tolist() == [0.5, 0, 0.5, 0]
+
+
+def train_on_other_tokens(group, what):
+    """Return the error that this rank gets where rank 1 has other sequences, or no rank shifted its targets."""
+    model = LongNetConfig(d_model=8, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4)).build()
+    mesh = SequenceMesh(group, model.config.pattern, 61)
+    torch.manual_seed(1 if what == "another batch" and mesh.rank == 1 else 0)
+    tokens = torch.randint(257, (2, 61))
+    local = mesh.split(tokens)
+    targets = {"shifted after the split": next_token_targets(local).clamp(min=0), "not shifted": local.clone()}
+    try:
+        model(local, mesh=mesh, targets=targets.get(what, mesh.split(next_token_targets(tokens))))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("another batch", "all ranks of a mesh need parts of the same sequences"),
+        ("shifted after the split", "shifted before they were split"),
+        ("not shifted", "the tokens themselves"),
+        ("nothing wrong", "no error"),
+    ],
+)
+def test_ranks_with_other_tokens_or_targets_are_refused_on_every_rank(pool, what, message):
+    errors = pool.run(4, train_on_other_tokens, what)
+    assert len(set(errors)) == 1
+    assert message in errors[0]
+
+
+def test_no_group_among_several_processes_is_an_error(monkeypatch):
+    """dist.group.WORLD is None before init_process_group: each process would train alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"one of 2 processes .*: call torch.distributed.init_process_group\(\) first"):
+        SequenceMesh(dist.group.WORLD, PATTERN, 64)
 
 
 def use_three_meshes(group):
@@ -241,10 +278,10 @@ def compare_model(group, checkpointing):
     model = config.build(dtype=torch.float64)
     mesh = SequenceMesh(group, config.pattern, 90)
     tokens = torch.randint(257, (1, 90))
-    labels = next_token_labels(tokens)
+    labels = next_token_targets(tokens)
     expected = token_loss(model(tokens), labels)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
-    loss = model(mesh.split(tokens), mesh=mesh, labels=mesh.split(labels))
+    loss = model(mesh.split(tokens), mesh=mesh, targets=mesh.split(labels))
     assert_close(loss, expected, rtol=0, atol=1e-12)
     for grad, expected_grad in zip(torch.autograd.grad(loss, list(model.parameters())), expected_grads, strict=True):
         assert_close(mesh.sum(grad), expected_grad, rtol=0, atol=1e-11)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, default_collate
 
-from longnet_dist import LongNetConfig, next_token_labels
+from longnet_dist import LongNetConfig, next_token_targets
 from tests.launch.jobs import forked
 from tests.launch.trainers.examples import losses_in, output_of
 
@@ -22,12 +22,12 @@ CONFIG = LongNetConfig(
 
 
 def make_sequences(num_sequences=10, rows=N):
-    """Make sequences with uneven numbers of valid labels."""
+    """Make sequences with uneven numbers of valid targets."""
     tokens = (torch.arange(num_sequences)[:, None] * 3 + torch.arange(rows) * 7) % 30
-    labels = next_token_labels(tokens)
-    for i, label in enumerate(labels):
+    targets = next_token_targets(tokens)
+    for i, label in enumerate(targets):
         label[rows - 1 - 5 * i :] = -100
-    return [{"tokens": a, "labels": b} for a, b in zip(tokens, labels, strict=True)]
+    return [{"tokens": a, "targets": b} for a, b in zip(tokens, targets, strict=True)]
 
 
 def make_batches(sequences, size):
@@ -47,8 +47,8 @@ def fit_alone(weighting):
         sampler.set_epoch(epoch)  # Lightning shuffles training data that it shards.
         batches = make_batches([make_sequences()[i] for i in sampler], 2)
         for step in (batches[first : first + size] for first in range(0, 5, size)):
-            losses = [model(batch["tokens"], None, batch["labels"]) for batch in step]
-            counts = [int((batch["labels"] != -100).sum()) for batch in step]
+            losses = [model(batch["tokens"], None, batch["targets"]) for batch in step]
+            counts = [int((batch["targets"] != -100).sum()) for batch in step]
             # Without counts, Lightning divides by accumulate_grad_batches, also in a last step of fewer batches.
             by_token = weighting == "by token"
             weights = [n / sum(counts) for n in counts] if by_token else [1 / size] * len(step)
@@ -98,7 +98,7 @@ def test_ranks_learn_what_one_process_does(job_results, groups):
     assert mean_losses(job_results[groups], "by token") == pytest.approx(expected, **CLOSE)
     held_out = make_batches(make_sequences(4), 2 // groups)
     with torch.no_grad():
-        validated = [model(batch["tokens"], None, batch["labels"]).item() for batch in held_out]
+        validated = [model(batch["tokens"], None, batch["targets"]).item() for batch in held_out]
     for results in job_results[groups]:
         mean = pytest.approx(sum(validated) / len(validated), **CLOSE)
         assert results["validated"] == results["validated again"] == mean
@@ -137,7 +137,7 @@ ERRORS = {
     (1, "local tokens"): '"tokens" differs between ranks 0 to 1',
     (1, "one token more"): '"tokens" differs between ranks 0 to 1',
     (1, "some tokens"): "for some batches of a step only",
-    (1, "local loss"): r"the loss differs between ranks 0 to 1, .* return token_loss\(logits, labels, mesh\)",
+    (1, "local loss"): r"the loss differs between ranks 0 to 1, .* return token_loss\(logits, targets, mesh\)",
     (1, "manual tokens"): "in automatic optimization",
     (2, "same"): "all 2 data-parallel groups have the same batch",
     (2, "half"): "are not sharded over all 4 ranks",

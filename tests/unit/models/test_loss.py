@@ -8,7 +8,8 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_dist.models import loss
-from longnet_dist.models.loss import linear_token_loss, linear_token_losses, next_token_labels, token_loss
+from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.loss import linear_token_loss, linear_token_losses, next_token_targets, token_loss
 
 
 def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):
@@ -20,7 +21,31 @@ def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):
 
 
 def test_labels_are_the_next_tokens():
-    assert next_token_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+    assert next_token_targets(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (lambda tokens: tokens, "the tokens themselves"),
+        (lambda tokens: tokens.clone(), "the tokens themselves"),
+        (lambda tokens: tokens[:, 1:], r"targets is \(1, 4\) and tokens \(1, 5\)"),
+    ],
+)
+def test_targets_that_were_not_shifted_are_refused(targets, message):
+    """A model of transformers shifts its labels, so its users would pass the tokens."""
+    model = LongNetConfig(d_model=8, num_layers=1, num_heads=2).build()
+    tokens = torch.tensor([[5, 6, 7, 5, 9]])
+    with pytest.raises(ValueError, match=message):
+        model(tokens, targets=targets(tokens))
+    assert model(tokens, targets=next_token_targets(tokens)).isfinite()
+
+
+def test_targets_and_logits_must_have_the_same_rows():
+    with pytest.raises(ValueError, match=r"targets is \(1, 4\) and logits \(1, 3, 5\)"):
+        token_loss(torch.zeros(1, 3, 5), torch.zeros(1, 4, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"targets is \(1, 4\) and x \(1, 3, 5\)"):
+        linear_token_loss(torch.zeros(1, 3, 5), torch.zeros(7, 5), torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_loss_without_valid_labels_is_zero():
