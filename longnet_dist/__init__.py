@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from longnet_dist.attention.api import dilated_attention
     from longnet_dist.attention.bias import T5Bias
     from longnet_dist.attention.reference import dense_reference
+    from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.models.config import LongNetConfig
     from longnet_dist.models.decoder import LongNet
@@ -37,6 +38,7 @@ __all__ = [
     "__version__",
     "dense_reference",
     "dilated_attention",
+    "load_tokenizer",
     "next_token_targets",
     "token_loss",
     "train",
@@ -54,6 +56,7 @@ _MODULES = {
     "TrainResult": "training.trainer",
     "dense_reference": "attention.reference",
     "dilated_attention": "attention.api",
+    "load_tokenizer": "data.tokenizers",
     "next_token_targets": "models.loss",
     "token_loss": "models.loss",
     "train": "training.trainer",

@@ -20,6 +20,7 @@ from longnet_dist.cli.export import run_export
 from longnet_dist.cli.options import PathError, check_values, path_registry
 from longnet_dist.cli.plan import run_plan
 from longnet_dist.cli.report import run_report
+from longnet_dist.cli.score import run_score
 from longnet_dist.cli.tokenize import run_tokenize
 from longnet_dist.cli.train import run_train
 
@@ -27,6 +28,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "train": run_train,
     "tokenize": run_tokenize,
     "eval": run_eval,
+    "score": run_score,
     "export": run_export,
     "report": run_report,
     "draw": run_draw,

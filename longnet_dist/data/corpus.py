@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,6 +45,11 @@ class Corpus:
     folder: Path
     index: Index
     validation_fraction: float
+
+    @property
+    def tokens_hash(self) -> str:
+        """A hash of all tokens, by which a run recognises its data."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.index.shards).encode()).hexdigest()[:16]
 
     @property
     def train(self) -> TokenStream:
@@ -107,6 +113,8 @@ def tokenize(
             yield from read_documents(sources[index], text_field, require_utf8=require_utf8)
 
     write_tokens(documents, loaded_tokenizer, folder, source_hash, shard_tokens, progress)
+    if tokenizer is not None and not (folder / Path(tokenizer).name).exists():  # For exports of models trained on it.
+        shutil.copyfile(tokenizer, folder / Path(tokenizer).name)
     return folder
 
 

@@ -99,7 +99,8 @@ class _TiktokenTokenizer:
     """The tokenizer in a `*.tiktoken` file, in which each line is a token in base64 and its rank.
 
     The file's name selects the encoding, because the package, not the file, holds its other parts: the pattern that
-    splits text, and the special tokens.
+    splits text, and the special tokens. A file with ranks of its own, NAME.ENCODING.tiktoken, is split in that
+    encoding's way, and has one special token after its ranks, the end of a document.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -107,18 +108,27 @@ class _TiktokenTokenizer:
         from tiktoken_ext import openai_public
 
         self.name = name
-        if path.stem not in openai_public.ENCODING_CONSTRUCTORS:
+        encoding = path.stem.rpartition(".")[2]
+        if encoding not in openai_public.ENCODING_CONSTRUCTORS:
             raise ValueError(
-                f"--tokenizer {path}: the file does not say how to split text before its ranks apply, so it must be "
-                f"named as tiktoken names its encoding: {', '.join(openai_public.ENCODING_CONSTRUCTORS)}"
+                f"--tokenizer {path}: the file does not say how to split text before its ranks apply, so its name must "
+                "be that of an encoding, or end in it, as NAME.cl100k_base.tiktoken: "
+                f"{', '.join(openai_public.ENCODING_CONSTRUCTORS)}"
             )
         ranks = _read_ranks(path)
         try:
-            # The constructor would download the ranks; use the file's.
-            with patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks):
-                self._encoding = tiktoken.Encoding(**openai_public.ENCODING_CONSTRUCTORS[path.stem]())
+            # The constructors would download the ranks; use the file's.
+            with (
+                patch.object(openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks),
+                patch.object(openai_public, "data_gym_to_mergeable_bpe_ranks", lambda *_, **__: ranks),
+            ):
+                options = openai_public.ENCODING_CONSTRUCTORS[encoding]()
+            if encoding != path.stem:
+                size = max(ranks.values()) + 1
+                options |= {"special_tokens": {"<|endoftext|>": size}, "explicit_n_vocab": None}
+            self._encoding = tiktoken.Encoding(**options)
         except Exception as error:  # It raises nothing more specific.
-            raise ValueError(f"--tokenizer {path} does not hold the ranks of {path.stem}: {error!r}") from None
+            raise ValueError(f"--tokenizer {path} does not hold the ranks of {encoding}: {error!r}") from None
         self.vocab_size, self.end_of_document = self._encoding.n_vocab, self._encoding.eot_token
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -142,11 +152,13 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def load_tokenizer(path: Path | None) -> Tokenizer:
+def load_tokenizer(path: Path | str | None = None) -> Tokenizer:
     """Load the tokenizer in a file.
 
     Args:
         path: a file `*.json` of the package `tokenizers`, or `*.tiktoken` of the package `tiktoken`; None for bytes.
+            A `*.tiktoken` file is named by its encoding, as `cl100k_base.tiktoken`, or `mine.cl100k_base.tiktoken` if
+            its ranks are its own. Nothing is downloaded.
 
     Returns:
         The tokenizer.
@@ -160,6 +172,7 @@ def load_tokenizer(path: Path | None) -> Tokenizer:
     """
     if path is None:
         return Bytes()
+    path = Path(path)
     classes: dict[str, Any] = {".json": _HuggingFaceTokenizer, ".tiktoken": _TiktokenTokenizer}
     if path.suffix not in classes:
         raise ValueError(f"--tokenizer {path}: give a file named *.json (tokenizers) or *.tiktoken")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from longnet_dist.models.decoder import LongNet
 
+BYTES_VOCABULARY = 257
 DEFAULT_LENGTH = 16384
 """The length of the sequences for which branches are chosen if nothing else says it, in tokens."""
 _CHOICES = {
@@ -33,8 +34,9 @@ class LongNetConfig:
         256
     """
 
-    vocab_size: int = 257
-    """Number of token ids; the default is the 256 bytes and an end-of-document token."""
+    vocab_size: int = BYTES_VOCABULARY
+    """Number of token ids; the default is the 256 bytes and an end-of-document token, or in a run the number that its
+    tokenizer has, if that is larger."""
     d_model: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
@@ -93,10 +95,8 @@ class LongNetConfig:
     @property
     def resolved(self) -> LongNetConfig:
         """The same configuration with the values that depend on others filled in."""
-        config = self.for_length(DEFAULT_LENGTH)
-        return replace(
-            config, num_kv_heads=self.num_kv_heads or self.num_heads, ffn_dim=self.ffn_dim or 4 * self.d_model
-        )
+        num_kv_heads, ffn_dim = self.num_kv_heads or self.num_heads, self.ffn_dim or 4 * self.d_model
+        return replace(self.for_length(DEFAULT_LENGTH), num_kv_heads=num_kv_heads, ffn_dim=ffn_dim)
 
     def for_length(self, seq_len: int) -> LongNetConfig:
         """Return the same configuration with branches for sequences of `seq_len` tokens, unless it has branches.

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -15,12 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from longnet_dist.data.tokenizers import load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.loss import check_targets, linear_token_loss
+from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
 from longnet_dist.nn.rotary import Rotation
+from longnet_dist.paths import write_whole
 
 
 class LongNet(nn.Module):
@@ -44,6 +48,8 @@ class LongNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.tokenizer_file: Path | None = None
+        """The file of the tokenizer that the model was trained with, as `from_pretrained` found it."""
         E = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
         self.blocks = nn.ModuleList(self._block(device, dtype) for _ in range(config.num_layers))
@@ -129,33 +135,82 @@ class LongNet(nn.Module):
                 x = self._with_checkpointing(block)(x, mesh, rotation)
         return self.norm(x)
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write `config.json` and `model.safetensors` into `folder`, for `from_pretrained`.
+    def score(self, text_or_ids: str | bytes | Tensor, mesh: SequenceMesh | None = None) -> Tensor:
+        """Compute the log-likelihood of each token given the tokens before it, in nats, without gradients.
+
+        The logits never exist as a whole.
+
+        Args:
+            text_or_ids: a text, for the tokenizer of the model; or token ids, (N,), int64.
+            mesh: the ranks that share the sequence, which all pass it whole; the call is then collective.
+
+        Returns:
+            (N - 1,), float32 (float64 for float64): one number for each token but the first, the same on every rank.
+
+        Raises:
+            ValueError: for a text that the tokenizer cannot encode, fewer than 2 tokens, or ids of a wrong shape.
+
+        Example:
+            >>> LongNetConfig(d_model=32, num_layers=1).build().eval().score("some text").shape
+            torch.Size([8])
+        """
+        ids = text_or_ids
+        if not isinstance(ids, Tensor):
+            text = ids.encode() if isinstance(ids, str) else ids
+            ids = torch.from_numpy(load_tokenizer(self.tokenizer_file).encode([text])[0].astype("int64"))
+        if ids.dim() != 1 or len(ids) < 2 or ids.is_floating_point():
+            refuse(f"token ids are {ids.dtype} of shape {tuple(ids.shape)}; they must be integers, (N,), N >= 2", mesh)
+        tokens = ids[None].to(self.output.weight.device)
+        if mesh is None:
+            return log_likelihoods(self, tokens)[0]
+        shard = mesh.shard
+        scores = log_likelihoods(self, tokens[:, shard.start : min(shard.stop + 1, mesh.seq_len)], mesh)
+        padded = torch.nn.functional.pad(scores, (0, shard.num_rows - scores.shape[1]))
+        return mesh.join(padded)[0, :-1]
+
+    def save_pretrained(self, folder: Path | str, tokenizer: Path | str | None = None) -> None:
+        """Write `config.json`, `model.safetensors` and the tokenizer's file into `folder`, for `from_pretrained`.
 
         Args:
             folder: the folder to write into; created if it is missing.
+            tokenizer: the tokenizer's file; by default `tokenizer_file`. Without one, tokens are bytes.
         """
-        folder = Path(folder)
+        folder, source = Path(folder), tokenizer or self.tokenizer_file
         folder.mkdir(parents=True, exist_ok=True)
+        loaded = load_tokenizer(source)
+        about = {"name": loaded.name, "file": None, "end_of_document": loaded.end_of_document}
+        if source is not None:
+            about["file"] = Path(source).name
+            if Path(source).resolve() != (folder / Path(source).name).resolve():
+                shutil.copyfile(source, folder / Path(source).name)
         # Unlike state_dict(), named_parameters() lists a tied weight once.
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(asdict(self.config.resolved), indent=2) + "\n")
+        (folder / "model.safetensors").chmod(0o644)  # It was written for its owner alone.
+        write_whole(folder / "config.json", json.dumps(asdict(self.config.resolved) | {"tokenizer": about}, indent=2))
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: torch.device | str | None = None) -> LongNet:
-        """Load a model that `save_pretrained` or `longnet-dist export` wrote, in the dtype of the file.
+        """Load a model that `save_pretrained` or `longnet-dist export` wrote, in the dtype of the file, in eval mode.
 
         Args:
             folder: the folder with `config.json` and `model.safetensors`.
             device: device of the parameters; the CPU by default.
 
         Raises:
-            ValueError: if the tensors are not those of the configuration.
+            ValueError: if the tensors are not those of the configuration, or the folder is that of a run.
             FileNotFoundError: if a file is missing.
         """
         folder = Path(folder)
-        config = LongNetConfig(**json.loads((folder / "config.json").read_text()))
+        content = json.loads((folder / "config.json").read_text())
+        if "model" in content and "seq_len" in content:
+            raise ValueError(f"{folder} is a run; export its model first: longnet-dist export {folder} FOLDER")
+        tokenizer = content.pop("tokenizer", None) or {}
+        if unknown := sorted(content.keys() - {f.name for f in fields(LongNetConfig)}):
+            raise ValueError(
+                f"{folder / 'config.json'} has unknown options: {', '.join(unknown)}; another version may know them"
+            )
+        config = LongNetConfig(**content)
         tensors = load_file(folder / "model.safetensors")
         model = cls(config, device, next(iter(tensors.values())).dtype)
         expected = {name: p.shape for name, p in model.named_parameters()}
@@ -169,7 +224,9 @@ class LongNet(nn.Module):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[name])
-        return model
+        if tokenizer.get("file"):
+            model.tokenizer_file = folder / Path(tokenizer["file"]).name
+        return model.eval()
 
     def _with_checkpointing(self, block: Block) -> Callable[..., Tensor]:
         """Wrap a block in the configured activation checkpointing."""

@@ -11,6 +11,9 @@ from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.rotary import Rotation
 
+_PART = 1 << 15
+"""Rows that a feed-forward network transforms at a time, without gradients."""
+
 
 class FeedForward(nn.Module):
     """Feed-forward network: linear, GELU, Magneto's sub-LayerNorm, linear, dropout.
@@ -38,7 +41,16 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Transform each row, (B, L, E) -> (B, L, E)."""
+        """Transform each row, (B, L, E) -> (B, L, E).
+
+        Without gradients, rows are transformed in parts, so that the hidden layer of a long sequence never exists as
+        a whole.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.shape[1] <= _PART:
+            return self._transform(x)
+        return torch.cat([self._transform(part) for part in x.split(_PART, dim=1)], dim=1)
+
+    def _transform(self, x: Tensor) -> Tensor:
         return self.dropout(self.fc2(self.inner_norm(nn.functional.gelu(self.fc1(x)))))
 
 

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from longnet_dist.best_effort import print_note
 from longnet_dist.checkpoints.storage import RunFiles, in_store, storage_path, write_problem
 from longnet_dist.data.corpus import Corpus, open_corpus
+from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.distributed.patience import Patience
-from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.config import BYTES_VOCABULARY, LongNetConfig
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.parallel import ParallelConfig
 
@@ -205,7 +206,7 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
 def _describe_misfit(corpus: Corpus, config: TrainConfig) -> str | None:
     """Return why a corpus cannot be trained on with these options, or None."""
     required, seq_len = corpus.index.vocab_size, config.seq_len
-    if config.model.vocab_size < required:
+    if BYTES_VOCABULARY != config.model.vocab_size < required:
         return (
             f"vocab_size is {config.model.vocab_size}, and the data's tokens ({corpus.index.tokenizer}) need "
             f"{required}: --model.vocab-size {required}"
@@ -217,6 +218,23 @@ def _describe_misfit(corpus: Corpus, config: TrainConfig) -> str | None:
                 f"after it is {seq_len + 1}; give more data, a shorter seq_len, or another validation_fraction"
             )
     return None
+
+
+def find_tokenizer(run: Path) -> Path | None:
+    """Return the file of the tokenizer that made a run's tokens; None for bytes.
+
+    Raises:
+        ValueError: if the file is missing, or is another tokenizer now.
+    """
+    saved = json.loads((run / "config.json").read_text())
+    name, path = saved.get("tokens_by", Bytes.name), saved.get("tokenizer")
+    if name == Bytes.name:
+        return None
+    if path is None:  # The run read a folder of tokens, which holds a copy.
+        path = Path(saved["data"][0]) / name.rpartition(" ")[0]
+    if (found := load_tokenizer(path).name) != name:
+        raise ValueError(f"{run} was trained on tokens by {name}, and {path} is {found} now")
+    return Path(path)
 
 
 def read_config(run: Path) -> TrainConfig:

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,6 @@ from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.measures import StepCost
-from longnet_dist.training.optimizer import learning_rate
 
 
 class StepRunner:
@@ -166,3 +166,34 @@ class StepRunner:
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step: a linear warmup, then a cosine.
+
+    Args:
+        config: the run's options.
+        step: number of steps completed before it.
+    """
+    return config.learning_rate * _fraction_of_peak(config, step)
+
+
+def _fraction_of_peak(config: TrainConfig, step: int) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps))
+    return config.final_learning_rate + (1 - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: matrices with weight decay, biases and norms without.
+
+    Args:
+        model: the model, before or after sharding.
+        weight_decay: the weight decay of matrices.
+    """
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import platform
@@ -23,10 +22,12 @@ from torch import Tensor
 from longnet_dist.best_effort import BestEffort, print_note
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.data.corpus import unigram_bits
+from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.paths import local_path
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
@@ -37,11 +38,10 @@ from longnet_dist.training.job import (
 )
 from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
-from longnet_dist.training.optimizer import parameter_groups
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import make_moments, restore_random_state, training_state, without_prefixes
-from longnet_dist.training.steps import StepRunner
+from longnet_dist.training.steps import StepRunner, parameter_groups
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals
 
 ASK_SECONDS = 5.0
@@ -132,6 +132,9 @@ class _Trainer:
             source = ", ".join(config.data) or "the source of Python's standard library"
             print_note(f"reading {source}, tokenised once into {config.cache}", sys.stdout)
         self.corpus = load_corpus(config)
+        if config.model.vocab_size < self.corpus.index.vocab_size:
+            model = dataclasses.replace(config.model, vocab_size=self.corpus.index.vocab_size)
+            self.config = config = dataclasses.replace(config, model=model)
         self.folder = create_run_folder(config, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)
         self.model = self._build_model()
@@ -278,10 +281,18 @@ class _Trainer:
 
     def _resolved_options(self) -> dict[str, Any]:
         """Return the options with every default filled in, and facts about data and ranks, as JSON holds them."""
-        config = dataclasses.replace(self.config, run_folder=self.folder, model=self.config.model.resolved)
+        # Absolute paths, so that `eval` and others find the data from any folder.
+        config = dataclasses.replace(
+            self.config,
+            data=tuple(p if p.startswith(HUGGING_FACE) else str(local_path(p).absolute()) for p in self.config.data),
+            tokenizer=self.config.tokenizer and self.config.tokenizer.absolute(),
+            cache=self.config.cache.absolute(),
+            run_folder=self.folder,
+            model=self.config.model.resolved,
+        )
         facts = {
             "corpus": ", ".join(self.config.data) or f"the standard library of Python {platform.python_version()}",
-            "tokens": hashlib.sha256("".join(s.sha256 for s in self.corpus.index.shards).encode()).hexdigest()[:16],
+            "tokens": self.corpus.tokens_hash,
             "tokens_by": self.corpus.index.tokenizer,
             "ranks": self.num_ranks,
             "rows_a_rank": self.mesh.shard.chunk,

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig, SequenceMesh
 from longnet_dist.inference.embed import embeddings
-from longnet_dist.inference.score import log_likelihoods
+from longnet_dist.models.scoring import log_likelihoods
 
 CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 4))
 
@@ -56,3 +56,15 @@ def infer_over_ranks(group, num_tokens):
 def test_results_do_not_depend_on_the_number_of_ranks(pool, world, num_tokens):
     """Chunks are even, uneven or empty."""
     pool.run(world, infer_over_ranks, num_tokens)
+
+
+def evaluate_and_score(group, num_tokens):
+    """Compare scores and bits by position over ranks with those of one process."""
+    model, tokens = build_model_and_document(num_tokens)
+    mesh = SequenceMesh(group, CONFIG.pattern, num_tokens)
+    assert_close(model.score(tokens[0], mesh), model.score(tokens[0]), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("world", "num_tokens"), [(1, 10), (2, 61), (4, 64), (8, 5)])
+def test_a_score_does_not_depend_on_the_number_of_ranks(pool, world, num_tokens):
+    pool.run(world, evaluate_and_score, num_tokens)

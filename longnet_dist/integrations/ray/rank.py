@@ -22,10 +22,10 @@ from torch import Tensor
 from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.inference.embed import embeddings
-from longnet_dist.inference.score import log_likelihoods
 from longnet_dist.integrations.ray.rows import Rows
 from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.plan.pattern import Pattern
 
 _MAX_MESHES = 8

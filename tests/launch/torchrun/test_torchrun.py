@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "seq_len", "options"), [(2, 256, ()), (4, 250, ("--keep-kv", "--grad-accumulation", 2))]
+    ("ranks", "seq_len", "options"), [(2, 256, ()), (4, 250, ("--keep-kv", "True", "--grad-accumulation", 2))]
 )
 def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, options):
     """The seed and the data are the same; the curves are equal within rounding, for even and uneven chunks."""
@@ -41,3 +41,21 @@ def test_the_example_gives_the_same_numbers_on_any_number_of_ranks():
     outputs = {start(n, "examples/attention.py").stdout.split(":")[1] for start, n in jobs}
     assert len(outputs) == 1
     assert "dq" in outputs.pop()
+
+
+def test_evaluation_and_scores_over_ranks_are_those_of_one_process(tmp_path):
+    """A run is evaluated and a file scored by two ranks, of which one prints."""
+    done = forked(1, *train(tmp_path / "run", "--steps", 2, "--seq-len", 250))
+    assert done.returncode == 0, done.stderr
+    for arguments in (
+        ("eval", tmp_path / "run", "--edges", 64, "--sequences", 2),
+        ("score", tmp_path / "text.txt", "--model", tmp_path / "run", "--as-json"),
+    ):
+        one, two = (forked(ranks, "-m", "longnet_dist", *arguments) for ranks in (1, 2))
+        assert two.returncode == 0, two.stderr
+        if arguments[0] == "eval":
+            assert two.stdout == one.stdout
+            assert one.stdout.count("tokens seen") == 1
+        else:
+            (scores, of_one) = (json.loads(job.stdout) for job in (two, one))
+            assert scores["log_likelihood"] == pytest.approx(of_one["log_likelihood"], rel=1e-10)

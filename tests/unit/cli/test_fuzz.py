@@ -40,6 +40,7 @@ COMMANDS = {
     "draw": ["draw", "--seq-len", "16"],
     "plan": ["plan"],
     "eval": ["eval", "run", "--edges", "8"],
+    "score": ["score", "text.txt", "--model", "run"],
     "report": ["report", "run"],
     "doctor": ["doctor", "--cluster"],
 }

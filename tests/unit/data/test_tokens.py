@@ -177,11 +177,22 @@ def test_damage_is_named_with_file_and_byte(tmp_path):
         open_corpus([str(folder)], tmp_path / "cache", 0.1)
 
 
+@pytest.mark.parametrize("name", ["mine.cl100k_base", "mine.gpt2"])
+def test_a_tiktoken_file_with_ranks_of_its_own_is_read(name, tmp_path):
+    """Nothing is downloaded, and the end of a document follows the file's ranks."""
+    lines = [f"{base64.b64encode(bytes([n])).decode()} {n}" for n in range(256)]
+    lines.append(f"{base64.b64encode(b'ab').decode()} 256")
+    (tmp_path / f"{name}.tiktoken").write_text("\n".join(lines))
+    tokenizer = load_tokenizer(str(tmp_path / f"{name}.tiktoken"))
+    assert tokenizer.encode([b"abc ab"])[0].tolist() == [256, ord("c"), ord(" "), 256]
+    assert (tokenizer.end_of_document, tokenizer.vocab_size) == (257, 258)
+
+
 def test_bad_tokenizers_and_texts_are_refused(tmp_path, hugging_face):
     for name, content, message in (
         ("x.model", "", r"give a file named \*.json"),
         ("x.json", "{}", "is not a tokenizer.json"),
-        ("x.tiktoken", "", "must be named as tiktoken names its encoding"),
+        ("x.tiktoken", "", "its name must be that of an encoding, or end in it"),
         ("cl100k_base.tiktoken", "YQ== 0\nno\n", r"cl100k_base.tiktoken, line 2: it is not a token in base64"),
         ("r50k_base.tiktoken", "YQ== 0\n", r"does not hold the ranks of r50k_base"),
     ):

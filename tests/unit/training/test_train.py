@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import time
@@ -143,7 +144,7 @@ def test_eval_export_and_report_of_a_run(config, tmp_path, capsys):
     capsys.readouterr()
     assert app.main(["eval", run, "--edges", "32", "64", "--sequences", "2"]) == 0
     rows = capsys.readouterr().out.splitlines()[1:]
-    assert [row.split()[:3] for row in rows] == [["0", "to", "32"], ["32", "to", "64"], ["64", "to", "128"]]
+    assert [row.split()[:3] for row in rows] == [["1", "to", "32"], ["33", "to", "64"], ["65", "to", "128"]]
     assert app.main(["export", run, str(tmp_path / "exported")]) == 0
     tokens = torch.randint(257, (1, 50))
     exported, trained = LongNet.from_pretrained(tmp_path / "exported"), load_model(config.run_folder)
@@ -152,6 +153,65 @@ def test_eval_export_and_report_of_a_run(config, tmp_path, capsys):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert app.main(["eval", str(tmp_path)]) == 2
     assert app.main(["report", str(tmp_path)]) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_an_export_is_complete(config, tmp_path, capsys, monkeypatch):
+    """It has the tokenizer and ordinary permissions, loads in eval mode, and works where a run does."""
+    from longnet_dist import LongNet, load_tokenizer
+
+    (tmp_path / "a.txt").write_text("what is said here is said again. " * 400)
+    vocabulary = {word: n for n, word in enumerate(["what", "is", "said", "here", "again", ".", "<|endoftext|>"])}
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, data=("a.txt",), tokenizer=Path("words.json"), seq_len=32)
+    longnet_dist.train(config)
+    run, export = str(config.run_folder), tmp_path / "exported"
+    with pytest.raises(ValueError, match="is a run; export its model first: longnet-dist export"):
+        LongNet.from_pretrained(run)
+    assert app.main(["export", run, str(export)]) == 0
+    assert {path.name for path in export.iterdir()} == {"config.json", "model.safetensors", "words.json"}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in export.iterdir() if path.name != "words.json")
+    about = json.loads((export / "config.json").read_text())["tokenizer"]
+    assert about["end_of_document"] == 6
+    assert about["name"] == load_tokenizer(str(export / "words.json")).name
+    model = LongNet.from_pretrained(export)
+    assert not model.training
+    text = "what is said again ."
+    scores = model.score(text)
+    ids = torch.tensor([0, 1, 2, 4, 5])
+    expected = model(ids[None, :-1]).log_softmax(-1)[0, range(4), ids[1:]]
+    torch.testing.assert_close(scores, expected)
+    (tmp_path / "scored").write_text(text)
+    capsys.readouterr()
+    for folder in (run, str(export)):
+        assert app.main(["score", "scored", "--model", folder, "--as-json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["log_likelihood"] == pytest.approx(scores.sum().item(), rel=1e-5)
+        assert result["bits_per_byte"] == pytest.approx(-scores.sum().item() / math.log(2) / len(text), rel=1e-5)
+    assert app.main(["eval", str(export)]) == 2
+    assert "give --data" in capsys.readouterr().err
+    assert app.main(["eval", str(export), "--data", "a.txt", "--seq-len", "32"]) == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_eval_refuses_data_that_changed_and_finds_it_from_elsewhere(config, tmp_path, capsys, monkeypatch):
+    """Other tokens would be held out, among them some that the run was trained on."""
+    text = tmp_path / "a.txt"
+    text.write_text("what is said here is said again. " * 400)
+    monkeypatch.chdir(tmp_path)
+    longnet_dist.train(dataclasses.replace(config, data=("a.txt",)))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert app.main(["eval", str(config.run_folder)]) == 0
+    text.write_text("something else is said now. " * 400)
+    assert app.main(["eval", str(config.run_folder)]) == 2
+    assert "have changed since it was trained" in capsys.readouterr().err
+    assert app.main(["eval", str(config.run_folder), "--data", str(text)]) == 0
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -239,13 +299,13 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     assert app.main([*command, "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
     assert "4 documents" in capsys.readouterr().out
     config = dataclasses.replace(config, data=(str(tmp_path / "tokens"),), seq_len=32)
-    with pytest.raises(ValueError, match=r"vocab_size is 257, and .*tokenizer.json.* need 270: --model.vocab-size 270"):
-        longnet_dist.train(config)
+    with pytest.raises(ValueError, match=r"vocab_size is 100, and .*tokenizer.json.* need 270: --model.vocab-size 270"):
+        longnet_dist.train(dataclasses.replace(config, model=dataclasses.replace(TINY, vocab_size=100)))
     (tmp_path / "other.json").write_bytes((tmp_path / "tokenizer.json").read_bytes())
     with pytest.raises(ValueError, match=r"is tokenised by tokenizer.json \w+, and --tokenizer is"):
         longnet_dist.train(dataclasses.replace(config, tokenizer=tmp_path / "other.json"))
-    model = dataclasses.replace(TINY, vocab_size=270)
-    result = longnet_dist.train(dataclasses.replace(config, model=model))
+    result = longnet_dist.train(config)
+    assert read_config(config.run_folder).model.vocab_size == 270
     line = json.loads((config.run_folder / "metrics.jsonl").read_text().splitlines()[0])
     ratio = line["bits_per_byte"] * 0.6931471805599453 / line["loss"]
     assert 0.05 < ratio < 0.7
@@ -255,7 +315,9 @@ def test_trains_on_a_folder_of_tokens(config, tmp_path, capsys):
     assert "the run's tokens are by tokenizer.json" in capsys.readouterr().err
     options = ["--tokenizer", str(tmp_path / "tokenizer.json"), "--edges", "16"]
     assert app.main(["eval", str(config.run_folder), "--data", text, *options]) == 0
-    assert "0 to     16" in capsys.readouterr().out
+    assert "1 to     16" in capsys.readouterr().out
+    assert app.main(["export", str(config.run_folder), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
     assert result.validation_bits_per_byte < 8.1 * ratio
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.models.decoder import LongNet
 from longnet_dist.models.loss import linear_token_losses
+
+if TYPE_CHECKING:
+    from longnet_dist.models.decoder import LongNet
 
 
 @torch.no_grad()
