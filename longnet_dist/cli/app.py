@@ -5,14 +5,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
+import json
+import os
 import re
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from longnet_dist import __version__
+from longnet_dist.best_effort import BestEffort
 from longnet_dist.cli.doctor import run_doctor
 from longnet_dist.cli.draw import run_draw
 from longnet_dist.cli.evaluate import run_eval
@@ -22,7 +29,7 @@ from longnet_dist.cli.plan import run_plan
 from longnet_dist.cli.report import run_report
 from longnet_dist.cli.score import run_score
 from longnet_dist.cli.tokenize import run_tokenize
-from longnet_dist.cli.train import run_train
+from longnet_dist.cli.train import resumed, run_train
 
 SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "train": run_train,
@@ -62,6 +69,9 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except (RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+    except Exception as error:
+        _record_for_torchrun(error, traceback.format_exc())
+        raise
     return 0
 
 
@@ -88,6 +98,8 @@ def parse(arguments: list[str]) -> functools.partial[None]:
     app = tyro.extras.SubcommandApp()
     for name, command in SUBCOMMANDS.items():
         # `longnet-dist --help` shows the first line of each docstring, and the help of one command its whole docstring.
+        if name == "train" and (folder := _resumed_folder(arguments)):
+            command = resumed(folder)
         summary = None if arguments[:1] == [name] else str(command.__doc__).partition("\n")[0]
         app.command(name=name, help=summary)(_defer(command))
     errors = io.StringIO()
@@ -111,8 +123,32 @@ def parse(arguments: list[str]) -> functools.partial[None]:
     return run
 
 
+def _resumed_folder(arguments: list[str]) -> str | None:
+    """Return the value of --resume, which decides the defaults of the other options."""
+    for argument, following in itertools.pairwise([*arguments, ""]):
+        if arguments[:1] == ["train"] and argument.partition("=")[0] == "--resume":
+            return argument.partition("=")[2] or following
+    return None
+
+
 def _fail(error: Exception, status: int) -> int:
-    """Print an error as one line on stderr, and return the exit status."""
+    """Print an error as one line on stderr, and return the exit status.
+
+    Under torchrun, a ValueError is that of every rank, and rank 0 prints it. torchrun's own report shows all errors.
+    """
     lines = str(error).split("\n") if str(error) else [repr(error)]
-    print(f"longnet-dist: {' '.join(line.strip() for line in lines if line.strip())}", file=sys.stderr)
+    message = f"longnet-dist: {' '.join(line.strip() for line in lines if line.strip())}"
+    _record_for_torchrun(error, message)
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0" and isinstance(error, ValueError):
+        return status
+    print(message, file=sys.stderr)
     return status
+
+
+def _record_for_torchrun(error: Exception, message: str) -> None:
+    """Write the file from which torchrun reports why a rank failed, as torch's `record` does, without a traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        text = json.dumps({"message": {"message": f"{type(error).__name__}: {error}", "extraInfo": details}})
+        with BestEffort("torchrun's report"):
+            Path(file).write_text(text)

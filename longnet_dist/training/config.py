@@ -112,6 +112,7 @@ class TrainConfig:
         object.__setattr__(self, "model", self.model.for_length(max(1, self.seq_len)))
         data = (self.data,) if isinstance(self.data, str | Path) else self.data
         object.__setattr__(self, "data", tuple(map(str, data)))
+        object.__setattr__(self, "betas", tuple(self.betas))  # JSON has lists in place of tuples.
         for path in self.data:
             if not path.startswith(HUGGING_FACE):
                 local_path(path)

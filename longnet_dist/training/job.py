@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -44,16 +45,24 @@ def create_run_folder(config: TrainConfig, patience: Patience) -> Path:
     Raises:
         ValueError: on every rank, if the folder is in a store that cannot be written.
     """
-    # A restarted job must find its folder again. torchrun's own id, if the user set one, outlives restarts.
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    name = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f") if job == "none" else job
-    text = patience.gather(str(config.run_folder or Path("runs") / name), "name the run's folder")[0]
+    text = patience.gather(str(config.run_folder or Path("runs") / _run_name()), "name the run's folder")[0]
     folder = storage_path(text)
     if not in_store(folder):
         folder.mkdir(parents=True, exist_ok=True)
     elif problem := patience.gather(write_problem(folder) if _rank() == 0 else None, f"write into {folder}")[0]:
         raise ValueError(problem)
     return folder
+
+
+def _run_name() -> str:
+    """Return a name for a new run folder, by which a job that torchrun restarts finds its folder again."""
+    job, now = os.environ.get("TORCHELASTIC_RUN_ID", "none"), datetime.now(UTC)
+    if job == "none":
+        return now.strftime("%Y%m%d-%H%M%S-%f")
+    if not re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f-]{22}", job):
+        return job  # The user's --rdzv-id.
+    before = next(Path("runs").glob(f"*-{job[:8]}"), None)
+    return now.strftime("%Y%m%d-%H%M%S-") + job[:8] if before is None else before.name
 
 
 def local_run_files(folder: Path, config: TrainConfig, upload: bool) -> RunFiles:

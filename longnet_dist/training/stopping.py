@@ -21,7 +21,8 @@ import torch.distributed as dist
 from longnet_dist.best_effort import BestEffort, print_note
 from longnet_dist.distributed.waits import current_wait
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals of a launcher, a user, a closed terminal, and schedulers that announce the end of a job."""
 _PR_SET_PDEATHSIG = 1
 SAME_SIGNAL_SECONDS = 3.0
 """Signals within this many seconds count as one.
@@ -44,7 +45,7 @@ class StopFlag:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[StopFlag]:
-    """Inside the context, set a flag on the first SIGTERM or SIGINT, and exit at once on the second.
+    """Inside the context, set a flag on the first of `_SIGNALS`, and exit at once on the second.
 
     Outside the main thread, to which alone Python delivers signals, this does nothing.
 

@@ -79,8 +79,8 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
 
     Writes a run folder with config.json, metrics.jsonl, TensorBoard events and checkpoints. If the folder
     already holds checkpoints, the run resumes from the newest complete one. On CPUs, with the same number of
-    ranks, the result is bit for bit that of a run that never stopped. On SIGTERM or SIGINT the trainer finishes
-    the step, writes a checkpoint, and returns. A second signal exits at once.
+    ranks, the result is bit for bit that of a run that never stopped. On SIGTERM, SIGINT, SIGHUP, SIGUSR1 or
+    SIGUSR2 the trainer finishes the step, writes a checkpoint, and returns. A second signal exits at once.
 
     Args:
         config: the options; by default, those of the default model on the default corpus.
@@ -218,8 +218,8 @@ class _Trainer:
             )
         if step < self.config.steps:
             log.print_line(
-                f"stopped by a signal after step {step}, with a checkpoint: to resume, run the same command with "
-                f"--run-folder {self.folder}"
+                f"stopped by a signal after step {step}, with a checkpoint; to resume: longnet-dist train --resume "
+                f"{self.folder}"
             )
             return
         if math.isnan(self.validation):

@@ -12,6 +12,7 @@ import ray.train
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from longnet_dist.checkpoints.checkpoints import Checkpoints
 from longnet_dist.checkpoints.storage import in_store, storage_path
 from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.integrations.ray.connection import connect
@@ -68,7 +69,10 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
     if isinstance(result, str):
         raise ValueError(result)
     if not isinstance(result, TrainResult):
-        raise RuntimeError(f"the run in {folder} ended without a result: it was stopped")
+        raise RuntimeError(
+            f"the run in {folder} was stopped; {Checkpoints(folder / 'checkpoints').describe_newest()}, and later "
+            f"steps are lost. To resume: longnet-dist train --resume {folder} --launcher ray --ranks {ranks}"
+        )
     return result
 
 

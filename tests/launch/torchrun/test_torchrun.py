@@ -59,3 +59,12 @@ def test_evaluation_and_scores_over_ranks_are_those_of_one_process(tmp_path):
         else:
             (scores, of_one) = (json.loads(job.stdout) for job in (two, one))
             assert scores["log_likelihood"] == pytest.approx(of_one["log_likelihood"], rel=1e-10)
+
+
+def test_a_mistake_under_torchrun_is_said_by_one_rank_and_in_its_report(tmp_path):
+    job = run(2, *train(tmp_path / "run", "--seq-len", 10**9))
+    assert job.returncode != 0
+    message = "longnet-dist: the training part of the data is"
+    lines = [line for line in job.stderr.splitlines() if message in line]
+    assert sum(line.startswith(message) for line in lines) == 1
+    assert any("traceback :" in line for line in lines)

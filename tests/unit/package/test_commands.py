@@ -29,7 +29,7 @@ def commands() -> list[tuple[str, list[str]]]:
             match = re.search(r"longnet[-_]dist train (.*)", line)
             if match and ("--" in match[1] or "$@" in match[1]):
                 found.append((path.name, shlex.split(match[1].partition("`")[0], comments=True)))
-    return [entry for entry in found if "--help" not in entry[1]]
+    return [entry for entry in found if not {"--help", "--resume"} & {*entry[1]}]
 
 
 def train_config(arguments: list[str]) -> TrainConfig:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 import longnet_dist
 from longnet_dist.checkpoints.checkpoints import CheckpointError
 from longnet_dist.cli import app
+from longnet_dist.distributed.patience import Patience
+from longnet_dist.training.config import TrainConfig
+from longnet_dist.training.job import create_run_folder
 from tests.unit.conftest import TINY
 
 
@@ -127,3 +133,31 @@ def test_a_launcher_receives_checkpoints_and_can_ask_for_one(config, monkeypatch
     assert [name for name, _ in session.reports] == written
     reported_at = [3, 6, 7, 7] if asynchronous else [2, 3, 6, 7]
     assert [step for _, step in session.reports] == reported_at
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+def test_a_run_is_resumed_by_its_folder_alone(config, tmp_path, capsys, monkeypatch):
+    """Options come from config.json; those that are given replace them, and are said."""
+    longnet_dist.train(dataclasses.replace(config, steps=2))
+    run = str(config.run_folder)
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path.parent)
+    assert app.main(["train", "--resume", run, "--steps", "4"]) == 0
+    said = capsys.readouterr()
+    assert f"resuming {run} with steps 4, which was 2" in said.err + said.out
+    lines = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert app.main(["train", f"--resume={tmp_path}"]) == 2
+    assert "holds no config.json; give the folder of a run" in capsys.readouterr().err
+
+
+def test_a_new_folder_under_torchrun_has_a_date_and_is_found_again(tmp_path, monkeypatch):
+    """torchrun --standalone makes an id of its own, which a restart keeps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0d03356e-81ba-4d91-9d71-4c029e4b29aa")
+    patience = Patience(timedelta(seconds=1))
+    first = create_run_folder(TrainConfig(), patience)
+    assert re.fullmatch(r"runs/\d{8}-\d{6}-0d03356e", str(first))
+    assert create_run_folder(TrainConfig(), patience) == first
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my-job")
+    assert str(create_run_folder(TrainConfig(), patience)) == "runs/my-job"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from longnet_dist.distributed.waits import mark_wait
-from longnet_dist.training.stopping import Watch
+from longnet_dist.training.stopping import Watch, stop_on_signals
 
 TORCH_DISTRIBUTED = Path(dist.__file__).parent
 
@@ -79,3 +81,15 @@ def test_a_rank_with_a_marker_is_not_blamed_and_says_what_it_waits_for(tmp_path)
 def test_a_step_in_time_explains_nothing(tmp_path):
     with pytest.raises(RuntimeError, match=r"^step 1: wrong$"), Watch(tmp_path, 0, 1, 100.0).over("step 1"):
         raise RuntimeError("wrong")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_a_notice_to_stop_sets_the_flag(name, capfd):
+    """Schedulers, a closed terminal and launchers use different signals."""
+    with stop_on_signals() as flag:
+        os.kill(os.getpid(), signal.Signals[name])
+        deadline = time.monotonic() + 10
+        while not flag.requested and time.monotonic() < deadline:
+            pass
+        assert flag.requested
+    assert f"{name}: finishing the step" in "".join(capfd.readouterr())
