@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longnet_dist.attention.arguments import Options, problem
@@ -13,6 +15,18 @@ from longnet_dist.attention.bias import PositionBias
 from longnet_dist.distributed.heads import head_shard
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Pattern
+
+
+def as_autocast(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Cast tensors to autocast's dtype, as torch's own attention does; outside autocast, and float64, stay as they are.
+
+    Rotary positions often leave queries and keys in float32, and values in bfloat16.
+    """
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors]
 
 
 def dilated_attention(
@@ -34,9 +48,9 @@ def dilated_attention(
 
     Args:
         q: (B, N, H, D); with a mesh (B, L, H, D), this rank's rows [mesh.shard.start, mesh.shard.stop).
-        k, v: (B, N or L, G, D), of q's dtype. H is a multiple of G: H / G consecutive query heads share
-            a key/value head. q, k and v may also be DTensors of one placement, which shard the heads
-            (tensor parallelism) or the batch.
+        k, v: (B, N or L, G, D), of q's dtype (inside autocast all are cast to its dtype). H is a multiple of G:
+            H / G consecutive query heads share a key/value head. q, k and v may also be DTensors of one placement,
+            which shard the heads (tensor parallelism) or the batch.
         pattern: the branches; with a mesh, the pattern that the mesh was made for.
         causal: whether a query sees only keys at or before it.
         mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
@@ -67,6 +81,7 @@ def dilated_attention(
         refuse(sharded, mesh)
     if sharded is not None:
         q, k, v = (x.to_local() for x in (q, k, v))  # type: ignore[attr-defined]
+    q, k, v = as_autocast((q, k, v))
     if not isinstance(pattern, Pattern):
         refuse(f"pattern is {pattern!r}; it must be a longnet_dist.Pattern", mesh)
     if bias is not None and not isinstance(bias, PositionBias):

@@ -13,7 +13,8 @@ Local blocks are those of whole segments; own blocks are those of this rank's pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -25,11 +26,23 @@ from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dty
 from longnet_dist.plan.blocks import OwnBlock, Rows
 
 
+def _without_autocast(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Switch autocast off inside an operator, whose kernels choose the dtypes that they compute in."""
+
+    @wraps(operator)
+    def call(first: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        with torch.autocast(first.device.type, enabled=False):
+            return operator(first, *args)
+
+    return call
+
+
 @torch.library.custom_op(
     "longnet_dist::dilated_attention",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias_parameters, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,6 +90,7 @@ def forward_op(
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? retained, "
     f"Tensor? bias_parameters, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
+@_without_autocast
 def backward_op(
     dout: Tensor,
     q: Tensor,

@@ -8,14 +8,15 @@ What cannot be exact raises a ValueError with the reason:
 
 - padding before tokens, and packed documents;
 - sliding windows, soft caps, attention sinks and attention dropout;
-- a cache of past keys;
+- a cache of past keys, and generate on a model with a mesh;
+- rotary frequencies that were cast with the model, and values of another head dim;
 - across ranks, other layers that look beyond one token, as they would see only this rank's rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,18 @@ from transformers.masking_utils import causal_mask_function
 
 from longnet_dist import internals
 from longnet_dist.attention.api import dilated_attention
-from longnet_dist.data.batches import digest
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.integrations._transformers_batches import (
+    PADDED_BEFORE,
+    pads_before_tokens,
+    problem_of_batch,
+    split_batch,
+    split_checked_batch,
+)
 from longnet_dist.models.loss import IGNORED, next_token_targets, token_loss
 from longnet_dist.plan.pattern import Pattern
+
+__all__ = ["NAME", "apply", "problem_of_batch", "register", "split_batch", "split_checked_batch"]
 
 NAME = "longnet_dist"
 """The name under which dilated attention is registered in transformers."""
@@ -37,7 +46,6 @@ _UNSUPPORTED = {
     "s_aux": "attention sinks are not computed here",
 }
 """Options of a model's attention that raise, with the reason."""
-_PADDED_BEFORE = "attention_mask has padding before tokens, which would be attended: use padding_side='right'"
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "shift_labels", "num_items_in_batch", "output_attentions",
     "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "is_causal",
@@ -62,7 +70,7 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, _mask)
 
 
-def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = None) -> PreTrainedModel:
+def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: SequenceMesh | None = None) -> PreTrainedModel:
     """Make `model` use dilated attention, across the ranks of `mesh`. Each rank passes its rows of every sequence.
 
     The loss of `model(..., labels=...)` becomes the mean over the valid labels of all ranks, the same on each rank.
@@ -71,7 +79,8 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
 
     Args:
         model: A causal decoder, which is changed in place.
-        pattern: The branches.
+        pattern: The branches. They are written into the model's config, so that a model which was saved and loaded
+            again needs `apply(model)` alone; until then its forward raises.
         mesh: The ranks that hold each sequence, with the same pattern; None for one process.
 
     Returns:
@@ -80,6 +89,7 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
     Raises:
         ValueError: If dilated attention would not be exact for this model, or the mesh has another pattern.
     """
+    pattern = pattern or _pattern_of(model)
     if mesh is not None and mesh.pattern != pattern:
         raise ValueError(f"the mesh is of the pattern {mesh.pattern}, and not {pattern}")
     register()
@@ -92,6 +102,13 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
     for module in attentions:
         # Not through nn.Module's own __setattr__, as the mesh is neither a parameter nor a submodule.
         object.__setattr__(module, "_longnet_dist", _Stamp(pattern, mesh))
+    setattr(model.config, NAME, asdict(pattern))
+    # transformers does not save the implementation that is in use, and a reload would attend by another.
+    model.config.attn_implementation = NAME
+    if mesh is not None and mesh.size > 1:
+        object.__setattr__(model, "generate", _refuse_to_generate)
+    else:
+        vars(model).pop("generate", None)
     if previous := vars(model).get("_longnet_dist_hook"):
         previous.remove()
     hook = model.base_model.register_forward_pre_hook(_CheckInputs(mesh), with_kwargs=True)
@@ -100,66 +117,19 @@ def apply(model: PreTrainedModel, pattern: Pattern, mesh: SequenceMesh | None = 
     return model
 
 
-def split_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> dict[str, Tensor]:
-    """Return this rank's part of a batch that every rank holds whole. Collective.
-
-    Args:
-        batch: `input_ids` (B, N), and optionally `labels` and `attention_mask` (B, N), as transformers' data
-            collators make them. The labels are *not* shifted.
-        mesh: The ranks that hold each sequence; None for one process.
-
-    Returns:
-        `input_ids`, global `position_ids`, shifted `labels` and `shift_labels`, and `attention_mask`: (B, L) each.
-
-    Raises:
-        ValueError: If the batch does not have the mesh's length, or holds packed documents. Also if it differs between
-            ranks, which a data loader for data parallelism would cause. Every rank raises.
-    """
-    problem = problem_of_batch(batch, mesh)
-    if mesh is not None:
-        mesh.agree({"the batch (by a digest)": digest(batch)}, problem, always=True)
-    elif problem:
-        raise ValueError(problem)
-    return split_checked_batch(batch, mesh)
+def _pattern_of(model: PreTrainedModel) -> Pattern:
+    """Return the pattern in a model's config."""
+    saved = getattr(getattr(model, "config", None), NAME, None)
+    if saved is None:
+        raise ValueError(f"{type(model).__name__} has no pattern in its config: give one, apply(model, pattern)")
+    return Pattern(**saved)
 
 
-def split_checked_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> dict[str, Tensor]:
-    """Split a batch as `split_batch` does, without checking and comparing it again."""
-    whole = dict(batch)
-    if "labels" in whole:
-        whole["labels"] = whole["shift_labels"] = next_token_targets(whole["labels"])
-    tokens = whole["input_ids"]
-    whole["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
-    return whole if mesh is None else {name: mesh.split(x) for name, x in whole.items()}
-
-
-def problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str | None:
-    """Return why a whole batch cannot be split, or asks for attention that is not supported; None if neither."""
-    if "input_ids" not in batch:
-        return f"the batch has {', '.join(batch)}; it must have input_ids"
-    packed = [name for name in batch if name == "seq_idx" or name.startswith(("cu_seq_lens", "max_length"))]
-    if packed:
-        return f"the batch has {', '.join(packed)}: packed documents are not supported"
-    tokens = batch["input_ids"]
-    for name, x in batch.items():
-        if not isinstance(x, Tensor) or tuple(x.shape[:2]) != tuple(tokens.shape[:2]) or x.dim() < 2:
-            shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            return f"{name} is {shape}, and input_ids {tuple(tokens.shape)}; each must be a tensor, (B, N)"
-    if mesh is not None and tokens.shape[1] != mesh.seq_len:
-        return (
-            f"the batch is of {tokens.shape[1]} tokens, and the mesh of seq_len = {mesh.seq_len}: pad "
-            f"(padding='max_length', max_length={mesh.seq_len}, padding_side='right') or pack to it, and pass it whole"
-        )
-    if "attention_mask" in batch and _pads_before_tokens(batch["attention_mask"]):
-        return _PADDED_BEFORE
-    positions = batch.get("position_ids", torch.arange(tokens.shape[1]))
-    if not torch.equal(positions, torch.arange(tokens.shape[1]).to(positions).expand_as(positions)):
-        return "position_ids restart, or are not 0 to N - 1: packed documents are not supported; leave them out"
-    return None
-
-
-def _pads_before_tokens(attention_mask: Tensor) -> bool:
-    return bool((attention_mask.to(torch.uint8).diff(dim=1) == 1).any())
+def _refuse_to_generate(*_: Any, **__: Any) -> NoReturn:
+    raise ValueError(
+        "generate needs whole sequences, and this model has a mesh, whose ranks hold parts of them: call apply(model) "
+        "without a mesh first, and generate(..., use_cache=False) on one rank, or on each for itself"
+    )
 
 
 def _problem_of_model(model: Any, attentions: list[nn.Module]) -> str | None:
@@ -171,6 +141,15 @@ def _problem_of_model(model: Any, attentions: list[nn.Module]) -> str | None:
         return "has no attention module that calls transformers' attention interface"
     if not all(getattr(module, "is_causal", True) for module in attentions):
         return "is not causal throughout; only causal decoders are supported"
+    if "v_head_dim" in model.config.to_dict():
+        return "has values of another head dim than its queries (multi-head latent attention), which is not supported"
+    cast = {str(x.dtype) for name, x in model.named_buffers() if "inv_freq" in name and x.dtype.itemsize < 4}
+    if cast:
+        return (
+            f"has rotary frequencies in {cast.pop()}, whose angles are wrong by radians at far positions: do not cast "
+            "a model as a whole (model.to(torch.bfloat16)), but make it by from_pretrained(..., dtype=torch.bfloat16) or "
+            "from_config(config, dtype=torch.bfloat16), which keep frequencies in float32"
+        )
     if model.base_model is not model and not class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "is not the causal language model of its kind, ...ForCausalLM, nor its base model: its loss is another"
     return None
@@ -216,7 +195,11 @@ def _attention(
     stamp = getattr(module, "_longnet_dist", None)
     if stamp is None:
         raise ValueError(
-            f"{type(module).__name__} has no pattern: call longnet_dist.integrations.transformers.apply(model, pattern)"
+            f"{type(module).__name__} of a model that was loaded: call "
+            "longnet_dist.integrations.transformers.apply(model), which reads the pattern from its config"
+            if hasattr(getattr(module, "config", None), NAME)
+            else f"{type(module).__name__} has no pattern: call "
+            "longnet_dist.integrations.transformers.apply(model, pattern)"
         )
     problem = _problem_of_options(module, options, across_ranks=stamp.mesh is not None and stamp.mesh.size > 1)
     if problem is None and dropout:
@@ -309,8 +292,8 @@ class _CheckInputs:
                 self.mesh,
             )
         whole = mask.to(torch.uint8) if self.mesh is None else self.mesh.join(mask.to(torch.uint8).contiguous())
-        if _pads_before_tokens(whole):
-            raise ValueError(_PADDED_BEFORE)
+        if pads_before_tokens(whole):
+            raise ValueError(PADDED_BEFORE)
         inputs["attention_mask"] = None
 
 
@@ -344,3 +327,6 @@ class _Loss:
             assert labels is not None
             shift_labels = next_token_targets(labels, ignore_index)
         return token_loss(logits, shift_labels, self.mesh, ignore_index, num_items_in_batch)
+
+
+register()

@@ -233,3 +233,56 @@ def test_generate_is_exact_without_a_cache_and_raises_with_one():
     assert generated.tolist() == expected.tolist()
     with pytest.raises(ValueError, match="use_cache=False"):
         model.generate(tokens, use_cache=True, **options)
+
+
+def test_a_model_that_was_saved_and_loaded_again_needs_apply_alone(tmp_path):
+    """Its config holds the pattern. Until apply is called it raises, and never attends by another attention."""
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    model = make_model("llama").eval()
+    tokens = torch.randint(50, (1, 40))
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval().to(expected.dtype)
+    with pytest.raises(ValueError, match=r"of a model that was loaded: call .*apply\(model\)"):
+        loaded(tokens)
+    torch.testing.assert_close(apply(loaded)(tokens).logits, expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="has no pattern in its config"):
+        apply(make_model("llama", None))
+
+
+def test_rotary_frequencies_that_were_cast_are_refused():
+    """In bfloat16 the angle at position 30,000 is off by radians."""
+    from longnet_dist.integrations.transformers import apply
+
+    with pytest.raises(ValueError, match=r"rotary frequencies in torch\.bfloat16"):
+        apply(make_model("llama", None).to(torch.bfloat16), PATTERN)
+
+
+def test_multi_head_latent_attention_is_refused_by_apply():
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    config = transformers.DeepseekV3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=2, num_experts_per_tok=1, n_group=1, topk_group=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="multi-head latent attention"):
+        apply(transformers.DeepseekV3ForCausalLM(config), PATTERN)
+
+
+def generate_with_a_mesh(group):
+    from longnet_dist.integrations.transformers import apply
+
+    model = make_model("llama", mesh=SequenceMesh(group, PATTERN, 40)).eval()
+    with pytest.raises(ValueError, match="generate needs whole sequences"):
+        model.generate(torch.zeros(1, 4, dtype=torch.int64), max_new_tokens=2, use_cache=False)
+    return apply(model).generate(torch.zeros(1, 4, dtype=torch.int64), max_new_tokens=2, use_cache=False).shape[1]
+
+
+def test_generate_says_what_is_wrong_with_a_mesh(pool):
+    assert pool.run(2, generate_with_a_mesh) == [6, 6]

@@ -9,9 +9,18 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist import DilatedAttention, LongNetConfig, Pattern, dense_reference, next_token_targets, token_loss
+from longnet_dist import (
+    DilatedAttention,
+    LongNetConfig,
+    Pattern,
+    dense_reference,
+    dilated_attention,
+    next_token_targets,
+    token_loss,
+)
 from longnet_dist.attention.bias import t5_bucket
 from longnet_dist.nn.rotary import Rotation
+from tests.cases import Case, output_and_gradients
 
 
 def test_the_public_arguments_come_first_and_in_order():
@@ -201,3 +210,26 @@ def test_a_layer_with_a_relative_bias_compiles_whole():
         results.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
     for compiled, eager in zip(*results, strict=True):
         assert_close(compiled, eager)
+
+
+def test_mixed_dtypes_are_cast_inside_autocast_and_refused_outside():
+    """Rotary positions leave queries and keys in float32, and values in bfloat16."""
+    q, k = torch.randn(2, 1, 40, 4, 8).unbind()
+    v, pattern = torch.randn(1, 40, 4, 8).bfloat16(), Pattern((8, 32), (1, 4))
+    with pytest.raises(ValueError, match="q, k and v must have one dtype"):
+        dilated_attention(q, k, v, pattern)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = dilated_attention(q, k, v, pattern)
+        assert dilated_attention(q.double(), k.double(), v.double(), pattern).dtype == torch.float64
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, dilated_attention(q.bfloat16(), k.bfloat16(), v, pattern), rtol=0, atol=0)
+
+
+def test_kernels_compute_in_float32_inside_autocast():
+    """The eager kernel upcasts bfloat16; autocast would undo it."""
+    case = Case(Pattern((8, 32), (1, 4)), N=40, H=4, G=2, B=1, D=8, causal=True, biased=True)
+    expected = output_and_gradients(case, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = output_and_gradients(case, torch.bfloat16)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
