@@ -56,19 +56,25 @@ def forward_op(
     exchanges = call.exchanges()
     for exchange in exchanges:
         exchange.start(q_BLGRD, k, v)
+
+    def attend(
+        heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        q_r, k_r, v_r = tensors
+        bias = call.bias_of(heads, query_rows, key_rows, len(q_r))
+        out, lse = call.kernel.forward(q_r, k_r, v_r, causal=causal, scale=call.scale, bias=bias)
+        return out, lse.transpose(1, 2)
+
     for block in [*call.plan.local, *call.plan.own]:
-        q_r = as_queries(rectangle(q_BLGRD, block.heads, block.rows))
-        k_r, v_r = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
-        bias = call.bias_of(block.heads.table, [block.rows], [block.rows], len(q_r))
-        out, lse = call.kernel.forward(q_r, k_r, v_r, causal=call.causal, scale=call.scale, bias=bias)
-        merged.merge(block.branch, block.heads, block.rows, out, lse.transpose(1, 2))
+        heads, rows = block.heads, block.rows
+        q_k_v = as_queries(rectangle(q_BLGRD, heads, rows)), *(as_keys(rectangle(x, heads, rows)) for x in (k, v))
+        out, lse = attend(heads.table, [rows], [rows], call.causal, *q_k_v)
+        del q_k_v  # These may be copies, which take memory.
+        merged.merge(block.branch, heads, rows, out, lse)
+        del out, lse
     for exchange in exchanges:
-        for arrival in exchange.arrivals():
-            bias = call.bias_of(arrival.heads, arrival.query_rows, arrival.key_rows, len(arrival.q))
-            out, lse = call.kernel.forward(
-                arrival.q, arrival.k, arrival.v, causal=arrival.causal, scale=call.scale, bias=bias
-            )
-            exchange.put(arrival, out, lse.transpose(1, 2))
+        for a in exchange.arrivals():
+            exchange.put(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v))
         exchange.start_return()
     for exchange in exchanges:
         for result in exchange.returned():
@@ -132,11 +138,11 @@ def backward_op(
         return grads
 
     def attend_own(block: OwnBlock) -> None:
-        by_query = (as_queries(rectangle(x, block.heads, block.rows)) for x in (q_BLGRD, *results))
-        q_r, dout_r, out_r, lse_r = by_query
-        k_r, v_r = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
+        q_r, *results_r = (as_queries(rectangle(x, block.heads, block.rows)) for x in (q_BLGRD, *results))
+        k_v = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
         rows = [block.rows]
-        grads = attend(block.heads.table, rows, rows, call.causal, q_r, k_r, v_r, dout_r, out_r, lse_r)
+        grads = attend(block.heads.table, rows, rows, call.causal, q_r, *k_v, *results_r)
+        del q_r, results_r  # These may be copies, which take memory.
         for total, grad in zip((dq, dk, dv), grads, strict=True):
             total.add(block.branch, block.heads, block.rows, grad)
 
@@ -145,8 +151,7 @@ def backward_op(
     for exchange in exchanges:
         for a in exchange.arrivals():
             assert a.backward is not None
-            grads = attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v, *a.backward)
-            exchange.put_gradients(a, *grads)
+            exchange.put_gradients(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v, *a.backward))
         exchange.start_return()
     for block in call.plan.own:
         attend_own(block)

@@ -147,8 +147,8 @@ def _problem_of_model(model: Any, attentions: list[nn.Module]) -> str | None:
     if cast:
         return (
             f"has rotary frequencies in {cast.pop()}, whose angles are wrong by radians at far positions: do not cast "
-            "a model as a whole (model.to(torch.bfloat16)), but make it by from_pretrained(..., dtype=torch.bfloat16) or "
-            "from_config(config, dtype=torch.bfloat16), which keep frequencies in float32"
+            "a model as a whole (model.to(torch.bfloat16)), but make it by from_pretrained(..., dtype=torch.bfloat16) "
+            "or from_config(config, dtype=torch.bfloat16), which keep frequencies in float32"
         )
     if model.base_model is not model and not class_name.endswith(("ForCausalLM", "LMHeadModel")):
         return "is not the causal language model of its kind, ...ForCausalLM, nor its base model: its loss is another"
