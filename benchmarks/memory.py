@@ -19,7 +19,7 @@ import sys
 
 import torch
 
-from longnet_dist import LongNetConfig, next_token_targets, token_loss
+from longnet_dist import LongNetConfig, next_token_labels, token_loss
 
 # Return freed memory to the system at once. Otherwise the peak would include holes in the heap.
 ENVIRONMENT = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -34,7 +34,7 @@ def step(checkpointing: str, logits: str, length: int) -> None:
     torch.set_num_threads(1)
     model = LongNetConfig(**MODEL, vocab_size=VOCABULARY, activation_checkpointing=checkpointing).build()
     tokens = torch.randint(VOCABULARY, (1, length))
-    targets = next_token_targets(tokens)
+    targets = next_token_labels(tokens)
     loss = token_loss(model(tokens), targets) if logits == "whole" else model(tokens, targets=targets)
     loss.backward()
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

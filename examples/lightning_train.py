@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from longnet_dist import LongNet, LongNetConfig, next_token_targets
+from longnet_dist import LongNet, LongNetConfig, next_token_labels
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
 
 SEQ_LEN, STEPS = 500, 5
@@ -34,7 +34,7 @@ class Language(LightningModule):
                 fully_shard(part, mesh=self.device_mesh)
 
     def training_step(self, tokens: torch.Tensor, index: int) -> dict[str, torch.Tensor]:
-        targets = next_token_targets(tokens)  # Shift the targets before they are split.
+        targets = next_token_labels(tokens)  # Shift the targets before they are split.
         loss = self.model(self.mesh.split(tokens), self.mesh, self.mesh.split(targets))
         self.print(f"step {index + 1}  loss {loss.item():.9f}")
         return {"loss": loss, "tokens": (targets != -100).sum()}

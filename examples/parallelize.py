@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from longnet_dist import Pattern, SequenceMesh, next_token_targets, token_loss
+from longnet_dist import Pattern, SequenceMesh, next_token_labels, token_loss
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
 
 SEQ_LEN, STEPS, WIDTH, HEADS, PATTERN = 500, 5, 32, 4, Pattern((64, 512), (1, 4))
@@ -65,7 +65,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(1, STEPS + 1):
         tokens = (torch.randint(16, (2, 1)) + torch.arange(SEQ_LEN) * 7) % 256
-        targets = mesh.split(next_token_targets(tokens))  # Shift the targets before they are split.
+        targets = mesh.split(next_token_labels(tokens))  # Shift the targets before they are split.
         loss = token_loss(model(mesh.split(tokens), mesh.positions()), targets, mesh)
         (loss * mesh.size).backward()  # FSDP takes the mean of gradients over ranks, which must be summed.
         optimizer.step()

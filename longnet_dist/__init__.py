@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.models.config import LongNetConfig
     from longnet_dist.models.decoder import LongNet
-    from longnet_dist.models.loss import next_token_targets, token_loss
+    from longnet_dist.models.loss import next_token_labels, token_loss
     from longnet_dist.nn.attention import DilatedAttention
     from longnet_dist.plan.pattern import Branch, Pattern
     from longnet_dist.training.config import TrainConfig
@@ -39,7 +39,7 @@ __all__ = [
     "dense_reference",
     "dilated_attention",
     "load_tokenizer",
-    "next_token_targets",
+    "next_token_labels",
     "token_loss",
     "train",
 ]
@@ -57,7 +57,7 @@ _MODULES = {
     "dense_reference": "attention.reference",
     "dilated_attention": "attention.api",
     "load_tokenizer": "data.tokenizers",
-    "next_token_targets": "models.loss",
+    "next_token_labels": "models.loss",
     "token_loss": "models.loss",
     "train": "training.trainer",
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longnet_dist.data.batches import digest
 from longnet_dist.distributed.mesh import SequenceMesh
-from longnet_dist.models.loss import next_token_targets
+from longnet_dist.models.loss import next_token_labels
 
 PADDED_BEFORE = "attention_mask has padding before tokens, which would be attended: use padding_side='right'"
 
@@ -41,7 +41,7 @@ def split_checked_batch(batch: dict[str, Tensor], mesh: SequenceMesh | None) -> 
     """Split a batch as `split_batch` does, without checking and comparing it again."""
     whole = dict(batch)
     if "labels" in whole:
-        whole["labels"] = whole["shift_labels"] = next_token_targets(whole["labels"])
+        whole["labels"] = whole["shift_labels"] = next_token_labels(whole["labels"])
     tokens = whole["input_ids"]
     whole["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device)[None].expand_as(tokens)
     return whole if mesh is None else {name: mesh.split(x) for name, x in whole.items()}

@@ -8,7 +8,7 @@
                 fully_shard(self.model, mesh=self.device_mesh)
 
         def training_step(self, tokens, _):  # Whole sequences, (B, N), the same on every rank of a sequence.
-            targets = next_token_targets(tokens)
+            targets = next_token_labels(tokens)
             loss = self.model(self.mesh.split(tokens), self.mesh, self.mesh.split(targets))
             return {"loss": loss, "tokens": (targets != -100).sum()}
 

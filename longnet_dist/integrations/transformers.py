@@ -33,7 +33,7 @@ from longnet_dist.integrations._transformers_batches import (
     split_batch,
     split_checked_batch,
 )
-from longnet_dist.models.loss import IGNORED, next_token_targets, token_loss
+from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
 from longnet_dist.plan.pattern import Pattern
 
 __all__ = ["NAME", "apply", "problem_of_batch", "register", "split_batch", "split_checked_batch"]
@@ -325,7 +325,7 @@ class _Loss:
                     self.mesh,
                 )
             assert labels is not None
-            shift_labels = next_token_targets(labels, ignore_index)
+            shift_labels = next_token_labels(labels, ignore_index)
         return token_loss(logits, shift_labels, self.mesh, ignore_index, num_items_in_batch)
 
 

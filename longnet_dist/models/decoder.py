@@ -95,8 +95,8 @@ class LongNet(nn.Module):
         Args:
             tokens: (B, N), int64; with a mesh (B, L), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-            targets: the token after each of `tokens`, of their shape: `next_token_targets(tokens)`, and with a mesh
-                `mesh.split(next_token_targets(tokens))`. They are not shifted again.
+            targets: the token after each of `tokens`, of their shape: `next_token_labels(tokens)`, and with a mesh
+                `mesh.split(next_token_labels(tokens))`. They are not shifted again.
 
         Returns:
             Logits, (B, N or L, vocab_size). With `targets`, the mean loss of `token_loss`; the logits then never exist

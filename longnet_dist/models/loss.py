@@ -18,7 +18,7 @@ _MAX_ROWS, _MAX_LOGITS = 4096, 1 << 24
 """The largest part of the logits in memory at once: this many rows, and this many logits (but at least one row)."""
 
 
-def next_token_targets(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
+def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
     """Return the target of each token of whole sequences: the next token, and `ignore_index` for the last.
 
     Shift first, split after: the target of a chunk's last token is in the next rank's chunk.
@@ -31,7 +31,7 @@ def next_token_targets(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
         The targets, (B, N).
 
     Example:
-        >>> next_token_targets(torch.tensor([[5, 6, 7]]))
+        >>> next_token_labels(torch.tensor([[5, 6, 7]]))
         tensor([[   6,    7, -100]])
     """
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
@@ -55,7 +55,7 @@ def check_targets(tokens: Tensor, targets: Tensor, mesh: SequenceMesh | None = N
     if targets.shape != tokens.shape or tokens.dim() != 2:
         problem = f"targets is {tuple(targets.shape)} and tokens {tuple(tokens.shape)}; both must be (B, N or L)"
     elif targets is tokens or (not torch.compiler.is_compiling() and _is_unshifted(tokens, targets)):
-        problem = "targets are the tokens themselves; they must be the tokens that follow: next_token_targets(tokens)"
+        problem = "targets are the tokens themselves; they must be the tokens that follow: next_token_labels(tokens)"
     if mesh is None or torch.compiler.is_compiling():
         if problem:
             raise ValueError(problem)
@@ -73,7 +73,7 @@ def check_targets(tokens: Tensor, targets: Tensor, mesh: SequenceMesh | None = N
         raise ValueError(
             f"the last target of rank {rank} is {expected[rank, row]}, and the first token of rank {rank + 1} is "
             f"{following[rank, row]}: all ranks of a mesh need parts of the same sequences, with targets that were "
-            "shifted before they were split: mesh.split(next_token_targets(tokens))"
+            "shifted before they were split: mesh.split(next_token_labels(tokens))"
         )
 
 
@@ -113,7 +113,7 @@ def token_loss(
     if logits.shape[:-1] != targets.shape:
         refuse(
             f"targets is {tuple(targets.shape)} and logits {tuple(logits.shape)}; each row of logits needs one target: "
-            "with a mesh, pass mesh.split(next_token_targets(tokens))",
+            "with a mesh, pass mesh.split(next_token_labels(tokens))",
             mesh,
         )
     dtype = torch.promote_types(logits.dtype, torch.float32)

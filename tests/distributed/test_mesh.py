@@ -21,7 +21,7 @@ from longnet_dist import (
     SequenceMesh,
     dense_reference,
     dilated_attention,
-    next_token_targets,
+    next_token_labels,
     token_loss,
 )
 from longnet_dist.models.loss import linear_token_loss
@@ -134,7 +134,7 @@ def compare_losses(group, num_tokens):
     """Compare the loss and a parameter's gradient with one process; chunks are uneven, and some labels ignored."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(11, (2, num_tokens), generator=generator)
-    labels = next_token_targets(tokens)
+    labels = next_token_labels(tokens)
     labels[:, : num_tokens // 3] = -100
     logits = torch.randn(2, num_tokens, 11, dtype=torch.float64, generator=generator)
     results = []
@@ -171,9 +171,9 @@ def train_on_other_tokens(group, what):
     torch.manual_seed(1 if what == "another batch" and mesh.rank == 1 else 0)
     tokens = torch.randint(257, (2, 61))
     local = mesh.split(tokens)
-    targets = {"shifted after the split": next_token_targets(local).clamp(min=0), "not shifted": local.clone()}
+    targets = {"shifted after the split": next_token_labels(local).clamp(min=0), "not shifted": local.clone()}
     try:
-        model(local, mesh=mesh, targets=targets.get(what, mesh.split(next_token_targets(tokens))))
+        model(local, mesh=mesh, targets=targets.get(what, mesh.split(next_token_labels(tokens))))
     except ValueError as error:
         return str(error)
     return "no error"
@@ -278,7 +278,7 @@ def compare_model(group, checkpointing):
     model = config.build(dtype=torch.float64)
     mesh = SequenceMesh(group, config.pattern, 90)
     tokens = torch.randint(257, (1, 90))
-    labels = next_token_targets(tokens)
+    labels = next_token_labels(tokens)
     expected = token_loss(model(tokens), labels)
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     loss = model(mesh.split(tokens), mesh=mesh, targets=mesh.split(labels))

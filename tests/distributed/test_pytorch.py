@@ -26,7 +26,7 @@ from longnet_dist import (
     SequenceMesh,
     dense_reference,
     dilated_attention,
-    next_token_targets,
+    next_token_labels,
     token_loss,
 )
 from longnet_dist.integrations.pytorch import SequenceParallelAttention
@@ -133,7 +133,7 @@ def reference_of(model, tokens):
 
     for layer in model.layers:
         layer.attend.forward = attend
-    loss = token_loss(model(tokens, torch.arange(SEQ_LEN)), next_token_targets(tokens))
+    loss = token_loss(model(tokens, torch.arange(SEQ_LEN)), next_token_labels(tokens))
     loss.backward()
     return loss.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -175,7 +175,7 @@ def train_step(group, shape, checkpointed, compiled):
     else:
         wrapped = DistributedDataParallel(model, process_group=group)
     local_tokens = tokens.chunk(dp)[grid["dp"].get_local_rank()]
-    labels = mesh.split(next_token_targets(local_tokens))
+    labels = mesh.split(next_token_labels(local_tokens))
     for step in range(2):  # The second step uses what the first has cached.
         model.zero_grad()
         with torch.compiler.set_stance("default" if step == 0 else "fail_on_recompile"):

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_targets
+from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_labels
 from longnet_dist.models.loss import linear_token_losses
 from tests.launch.jobs import ROOT
 
@@ -37,7 +37,7 @@ def exported(tmp_path_factory):
     ids = torch.tensor(list(DOCUMENT))[None]
     with torch.no_grad():
         features = model.features(ids)
-    losses = linear_token_losses(features, model.output.weight, next_token_targets(ids))
+    losses = linear_token_losses(features, model.output.weight, next_token_labels(ids))
     return folder, -losses[0, :-1], features[0]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler, default_collate
 
-from longnet_dist import LongNetConfig, next_token_targets
+from longnet_dist import LongNetConfig, next_token_labels
 from tests.launch.jobs import forked
 from tests.launch.trainers.examples import losses_in, output_of
 
@@ -24,7 +24,7 @@ CONFIG = LongNetConfig(
 def make_sequences(num_sequences=10, rows=N):
     """Make sequences with uneven numbers of valid targets."""
     tokens = (torch.arange(num_sequences)[:, None] * 3 + torch.arange(rows) * 7) % 30
-    targets = next_token_targets(tokens)
+    targets = next_token_labels(tokens)
     for i, label in enumerate(targets):
         label[rows - 1 - 5 * i :] = -100
     return [{"tokens": a, "targets": b} for a, b in zip(tokens, targets, strict=True)]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longnet_dist.models import loss
 from longnet_dist.models.config import LongNetConfig
-from longnet_dist.models.loss import linear_token_loss, linear_token_losses, next_token_targets, token_loss
+from longnet_dist.models.loss import linear_token_loss, linear_token_losses, next_token_labels, token_loss
 
 
 def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):
@@ -21,7 +21,7 @@ def draw(rows, width, vocab, dtype=torch.float64, ignored=0.3):
 
 
 def test_labels_are_the_next_tokens():
-    assert next_token_targets(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
+    assert next_token_labels(torch.tensor([[5, 6, 7]])).tolist() == [[6, 7, -100]]
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_targets_that_were_not_shifted_are_refused(targets, message):
     tokens = torch.tensor([[5, 6, 7, 5, 9]])
     with pytest.raises(ValueError, match=message):
         model(tokens, targets=targets(tokens))
-    assert model(tokens, targets=next_token_targets(tokens)).isfinite()
+    assert model(tokens, targets=next_token_labels(tokens)).isfinite()
 
 
 def test_targets_and_logits_must_have_the_same_rows():

@@ -15,7 +15,7 @@ from longnet_dist import (
     Pattern,
     dense_reference,
     dilated_attention,
-    next_token_targets,
+    next_token_labels,
     token_loss,
 )
 from longnet_dist.attention.bias import t5_bucket
@@ -178,11 +178,11 @@ def test_checkpointing_and_offloading_change_no_gradient(mode, offload, device):
     memory = {"activation_checkpointing": mode, "offload_activations": offload}
     model = LongNetConfig(**SMALL, **memory).build(dtype=torch.float64).to(device)
     tokens = torch.randint(257, (1, 50), generator=torch.Generator().manual_seed(0))
-    loss = model(tokens.to(device), targets=next_token_targets(tokens.to(device)))
+    loss = model(tokens.to(device), targets=next_token_labels(tokens.to(device)))
     grads = [grad.cpu() for grad in torch.autograd.grad(loss, list(model.parameters()))]
     torch.manual_seed(0)
     plain = LongNetConfig(**SMALL).build(dtype=torch.float64)
-    expected = torch.autograd.grad(token_loss(plain(tokens), next_token_targets(tokens)), list(plain.parameters()))
+    expected = torch.autograd.grad(token_loss(plain(tokens), next_token_labels(tokens)), list(plain.parameters()))
     for grad, expected_grad in zip(grads, expected, strict=True):
         assert_close(grad, expected_grad, rtol=0, atol=1e-13)
 
