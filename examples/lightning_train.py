@@ -8,6 +8,7 @@ torchrun --standalone --nproc-per-node 2 examples/lightning_train.py --devices 2
 from __future__ import annotations
 
 import argparse
+import os
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -45,7 +46,7 @@ class Language(LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--devices", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's
     devices = parser.parse_args().devices
     seed_everything(0)  # Every rank makes the same model.
     sequences = (torch.randint(16, (2 * STEPS, 1)) + torch.arange(SEQ_LEN) * 7) % 256

@@ -11,7 +11,7 @@ def extra(name: str, what: object) -> Iterator[None]:
     """Inside the context, report the failed import of an optional package as an error with its remedy.
 
     Args:
-        name: The extra of longnet-dist that installs the package, as in `pip install 'longnet-dist[name]'`.
+        name: The extra of longnet-dist that installs the package, as in `pip install -e '.[name]'` in a checkout.
         what: The option or value that needs the package, as the user wrote it.
 
     Raises:
@@ -20,4 +20,4 @@ def extra(name: str, what: object) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{what} needs the package {error.name}: pip install 'longnet-dist[{name}]'") from None
+        raise ValueError(f"{what} needs the package {error.name}: pip install -e '.[{name}]' in a checkout") from None

@@ -25,6 +25,8 @@ def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
         return
     with extra("ray", "--cluster"):
         from longnet_dist.integrations.ray.doctor import diagnose_cluster
+    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+        print("RAY_ADDRESS is not set: starting a cluster on this machine, and checking that one")
     report, problems = diagnose_cluster(timeout)
     print(report)
     if problems:

@@ -33,7 +33,7 @@ def run_tokenize(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from longnet_dist.data.corpus import num_bytes, tokenize
-    from longnet_dist.data.shards import read_index
+    from longnet_dist.data.shards import INDEX, holds_tokens, read_index
     from longnet_dist.training.config import MAX_SEED
 
     check_positive({"shard-tokens": shard_tokens})
@@ -41,6 +41,8 @@ def run_tokenize(
         raise ValueError(f"--seed is {seed}; it must be at most {MAX_SEED} (2^40) in magnitude")
     if not data:
         raise ValueError("no data to tokenise; give files, folders, globs or hf: datasets")
+    if holds_tokens(out) and (out / INDEX).is_file():
+        print(f"{out} already holds all tokens; checking that they are of this data")
     columns = (TextColumn("tokenise"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("tokenise", total=num_bytes(data) or None)
@@ -59,5 +61,5 @@ def run_tokenize(
     index = read_index(out)
     print(
         f"{out}: {index.num_tokens:,} tokens of {sum(s.documents for s in index.shards):,} documents in "
-        f"{len(index.shards)} shards; train with --data {out} --model.vocab-size {index.vocab_size}"
+        f"{len(index.shards)} shards; train with --data {out}"
     )

@@ -286,3 +286,21 @@ def generate_with_a_mesh(group):
 
 def test_generate_says_what_is_wrong_with_a_mesh(pool):
     assert pool.run(2, generate_with_a_mesh) == [6, 6]
+
+
+def test_peft_comes_after_apply():
+    """LoRA trains on top of dilated attention; a model that PEFT has wrapped is refused."""
+    import peft
+
+    from longnet_dist.integrations.transformers import apply
+
+    lora = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, task_type="CAUSAL_LM")
+    plain = make_model("llama")
+    batch = draw(40)
+    expected = plain(**batch).loss
+    wrapped = peft.get_peft_model(plain, lora)
+    assert_close(wrapped(**batch).loss, expected, rtol=0, atol=1e-12)
+    wrapped(**batch).loss.backward()
+    assert all(p.grad is not None for name, p in wrapped.named_parameters() if "lora_B" in name)
+    with pytest.raises(ValueError, match="apply to the model itself, before it is wrapped"):
+        apply(wrapped, PATTERN)

@@ -67,6 +67,8 @@ def test_the_example_has_the_losses_of_one_process_on_two():
     one = output_of("lightning_train.py", 1, "--devices", 1)
     two = output_of("lightning_train.py", 1, "--devices", 2, forks=False)
     assert losses_in(two) == pytest.approx(losses_in(one), **CLOSE)
+    under_torchrun = output_of("lightning_train.py", 2, forks=False)
+    assert losses_in(under_torchrun) == pytest.approx(losses_in(one), **CLOSE)
 
 
 @pytest.fixture(scope="module")

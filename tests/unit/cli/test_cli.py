@@ -165,6 +165,34 @@ def test_a_plan_of_a_million_tokens_reaches_all_and_names_idle_ranks(capsys):
     assert json.loads(capsys.readouterr().out)["reach"] == 32768
 
 
+def test_a_report_names_runs_apart_and_shows_their_options_side_by_side(tmp_path):
+    """Two runs have folders of one name; axes have units, and the validation has the unigram model's line."""
+    for parent, rate in (("a", 0.1), ("b", 0.2)):
+        run = tmp_path / parent / "run"
+        run.mkdir(parents=True)
+        steps = [{"step": n, "tokens": n * 100_000, "bits_per_byte": 8.0 / n} for n in (1, 2)]
+        steps[1] |= {"validation_bits_per_byte": 4.0, "unigram_bits_per_byte": 4.6}
+        (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+        (run / "config.json").write_text(json.dumps({"learning_rate": rate, "seed": 0, "model": {"d_model": 8}}))
+    runs = [str(tmp_path / parent / "run") for parent in ("a", "b")]
+    out = tmp_path / "report.html"
+    assert app.main(["report", *runs, "--out", str(out), "--smoothing", "0.5"]) == 0
+    page = out.read_text()
+    assert "<td>learning_rate</td><td>0.1</td><td>0.2</td>" in page
+    assert "seed" not in page
+    for text in ("a/run", "b/run", "unigram model of a/run", "200k"):
+        assert f"<!-- {text} -->" in page, text
+    assert app.main(["report", *runs, "--smoothing", "1"]) == 2
+
+
+def test_tokenising_what_is_done_says_so(tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("some text")
+    command = ["tokenize", str(tmp_path / "text.txt"), "--out", str(tmp_path / "tokens")]
+    for expected in (False, True):
+        assert app.main(command) == 0
+        assert ("already holds all tokens" in capsys.readouterr().out) is expected
+
+
 def test_the_table_of_a_report_has_units(tmp_path):
     """No value is in scientific notation."""
     metrics = {"step": 1_000_000, "tokens": 1 << 34, "loss": 1.25, "mfu": 0.4567}

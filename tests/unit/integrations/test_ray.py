@@ -94,7 +94,7 @@ def test_a_missing_ray_package_is_reported_with_its_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "ray", None)
     for command in (["train", "--launcher", "ray"], ["doctor", "--cluster"]):
         assert app.main(command) == 2
-        assert "needs the package ray: pip install 'longnet-dist[ray]'" in capsys.readouterr().err
+        assert "needs the package ray: pip install -e '.[ray]' in a checkout" in capsys.readouterr().err
 
 
 def test_a_rank_reads_only_its_rows(tmp_path):
