@@ -15,6 +15,7 @@ What cannot be exact raises a ValueError with the reason:
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
@@ -111,7 +112,7 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
         vars(model).pop("generate", None)
     if previous := vars(model).get("_longnet_dist_hook"):
         previous.remove()
-    hook = model.base_model.register_forward_pre_hook(_CheckInputs(mesh), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(_CheckInputs(pattern, mesh), with_kwargs=True)
     object.__setattr__(model, "_longnet_dist_hook", hook)
     model.loss_function = _Loss(mesh)
     return model
@@ -253,8 +254,9 @@ def _mask(
 class _CheckInputs:
     """A hook before the model's forward, which adds global positions and raises for silently wrong inputs."""
 
-    def __init__(self, mesh: SequenceMesh | None) -> None:
-        self.mesh = mesh
+    def __init__(self, pattern: Pattern, mesh: SequenceMesh | None) -> None:
+        self.pattern, self.mesh = pattern, mesh
+        self.warned = False
 
     def __call__(
         self, module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
@@ -263,7 +265,14 @@ class _CheckInputs:
         rows = tokens if tokens is not None else inputs.get("inputs_embeds")
         if rows is None:
             return arguments, inputs
-        mesh = self.mesh
+        mesh, reach = self.mesh, self.pattern.reach(rows.shape[1])
+        if mesh is None and reach < rows.shape[1] and not self.warned:  # A mesh has warned when it was made.
+            self.warned = True
+            warnings.warn(
+                f"no token sees further than {reach:,} tokens, and sequences have {rows.shape[1]:,}: give apply a "
+                "pattern with a longer segment",
+                stacklevel=2,
+            )
         if mesh is not None and rows.shape[1] != mesh.shard.num_rows:
             refuse(mesh.wrong_rows("the batch", rows.shape[1]) + " (split_batch does)", mesh)
         self._check_padding(inputs)

@@ -304,3 +304,12 @@ def test_peft_comes_after_apply():
     assert all(p.grad is not None for name, p in wrapped.named_parameters() if "lora_B" in name)
     with pytest.raises(ValueError, match="apply to the model itself, before it is wrapped"):
         apply(wrapped, PATTERN)
+
+
+def test_sequences_that_are_longer_than_every_segment_are_said_once():
+    model = make_model("llama", Pattern((8, 16), (1, 2)))
+    with pytest.warns(UserWarning, match="no token sees further than 16 tokens, and sequences have 40"):
+        model(**draw(40))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**draw(40))

@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -66,12 +67,16 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         result = _trainer(config, folder, ranks, options).fit().return_value
     except ray.train.TrainingFailedError as error:
         raise RuntimeError(f"the run in {folder} failed: {error}") from error
+    except (SystemExit, RayActorError):  # So Ray ends a run at Ctrl-C.
+        result = None
     if isinstance(result, str):
         raise ValueError(result)
     if not isinstance(result, TrainResult):
+        newest = Checkpoints(folder / "checkpoints").newest()
+        held = "it has no checkpoint yet" if newest is None else f"later steps than those of {newest[0]} are lost"
         raise RuntimeError(
-            f"the run in {folder} was stopped; {Checkpoints(folder / 'checkpoints').describe_newest()}, and later "
-            f"steps are lost. To resume: longnet-dist train --resume {folder} --launcher ray --ranks {ranks}"
+            f"the run in {folder} was stopped, and {held}. To resume: longnet-dist train --resume {folder} "
+            f"--launcher ray --ranks {ranks}"
         )
     return result
 

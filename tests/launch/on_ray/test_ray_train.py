@@ -168,3 +168,18 @@ def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_pat
     assert (storage_path(store) / "checkpoint_manager_snapshot.json").exists()
     ray_nodes.remove(first)
     ray_nodes.remove(second)
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_what_is_lost_and_how_to_resume(ray_nodes, start_job, tmp_path):
+    node = ray_nodes.add("stopped")
+    options = ("--ranks", 1, "--ray.labels", "pool", "stopped", "--checkpoint-every", 5)
+    job = start_job(tmp_path / "run", "--steps", 3000, *options)
+    job.wait_for(lambda: job.registered(5), "checkpoint")
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(60) == 1
+    message = [line for line in job.log.read_text().splitlines() if line.startswith("longnet-dist: the run in")]
+    assert len(message) == 1
+    assert re.search(rf"later steps than those of {tmp_path}/run/checkpoints/step-\d+ are lost", message[0])
+    assert f"longnet-dist train --resume {tmp_path}/run --launcher ray --ranks 1" in message[0]
+    ray_nodes.remove(node)

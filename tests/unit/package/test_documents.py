@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "longnet_dist"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS_WITH_CODE = README + "".join((ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "integrations"))
+DOCUMENTS_WITH_CODE = README + "".join(
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "integrations", "pattern")
+)
 
 SUFFIXES = "py|sh|sbatch|yaml|toml|md"
 OF_A_RUN = ("runs/", "traces/", "site/")
