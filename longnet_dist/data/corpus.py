@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +32,7 @@ from longnet_dist.data.sources import HUGGING_FACE, find_files, read_documents, 
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.paths import local_path
 
-_MAX_COUNTED_TOKENS = 1 << 26
+_MAX_COUNTED_TOKENS, _COUNTED_AT_ONCE = 1 << 26, 1 << 22
 
 
 @dataclass(frozen=True)
@@ -218,15 +221,38 @@ def unigram_bits(stream: TokenStream, tokens: np.ndarray) -> float:
     """Compute the bits per token of a model that knows only the frequency of each token.
 
     Args:
-        stream: tokens to count, at most the first 67 million. Each count starts at one, so that no frequency is 0.
+        stream: the tokens whose frequencies are known; see `count_tokens`. Each count starts at one, so that no
+            frequency is 0.
         tokens: the tokens to predict.
 
     Returns:
         The mean of -log2(frequency) over `tokens`.
     """
-    counts = np.bincount(stream.tokens(_MAX_COUNTED_TOKENS), minlength=stream.index.vocab_size)
-    bits = -np.log2((counts + 1.0) / (counts + 1.0).sum())
-    return float(bits[tokens].mean())
+    counts = count_tokens(stream) + 1.0
+    return float(-np.log2(counts / counts.sum())[tokens].mean())
+
+
+def count_tokens(stream: TokenStream) -> np.ndarray:
+    """Count each token in a stream, at most in its first 67 million tokens; kept next to the tokens for the next call.
+
+    Returns:
+        int64, (vocabulary,).
+    """
+    total = min(stream.stop - stream.start, _MAX_COUNTED_TOKENS)
+    path = stream.folder / f"unigram-{stream.start}-{total}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        counts = np.load(path, allow_pickle=False)
+        if counts.shape == (stream.index.vocab_size,) and counts.dtype == np.int64 and counts.sum() == total:
+            return counts
+    counts = np.zeros(stream.index.vocab_size, np.int64)
+    for first in range(0, total, _COUNTED_AT_ONCE):
+        part = dataclasses.replace(stream, start=stream.start + first).tokens(min(_COUNTED_AT_ONCE, total - first))
+        counts += np.bincount(part, minlength=len(counts))
+    with contextlib.suppress(OSError):  # The folder may be read-only.
+        unfinished = path.with_name(f"unfinished-{os.getpid()}-{path.name}")
+        np.save(unfinished, counts)
+        os.replace(unfinished, path)
+    return counts
 
 
 @lru_cache(maxsize=4)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import contextlib
 import fnmatch
 import glob
 import io
 import json
+import lzma
 import os
 import sysconfig
 import zlib
@@ -22,24 +25,20 @@ if TYPE_CHECKING:
 
 HUGGING_FACE = "hf:"
 """The prefix of the name of a Hugging Face dataset."""
-ROW_FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-"""Endings of files that have one document per row."""
-COMPRESSED_FORMATS = (
-    ".7z",
-    ".bz2",
-    ".gz",
-    ".lz4",
-    ".lzma",
-    ".rar",
-    ".tbz2",
-    ".tgz",
-    ".txz",
-    ".xz",
-    ".z",
-    ".zip",
-    ".zst",
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma", ".zst")
+"""Endings of compressed files, which are decompressed as they are read."""
+_ARCHIVES = (".7z", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".zip", ".lz4", ".z")
+_TABLES = (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro", ".xlsx")
+_NO_TEXT = (
+    *(".npy", ".npz", ".pt", ".pth", ".pkl", ".safetensors", ".h5", ".hdf5", ".png", ".jpg", ".jpeg", ".gif", ".webp"),
+    *(".tif", ".tiff", ".svs", ".mp3", ".mp4", ".wav", ".pdf", ".pyc", ".so", ".o", ".exe"),
 )
-"""Endings of compressed files. Those outside `ROW_FORMATS` are refused."""
+_REFUSALS = {
+    _ARCHIVES: "is an archive or compressed in a way that is not read here: unpack it, or leave it out",
+    _TABLES: "is a table, which is not read here: convert it to .parquet or .jsonl, or leave it out",
+    _NO_TEXT: "holds no text: leave it out, or give its bytes another name if they are what you want to train on",
+}
+"""Endings of files that are refused, with the reason: nobody wants to train on their bytes by mistake."""
 _BATCH_ROWS = 1024
 _COMPRESSED_BYTES = 1 << 14
 """The number of bytes of a compressed file that are read at a time."""
@@ -65,7 +64,7 @@ def find_files(paths: Sequence[str]) -> list[Path | str]:
         The files, sorted and without duplicates, and then the names of the datasets.
 
     Raises:
-        ValueError: if a path matches no file, or a file is compressed in a way that is not supported.
+        ValueError: if a path matches no file, or a file is an archive, a table that is not read, or no text.
     """
     matches: set[Path] = set()
     for name in paths:
@@ -83,7 +82,7 @@ def find_files(paths: Sequence[str]) -> list[Path | str]:
                 f"--data {name}: no such file; give files, folders or globs, for example src/ or 'src/**/*.py'"
             )
         for p in files:
-            _row_format(p)
+            _format(p)
         matches.update(p.resolve() for p in files)
     return [*sorted(matches), *sorted({name for name in paths if name.startswith(HUGGING_FACE)})]
 
@@ -126,7 +125,8 @@ def _children(folder: Path, part: str) -> list[Path]:
 def read_documents(source: Path | str, text_field: str = "text", require_utf8: bool = False) -> Iterator[bytes]:
     """Read the documents of a file or dataset.
 
-    A file whose ending is in `ROW_FORMATS` has one document per row. Any other file is one document.
+    JSON lines (`.jsonl`) and `.parquet` have one document per row. Any other file is one document. Files in one of
+    `COMPRESSIONS`, such as `.jsonl.gz` and `.txt.xz`, are decompressed.
 
     Args:
         source: a file, or `hf:NAME?name=CONFIG&split=SPLIT` for a Hugging Face dataset, which is streamed. NAME may
@@ -138,48 +138,50 @@ def read_documents(source: Path | str, text_field: str = "text", require_utf8: b
         Each document, as bytes.
 
     Raises:
-        ValueError: if a row is malformed, a file is truncated, damaged or compressed in a way that is not supported,
+        ValueError: if a row is malformed, a file is truncated, damaged, or of a kind that is not read,
             or a package is missing. The message names the file, and the line and byte, or the row.
     """
     if isinstance(source, str):
         yield from _streamed(source, text_field)
         return
     path = source
-    row_format = _row_format(path)
-    if row_format == ".jsonl":
-        with path.open("rb") as file:
-            yield from _json_lines(path, file, text_field)
-    elif row_format in (".jsonl.gz", ".jsonl.zst"):
-        with path.open("rb") as file, io.BufferedReader(_DecompressedFile(path, file, row_format)) as plain:
-            yield from _json_lines(path, plain, text_field)
-    elif row_format == ".parquet":
+    form, compression = _format(path)
+    if form == ".parquet":
         yield from _parquet(path, text_field)
-    else:
-        content = path.read_bytes()
-        if require_utf8:
-            try:
-                content.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, byte {error.start}: it is not UTF-8; leave it out, or train on bytes (no --tokenizer)"
-                ) from None
-        yield content
+        return
+    with path.open("rb") as file, contextlib.ExitStack() as stack:
+        plain: IO[bytes] = file
+        if compression:
+            plain = stack.enter_context(io.BufferedReader(_DecompressedFile(path, file, compression)))
+        if form == ".jsonl":
+            yield from _json_lines(path, plain, text_field)
+            return
+        content = plain.read()
+    if require_utf8:
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{path}, byte {error.start}: it is not UTF-8; leave it out, or train on bytes (no --tokenizer)"
+            ) from None
+    yield content
 
 
-def _row_format(path: Path) -> str | None:
-    """Return the ending in `ROW_FORMATS` that a file's name has; None for a file that is one document.
+def _format(path: Path) -> tuple[str, str]:
+    """Return the ending that says how a file's content is read, and that of its compression; "" for none.
 
     Raises:
-        ValueError: if the file is compressed in another way: nobody wants to train on compressed bytes.
+        ValueError: if the file is an archive, a table that is not read here, or no text.
     """
     name = path.name.lower()
-    row_format = next((ending for ending in ROW_FORMATS if name.endswith(ending)), None)
-    if row_format is None and name.endswith(COMPRESSED_FORMATS):
-        raise ValueError(
-            f"{path} is compressed, and only .jsonl.gz, .jsonl.zst and .parquet are decompressed here: decompress it, "
-            "or leave it out"
-        )
-    return row_format
+    compression = next((ending for ending in COMPRESSIONS if name.endswith(ending)), "")
+    name = name.removesuffix(compression)
+    for endings, reason in _REFUSALS.items():
+        if name.endswith(endings):
+            raise ValueError(f"{path} {reason}")
+    if name.endswith(".parquet") and compression:
+        raise ValueError(f"{path} is compressed as a whole, and Parquet compresses its columns: decompress it")
+    return next((ending for ending in (".jsonl", ".parquet") if name.endswith(ending)), ""), compression
 
 
 def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]:
@@ -206,17 +208,21 @@ def _json_lines(path: Path, file: IO[bytes], text_field: str) -> Iterator[bytes]
 
 
 class _DecompressedFile(io.RawIOBase):
-    """The decompressed content of a gzip or Zstandard file, with all its members or frames.
+    """The decompressed content of a file in one of `COMPRESSIONS`, with all its members or frames.
 
     A truncated file is an error. (The reader of the package zstandard would silently return less.)
     """
 
-    def __init__(self, path: Path, file: IO[bytes], row_format: str) -> None:
+    def __init__(self, path: Path, file: IO[bytes], compression: str) -> None:
         self.path, self.file = path, file
         self.new_decompressor: Callable[[], Any]
         self.error: type[Exception]
-        if row_format == ".jsonl.gz":
+        if compression == ".gz":
             self.new_decompressor, self.error = lambda: zlib.decompressobj(wbits=16 + zlib.MAX_WBITS), zlib.error
+        elif compression == ".bz2":
+            self.new_decompressor, self.error = bz2.BZ2Decompressor, OSError
+        elif compression in (".xz", ".lzma"):
+            self.new_decompressor, self.error = lzma.LZMADecompressor, lzma.LZMAError
         else:
             with extra("data", path):
                 import zstandard

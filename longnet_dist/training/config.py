@@ -34,8 +34,9 @@ class TrainConfig:
 
     data: tuple[str, ...] = ()
     """Files, folders and globs; hf:NAME?name=CONFIG&split=SPLIT for a Hugging Face dataset; or one folder that
-    `longnet-dist tokenize` wrote. Files .jsonl, .jsonl.gz, .jsonl.zst and .parquet have one document per row; any other
-    file is one document. The default is the source of Python's standard library."""
+    `longnet-dist tokenize` wrote. Files .jsonl and .parquet have one document per row; any other file is
+    one document. Files .gz, .bz2, .xz and .zst are decompressed. The default is the source of Python's standard
+    library."""
     tokenizer: Path | None = None
     """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from longnet_dist.best_effort import print_note
 from longnet_dist.checkpoints.storage import RunFiles, in_store, storage_path, write_problem
-from longnet_dist.data.corpus import Corpus, open_corpus
+from longnet_dist.data.corpus import Corpus, count_tokens, open_corpus
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.config import BYTES_VOCABULARY, LongNetConfig
@@ -159,6 +159,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
                 seed=config.seed,
             )
             problem = _describe_misfit(corpus, config)
+            count_tokens(corpus.train)  # Once a machine; the other ranks, and later starts, read the result.
         except (ValueError, OSError) as error:
             problem = str(error)
     by_rank = patience.gather((corpus, problem), "tokenise the data, or read its index")

@@ -257,3 +257,22 @@ def test_the_doctor_reports_on_a_cluster(ray_nodes):
     assert not re.search(r"\de[+-]\d", done.stdout), done.stdout
     assert done.returncode == 0, done.stdout
     assert "no problems found" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_code_of_the_document_runs(ray_nodes, exported, tmp_path):
+    """As it stands, but for the folder, the number of ranks, and the GPUs."""
+    folder, _, _ = exported
+    for name in "qkv":
+        np.save(tmp_path / f"{name}.npy", np.zeros((1, 60, 4, 8), np.float32))
+    (tmp_path / "books").mkdir()
+    for path in (tmp_path / "book.txt", tmp_path / "books" / "first.txt"):
+        path.write_text("a book of some words. " * 10)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "ray.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        code = block.replace('shared / "exported"', repr(str(folder))).replace("/shared", str(tmp_path))
+        code = code.replace("Gang(8,", "Gang(2,").replace("gpus_per_rank=1, ", "")
+        names: dict[str, object] = {}
+        exec(compile(code, "docs/ray.md", "exec"), names)
+    assert names["log_likelihoods"].shape == (len(names["book"].read_bytes()) - 1,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import lzma
 import math
 import struct
 
@@ -16,6 +17,7 @@ import zstandard
 from pyarrow import parquet
 
 from longnet_dist import TrainConfig
+from longnet_dist.data import corpus
 from longnet_dist.data.corpus import open_corpus, tokenize, unigram_bits, window_order
 from longnet_dist.data.sources import find_files, read_documents, standard_library
 from longnet_dist.data.tokenizers import Bytes
@@ -81,6 +83,22 @@ def test_an_epoch_has_every_window_once_and_the_next_epoch_another_order():
     assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(100))
     assert first.tolist() != second.tolist()
     assert first.tolist() == window_order(100, 0, seed=0).tolist()
+
+
+def test_tokens_are_counted_once(tmp_path, monkeypatch):
+    """The counts are kept next to the tokens, and counted again if their file is damaged."""
+    (tmp_path / "text").write_bytes(b"abracadabra" * 50)
+    monkeypatch.setattr(corpus, "_COUNTED_AT_ONCE", 7)
+    stream = open_corpus([str(tmp_path / "text")], tmp_path / "cache", 0.1).train
+    counts = corpus.count_tokens(stream)
+    expected = np.bincount(stream.tokens(1 << 20), minlength=257)
+    assert (counts == expected).all()
+    (kept,) = stream.folder.glob("unigram-*.npy")
+    with monkeypatch.context() as context:
+        context.setattr(np, "bincount", None)  # It is not called again.
+        assert (corpus.count_tokens(stream) == expected).all()
+    kept.write_bytes(kept.read_bytes()[:-8])
+    assert (corpus.count_tokens(stream) == expected).all()
 
 
 def test_unigram_bits_of_two_bytes(tmp_path):
@@ -167,6 +185,8 @@ ARCHIVES = {
     "skippable frames": ("zst", [SKIPPABLE, ZSTD.compress(HALVES[0]), SKIPPABLE, UNSIZED.compress(HALVES[1])]),
     "one member": ("gz", [gzip.compress(b"".join(LINES))]),
     "several members": ("gz", [gzip.compress(half) for half in HALVES]),
+    "bzip2": ("bz2", [bz2.compress(half) for half in HALVES]),
+    "xz": ("xz", [lzma.compress(half) for half in HALVES]),
 }
 
 
@@ -213,15 +233,37 @@ def test_damaged_parquet_is_read_or_refused(tmp_path):
         assert str(path) in message
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, ZSTD.compress])
+def test_a_compressed_text_is_one_document_and_not_compressed_bytes(tmp_path, compress):
+    ending = {gzip.compress: "gz", bz2.compress: "bz2", lzma.compress: "xz"}.get(compress, "zst")
+    for name, content, expected in (
+        ("a.txt", b"some text\n" * 3, [b"some text\n" * 3]),
+        ("a.json", b'{"text": "x"}', [b'{"text": "x"}']),
+        ("a.jsonl", b"".join(LINES), [f"row {n}".encode() for n in range(20)]),
+    ):
+        path = tmp_path / f"{name}.{ending}"
+        path.write_bytes(compress(content))
+        assert list(read_documents(path)) == expected
+        path.write_bytes(compress(content)[:-3])
+        with pytest.raises(ValueError, match=rf"{name}.{ending} (ends too early|cannot be decompressed)"):
+            list(read_documents(path))
+
+
 @pytest.mark.parametrize(
-    "name", ["a.txt.gz", "a.txt.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.ZIP", "a.parquet.gz", "a.tgz"]
+    ("name", "message"),
+    [
+        *((name, "is an archive") for name in ("a.ZIP", "a.tgz", "a.tar", "a.tar.gz", "a.7z")),
+        *((name, "is a table") for name in ("a.csv", "a.csv.gz", "a.arrow", "a.tsv")),
+        *((name, "holds no text") for name in ("a.npy", "a.PNG", "a.pkl", "a.safetensors")),
+        ("a.parquet.gz", "is compressed as a whole"),
+    ],
 )
-def test_other_compressed_files_are_refused(folder, tmp_path_factory, name):
-    (folder / "sub" / name).write_bytes(bz2.compress(b"text"))
+def test_files_that_are_no_text_are_refused_by_name(folder, tmp_path_factory, name, message):
+    (folder / "sub" / name).write_bytes(b"text")
     for path in (folder, folder / "sub" / name):
-        with pytest.raises(ValueError, match=rf"{name} is compressed, and only .jsonl.gz, .jsonl.zst and .parquet"):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
             corpus_of(path, tmp_path_factory.mktemp("cache"))
-    with pytest.raises(ValueError, match=f"{name} is compressed"):
+    with pytest.raises(ValueError, match=f"{name} {message}"):
         list(read_documents(folder / "sub" / name))
 
 
