@@ -11,5 +11,17 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 # Seconds after SIGTERM for the last step and its checkpoint, before torchrun kills the workers (30 by default).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-280}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec torchrun --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "${RESTARTS:-3}" \
+# torchrun itself, but for signals. After one, when the workers have written their checkpoint, it would print a traceback
+# and exit with 1; and Slurm's notices would end it at once.
+TORCHRUN='
+import os, signal, sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.run import main
+for notice in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(notice, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    main()
+except SignalException:
+    sys.exit(0)'
+exec python -c "$TORCHRUN" --nnodes "$NODES" --nproc-per-node "$RANKS" --max-restarts "${RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB" -m longnet_dist train "$@"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.launch.jobs import ENVIRONMENT, ROOT, losses, train
+from tests.launch.jobs import ENVIRONMENT, ROOT, losses, train, until
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300), pytest.mark.filterwarnings("ignore")]
 LAUNCHERS = ROOT / "launchers"
@@ -44,6 +46,53 @@ def test_slurm_starts_torchrun_on_each_machine(tmp_path):
         "8 2 7 first:29400 --kill-on-bad-exit=0 bash ./launchers/torchrun.sh --run-folder /shared/runs/7 --seq-len 1024"
     )
     assert done.stdout.strip() == expected
+
+
+def test_slurm_queues_a_job_again_after_the_notice_of_its_time_limit(tmp_path):
+    """The notice becomes SIGTERM for srun, which forwards it. The stand-in for srun ends with 0 then."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    wait = f"import signal, pathlib; signal.pthread_sigmask(signal.SIG_BLOCK, [15]); pathlib.Path({str(tmp_path)!r}"
+    wait += ", 'started').touch(); signal.sigwait([15])"
+    (programs / "scontrol").write_text(
+        f'#!/bin/sh\necho first\n[ "$1" != requeue ] || echo "$@" > {tmp_path}/requeued\n'
+    )
+    (programs / "srun").write_text(f'#!/bin/sh\nexec {sys.executable} -c "{wait}"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    slurm = {"SLURM_JOB_NODELIST": "x", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+    environment = os.environ | slurm | {"PATH": f"{programs}:{os.environ['PATH']}"}
+    job = subprocess.Popen(["bash", LAUNCHERS / "slurm.sbatch"], cwd=ROOT, env=environment)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)  # Only the file shows that srun has started.
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 0
+    finally:
+        job.kill()
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_torchrun_sh_ends_quietly_with_0_after_a_signal_and_its_checkpoint(tmp_path, name):
+    arguments = [str(a) for a in train(tmp_path / "run", "--steps", 100_000, "--seq-len", 128)[3:]]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "RANKS": "2"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    script = ["bash", LAUNCHERS / "torchrun.sh", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    job = subprocess.Popen(script, cwd=ROOT, env=environment, **pipes)
+    try:
+        until(tmp_path / "run", 3, job)
+        job.send_signal(signal.Signals[name])
+        output, errors = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert "stopped by a signal" in output
 
 
 @pytest.mark.slow
