@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from longnet_dist.plan.pattern import HEAD_PHASES, MAX_SIZE, Pattern
@@ -134,6 +136,31 @@ class LongNetConfig:
         from longnet_dist.models.decoder import LongNet
 
         return LongNet(self, device, dtype)
+
+
+def read_exported_config(folder: Path) -> tuple[LongNetConfig, Path | None]:
+    """Read the config.json of a model that `longnet-dist export` wrote.
+
+    Args:
+        folder: the folder that holds it.
+
+    Returns:
+        The architecture, and the file of the tokenizer; None for bytes.
+
+    Raises:
+        ValueError: if it is the config of a run, or of a model of another version.
+        FileNotFoundError: if it is missing.
+    """
+    path = folder / "config.json"
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is {type(content).__name__}; it must be an object")
+    if "model" in content and "seq_len" in content:
+        raise ValueError(f"{folder} is a run; export its model first: longnet-dist export {folder} FOLDER")
+    file = (content.pop("tokenizer", None) or {}).get("file")
+    if unknown := sorted(content.keys() - {f.name for f in fields(LongNetConfig)}):
+        raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; another version may know them")
+    return LongNetConfig(**content), None if file is None else folder / Path(file).name
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from longnet_dist.data.tokenizers import load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.config import LongNetConfig, read_exported_config
 from longnet_dist.models.loss import check_targets, linear_token_loss
 from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.nn.attention import DilatedAttention
@@ -202,15 +202,7 @@ class LongNet(nn.Module):
             FileNotFoundError: if a file is missing.
         """
         folder = Path(folder)
-        content = json.loads((folder / "config.json").read_text())
-        if "model" in content and "seq_len" in content:
-            raise ValueError(f"{folder} is a run; export its model first: longnet-dist export {folder} FOLDER")
-        tokenizer = content.pop("tokenizer", None) or {}
-        if unknown := sorted(content.keys() - {f.name for f in fields(LongNetConfig)}):
-            raise ValueError(
-                f"{folder / 'config.json'} has unknown options: {', '.join(unknown)}; another version may know them"
-            )
-        config = LongNetConfig(**content)
+        config, tokenizer_file = read_exported_config(folder)
         tensors = load_file(folder / "model.safetensors")
         model = cls(config, device, next(iter(tensors.values())).dtype)
         expected = {name: p.shape for name, p in model.named_parameters()}
@@ -224,8 +216,7 @@ class LongNet(nn.Module):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(tensors[name])
-        if tokenizer.get("file"):
-            model.tokenizer_file = folder / Path(tokenizer["file"]).name
+        model.tokenizer_file = tokenizer_file
         return model.eval()
 
     def _with_checkpointing(self, block: Block) -> Callable[..., Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import numbers
 import os
@@ -18,7 +17,7 @@ from torch import Tensor
 from longnet_dist.attention.kernels import KERNELS
 from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.rows import Rows, copy_rows, map_file
-from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.config import LongNetConfig, read_exported_config
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
@@ -167,8 +166,8 @@ def _load_config(folder: Path) -> LongNetConfig:
     if not path.exists():
         raise ValueError(f"{folder} holds no config.json; give a folder that `longnet-dist export` wrote")
     try:
-        return LongNetConfig(**json.loads(path.read_text()))
-    except (OSError, TypeError, ValueError) as error:
+        return read_exported_config(folder)[0]
+    except (OSError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not the config of a model that `longnet-dist export` wrote: {error}") from None
 
 

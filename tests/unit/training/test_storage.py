@@ -210,5 +210,5 @@ def test_a_missing_bucket_raises_before_any_step(config):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "upath", None)
-    with pytest.raises(ValueError, match=r"needs the package upath: pip install 'longnet-dist\[s3\]'"):
+    with pytest.raises(ValueError, match=r"needs the package upath: pip install -e '.\[s3\]' in a checkout"):
         storage_path("s3://bucket/runs")
