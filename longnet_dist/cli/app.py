@@ -16,7 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tyro
+try:
+    import tyro
+except ModuleNotFoundError:  # The library needs it for the command line alone.
+    print("longnet-dist: the command line needs the package tyro: pip install tyro", file=sys.stderr)
+    sys.exit(2)
 
 from longnet_dist import __version__
 from longnet_dist.best_effort import BestEffort

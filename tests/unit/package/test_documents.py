@@ -57,3 +57,11 @@ def test_every_dependency_and_extra_is_in_a_table_of_the_readme():
     assert not [name for name in dependencies if f"\n| {name} " not in README]
     rows = "".join(re.findall(r"^\|(.*?)\|", README.split("\n## Dependencies")[1], re.MULTILINE))
     assert not [name for name in project["optional-dependencies"] if f"`{name}`" not in rows]
+
+
+def test_nothing_says_to_install_a_release():
+    """There is none yet, so pip would find no package, or another one."""
+    paths = [path for folder in (PACKAGE, ROOT / "launchers", ROOT / "examples") for path in folder.rglob("*.*")]
+    texts = [path for path in [*paths, *DOCUMENTS] if path.suffix in {f".{suffix}" for suffix in SUFFIXES.split("|")}]
+    assert len(texts) > 100
+    assert not [path for path in texts if re.search(r"longnet[-_]dist\[|pip install '?longnet", path.read_text())]

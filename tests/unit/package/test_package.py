@@ -41,6 +41,22 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = longnet_dist.Longnet
 
 
+def test_only_the_command_line_needs_tyro():
+    """Checked in a new process, in which tyro cannot be imported."""
+    code = """
+import sys
+sys.modules["tyro"] = None
+import longnet_dist
+assert all(hasattr(longnet_dist, name) for name in longnet_dist.__all__)
+model = longnet_dist.LongNetConfig(d_model=8, num_layers=1, num_heads=2).build()
+assert longnet_dist.TrainConfig().model.num_layers and model.eval().score("text").isfinite().all()
+import longnet_dist.__main__
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == "longnet-dist: the command line needs the package tyro: pip install tyro\n"
+
+
 def test_help_and_version_import_no_torch():
     """Checked in a new process, because the tests' own process has torch."""
     arguments = [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)]
