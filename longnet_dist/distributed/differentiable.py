@@ -1,7 +1,8 @@
-"""The differentiable steps of a mesh: taking a rank's rows, joining them, and summing over ranks."""
+"""The steps of a mesh: taking a rank's rows, joining them, and summing over ranks, all differentiable; digests."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -84,3 +85,15 @@ def _gather(x: Tensor, mesh: SequenceMesh, dim: int) -> Tensor:
     padded[: shard.num_rows] = x.movedim(dim, 0)
     parts = mesh.everyone.all_gather(padded, "joining the chunks of a sequence").wait()
     return parts.flatten(0, 1)[: shard.seq_len].movedim(0, dim)
+
+
+def holds_ids(x: Tensor) -> bool:
+    """Return whether a tensor has integers or booleans that can be read, as tokens, labels and masks have."""
+    is_plain = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
+    return is_plain and not x.is_floating_point() and not x.is_complex()
+
+
+def digest(x: Tensor) -> str:
+    """Return a hash of the dtype, shape and content of a tensor; if it is on a GPU, the host waits."""
+    content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(f"{x.dtype} {tuple(x.shape)}".encode() + content.tobytes(), digest_size=6).hexdigest()

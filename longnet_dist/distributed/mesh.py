@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import numbers
 import os
+import threading
 import warnings
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet_dist import internals
 from longnet_dist.distributed import collectives
-from longnet_dist.distributed.differentiable import Join, Split, Sum
+from longnet_dist.distributed.differentiable import Join, Split, Sum, digest, holds_ids
 from longnet_dist.plan.cost import LayerSize, choose_strategies
 from longnet_dist.plan.exchange import STRATEGIES, SharedSegment
 from longnet_dist.plan.hardware import HARDWARE, Hardware
@@ -40,7 +41,9 @@ class SequenceMesh:
     be used together, if all their ranks call them in the same order.
 
     Args:
-        group: a ProcessGroup, a one-dimensional DeviceMesh, or None for a single process.
+        group: a ProcessGroup, a one-dimensional DeviceMesh, or None if this process holds whole sequences. With
+            WORLD_SIZE above 1 in the environment, None is an error before `init_process_group`, because
+            `torch.distributed.group.WORLD` is None then, and each process would work alone.
         pattern: the branches that will be attended; they decide the chunk and which ranks communicate.
         seq_len: N, the global number of tokens; any number, even fewer than ranks.
         chunk: rows per rank; by default chosen so that the pattern's segments align with chunks.
@@ -54,7 +57,8 @@ class SequenceMesh:
         timeout: the time limit of each collective, in seconds or as a timedelta.
 
     Raises:
-        ValueError: on every rank, for arguments that cannot work, or that differ between ranks.
+        ValueError: on every rank, for arguments that cannot work, or that differ between ranks; for a group of None
+            among several processes without a process group.
 
     Example:
         >>> mesh = SequenceMesh(None, Pattern((4, 8), (1, 2)), seq_len=10)
@@ -94,6 +98,7 @@ class SequenceMesh:
         on_gpu = self.everyone is not None and self.everyone.device.type == "cuda"
         self.hardware = hardware or HARDWARE["h100" if on_gpu else "cpu"]
         self._agreed: set[Any] = set()
+        self._batch = threading.local()  # A thread that prefetches is ahead of the thread that trains.
         self._facts = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
         self._facts |= {"strategy": str(self.strategy), "hardware": str(hardware)}
         self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
@@ -137,6 +142,9 @@ class SequenceMesh:
         The backward is collective: it gathers the gradient of `x`, so that every rank has the whole
         gradient, as one process would.
 
+        Ranks whose tokens, labels or masks differ would train on a mixture of sequences. So if `x` has integers or
+        booleans, the next collective of this thread compares its digest (on a GPU only the first).
+
         Args:
             x: a tensor with N entries in `dim`, of any dtype, the same on every rank.
             dim: the dimension of the sequence.
@@ -156,6 +164,8 @@ class SequenceMesh:
                 f"mesh.split takes the whole sequence: dim {dim} of {tuple(x.shape)} has {x.shape[dim]} entries, "
                 f"not seq_len = {self.seq_len}. (To join chunks, use mesh.join.)"
             )
+        if self.everyone is not None and holds_ids(x) and (x.device.type == "cpu" or not vars(self._batch)):
+            self._batch.facts = {"the batch given to mesh.split (by a digest)": digest(x)}
         return Split.apply(x, self, dim)
 
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -245,7 +255,8 @@ class SequenceMesh:
         key = tuple((name, str(value)) for name, value in facts.items())
         if problem is None and key in self._agreed:
             return False
-        self.everyone.agree({f"the mesh's {name}": value for name, value in self._facts.items()} | facts, problem)
+        of_mesh = {f"the mesh's {name}": value for name, value in self._facts.items()}
+        self.everyone.agree(of_mesh | getattr(self._batch, "facts", {}) | facts, problem)
         if not always and self.everyone.device.type != "cpu":
             self._agreed.add(key)
         return True

@@ -83,6 +83,16 @@ def _is_unshifted(tokens: Tensor, targets: Tensor) -> bool:
     return on_cpu and tokens.shape[1] > 1 and torch.equal(tokens, targets) and bool((tokens != tokens[:, :1]).any())
 
 
+def _check_rows(name: str, x: Tensor, targets: Tensor, mesh: SequenceMesh | None = None) -> None:
+    """Raise ValueError, on every rank if there is a mesh, unless each row of `x` has one target."""
+    if x.shape[:-1] != targets.shape:
+        refuse(
+            f"targets is {tuple(targets.shape)} and {name} {tuple(x.shape)}; each row of {name} needs one target: with "
+            "a mesh, pass mesh.split(next_token_labels(tokens))",
+            mesh,
+        )
+
+
 def token_loss(
     logits: Tensor,
     targets: Tensor,
@@ -110,12 +120,7 @@ def token_loss(
         >>> round(token_loss(torch.zeros(1, 3, 5), torch.tensor([[1, 2, -100]])).item(), 4)
         1.6094
     """
-    if logits.shape[:-1] != targets.shape:
-        refuse(
-            f"targets is {tuple(targets.shape)} and logits {tuple(logits.shape)}; each row of logits needs one target: "
-            "with a mesh, pass mesh.split(next_token_labels(tokens))",
-            mesh,
-        )
+    _check_rows("logits", logits, targets, mesh)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     losses = nn.functional.cross_entropy(
         logits.flatten(0, -2).to(dtype), targets.flatten(), ignore_index=ignore_index, reduction="none"
@@ -150,8 +155,7 @@ def linear_token_loss(
         >>> torch.allclose(linear_token_loss(x, weight, targets), token_loss(x @ weight.T, targets), atol=1e-5)
         True
     """
-    if x.shape[:-1] != targets.shape:
-        refuse(f"targets is {tuple(targets.shape)} and x {tuple(x.shape)}; each row of x needs one target", mesh)
+    _check_rows("x", x, targets, mesh)
     total, _ = _LinearLoss.apply(x.flatten(0, -2), weight, targets.flatten(), ignore_index, torch.is_grad_enabled())
     count = (targets != ignore_index).sum().double()
     if mesh is not None:
@@ -176,6 +180,7 @@ def linear_token_losses(x: Tensor, weight: Tensor, targets: Tensor, ignore_index
         >>> linear_token_losses(torch.zeros(1, 2, 8), torch.zeros(4, 8), torch.tensor([[3, -100]]))
         tensor([[1.3863, 0.0000]])
     """
+    _check_rows("x", x, targets)
     _, losses = _LinearLoss.apply(x.flatten(0, -2), weight, targets.flatten(), ignore_index, False)
     return losses.view(targets.shape)
 

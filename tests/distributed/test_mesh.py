@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import pickle
+import threading
 import warnings
 from datetime import timedelta
 
@@ -165,15 +166,27 @@ def test_masked_values_have_no_weight_and_may_be_nan():
 
 
 def train_on_other_tokens(group, what):
-    """Return the error that this rank gets where rank 1 has other sequences, or no rank shifted its targets."""
+    """Return the error that this rank gets if rank 1 has another batch, or targets are not what they must be."""
     model = LongNetConfig(d_model=8, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4)).build()
     mesh = SequenceMesh(group, model.config.pattern, 61)
-    torch.manual_seed(1 if what == "another batch" and mesh.rank == 1 else 0)
+    torch.manual_seed(1 if what.startswith("another batch") and mesh.rank == 1 else 0)
     tokens = torch.randint(257, (2, 61))
-    local = mesh.split(tokens)
-    targets = {"shifted after the split": next_token_labels(local).clamp(min=0), "not shifted": local.clone()}
+    rows, whole = slice(mesh.shard.start, mesh.shard.stop), next_token_labels(tokens)
+    if what == "another batch, split by hand":
+        local, targets = tokens[:, rows], whole[:, rows]
+    else:
+        local, targets = mesh.split(tokens), mesh.split(whole)
+    if what == "shifted after the split":
+        targets = next_token_labels(local).clamp(min=0)
+    elif what == "not shifted":
+        targets = local.clone()
+    elif what == "not split" or (what == "not split on rank 1" and mesh.rank == 1):
+        targets = whole
     try:
-        model(local, mesh=mesh, targets=targets.get(what, mesh.split(next_token_labels(tokens))))
+        if "by token_loss" in what or "not split" in what:
+            token_loss(model(local, mesh=mesh), targets, mesh)
+        if "by token_loss" not in what:
+            model(local, mesh=mesh, targets=targets)
     except ValueError as error:
         return str(error)
     return "no error"
@@ -182,10 +195,15 @@ def train_on_other_tokens(group, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("another batch", "all ranks of a mesh need parts of the same sequences"),
+        ("another batch", "the batch given to mesh.split (by a digest): "),
+        ("another batch, by token_loss", "the batch given to mesh.split (by a digest): "),
+        ("another batch, split by hand", "all ranks of a mesh need parts of the same sequences"),
         ("shifted after the split", "shifted before they were split"),
         ("not shifted", "the tokens themselves"),
+        ("not split", "each row of logits needs one target: with a mesh, pass mesh.split(next_token_labels(tokens))"),
+        ("not split on rank 1", "rank 1: targets is (2, 61) and logits (2, 16, 257)"),
         ("nothing wrong", "no error"),
+        ("nothing wrong, by token_loss", "no error"),
     ],
 )
 def test_ranks_with_other_tokens_or_targets_are_refused_on_every_rank(pool, what, message):
@@ -194,11 +212,39 @@ def test_ranks_with_other_tokens_or_targets_are_refused_on_every_rank(pool, what
     assert message in errors[0]
 
 
+def split_ahead(group):
+    """Split the next batch in another thread, on rank 0 only, as a prefetcher that is ahead; then agree."""
+    mesh = SequenceMesh(group, PATTERN, 40)
+    mesh.split(torch.zeros(1, 40, dtype=torch.int64))
+    if mesh.rank == 0:
+        thread = threading.Thread(target=mesh.split, args=(torch.ones(1, 40, dtype=torch.int64),))
+        thread.start()
+        thread.join()
+    return mesh.token_mean(torch.ones(3)).item()
+
+
+def test_a_batch_that_is_split_ahead_in_another_thread_is_not_compared(pool):
+    assert pool.run(2, split_ahead) == [1.0, 1.0]
+
+
 def test_no_group_among_several_processes_is_an_error(monkeypatch):
     """dist.group.WORLD is None before init_process_group: each process would train alone."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match=r"one of 2 processes .*: call torch.distributed.init_process_group\(\) first"):
         SequenceMesh(dist.group.WORLD, PATTERN, 64)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert SequenceMesh(dist.group.WORLD, PATTERN, 64).size == 1
+
+
+def make_a_mesh_of_this_process(group):
+    """Make a mesh without a group, where a launcher's variables say that there are two processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        return SequenceMesh(None, PATTERN, 64).size
+
+
+def test_no_group_means_whole_sequences_once_there_is_a_process_group(pool):
+    assert pool.run(2, make_a_mesh_of_this_process) == [1, 1]
 
 
 def use_three_meshes(group):

@@ -44,8 +44,9 @@ def test_targets_that_were_not_shifted_are_refused(targets, message):
 def test_targets_and_logits_must_have_the_same_rows():
     with pytest.raises(ValueError, match=r"targets is \(1, 4\) and logits \(1, 3, 5\)"):
         token_loss(torch.zeros(1, 3, 5), torch.zeros(1, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"targets is \(1, 4\) and x \(1, 3, 5\)"):
-        linear_token_loss(torch.zeros(1, 3, 5), torch.zeros(7, 5), torch.zeros(1, 4, dtype=torch.int64))
+    for function in (linear_token_loss, linear_token_losses):
+        with pytest.raises(ValueError, match=r"targets is \(1, 4\) and x \(1, 3, 5\)"):
+            function(torch.zeros(1, 3, 5), torch.zeros(7, 5), torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_loss_without_valid_labels_is_zero():
