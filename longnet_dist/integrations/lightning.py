@@ -52,7 +52,7 @@ _SAMPLER_HINT = (
     "True, and no DistributedSampler of your own), but not for an IterableDataset; and ranks must draw alike"
 )
 _LOSS_HINT = (
-    "return token_loss(logits, labels, mesh), or what a model of ours returns: the mean over the tokens of all ranks, "
+    "return token_loss(logits, targets, mesh), or what a model of ours returns: the mean over the tokens of all ranks, "
     "not of this rank's"
 )
 
