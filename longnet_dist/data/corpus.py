@@ -239,7 +239,8 @@ def count_tokens(stream: TokenStream) -> np.ndarray:
         int64, (vocabulary,).
     """
     total = min(stream.stop - stream.start, _MAX_COUNTED_TOKENS)
-    path = stream.folder / f"unigram-{stream.start}-{total}.npy"
+    tokens = _hash([*((shard.sha256, shard.tokens) for shard in stream.index.shards), stream.start])
+    path = stream.folder / f"unigram-{tokens}-{total}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         counts = np.load(path, allow_pickle=False)
         if counts.shape == (stream.index.vocab_size,) and counts.dtype == np.int64 and counts.sum() == total:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import dataclasses
 import gzip
 import json
 import lzma
@@ -99,6 +100,9 @@ def test_tokens_are_counted_once(tmp_path, monkeypatch):
         assert (corpus.count_tokens(stream) == expected).all()
     kept.write_bytes(kept.read_bytes()[:-8])
     assert (corpus.count_tokens(stream) == expected).all()
+    other = dataclasses.replace(stream.index, shards=(dataclasses.replace(stream.index.shards[0], sha256="0"),))
+    corpus.count_tokens(dataclasses.replace(stream, index=other))
+    assert len(list(stream.folder.glob("unigram-*.npy"))) == 2  # Counts of other tokens are others.
 
 
 def test_unigram_bits_of_two_bytes(tmp_path):
