@@ -52,7 +52,7 @@ def test_a_signal_finishes_the_step_and_the_next_start_resumes_bit_for_bit(tmp_p
         os.kill(pid, signal_number)
     out, error = job.communicate(timeout=90)
     assert job.returncode == 0, error
-    assert "to resume, run the same command with --run-folder" in out
+    assert f"to resume: longnet-dist train --resume {folder}" in out
     stopped_at = len(losses(folder))
     assert 3 <= stopped_at < len(undisturbed)
     done = forked(ranks, *train(folder, *OPTIONS))
