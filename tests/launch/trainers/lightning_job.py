@@ -40,13 +40,13 @@ class Language(LightningModule):
             fully_shard(part, mesh=mesh)
 
     def loss(self, batch):
-        tokens, labels = (batch[name] if self.case == "unsplit" else self.mesh.split(batch[name]) for name in batch)
+        tokens, targets = (batch[name] if self.case == "unsplit" else self.mesh.split(batch[name]) for name in batch)
         if self.case == "local loss":
-            return torch.nn.functional.cross_entropy(self.model(tokens, self.mesh).flatten(0, 1), labels.flatten())
-        return self.model(tokens, self.mesh, labels)
+            return torch.nn.functional.cross_entropy(self.model(tokens, self.mesh).flatten(0, 1), targets.flatten())
+        return self.model(tokens, self.mesh, targets)
 
     def training_step(self, batch, index):
-        loss, count = self.loss(batch), int((batch["labels"] != -100).sum())
+        loss, count = self.loss(batch), int((batch["targets"] != -100).sum())
         self.losses.append((loss.item(), count))
         self.log("loss", loss, on_epoch=True, on_step=False, sync_dist=True)
         if self.weighting == "manual":
@@ -57,7 +57,7 @@ class Language(LightningModule):
         if self.weighting == "by batch" or (self.case == "some tokens" and index == 1):
             return loss
         if self.case == "local tokens":
-            count = int((self.mesh.split(batch["labels"]) != -100).sum())
+            count = int((self.mesh.split(batch["targets"]) != -100).sum())
         if self.case == "one token more":
             count = 1_000_000 + dist.get_rank()
         return {"loss": loss, "tokens": count}
