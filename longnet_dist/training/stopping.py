@@ -111,7 +111,8 @@ class Watch:
         folder: the run's folder of traces, which every rank sees; `rank-N.txt` in it belongs to rank N.
         rank: this rank.
         num_ranks: the number of all ranks.
-        limit: seconds that a collective may take. Traces are written at 80 % of it.
+        limit: seconds that a collective may take. Traces are written at 80 % of it, and at 90 % if C code that holds the
+            interpreter's lock hangs.
     """
 
     def __init__(self, folder: Path, rank: int, num_ranks: int, limit: float) -> None:
@@ -129,20 +130,22 @@ class Watch:
         Raises:
             RuntimeError: if a collective fails; names the ranks that were in none, and where they were.
         """
-        seconds = 0.8 * (limit or self.limit)
+        limit = limit or self.limit
         with contextlib.ExitStack() as stack:
             with self._effort:
                 trace = stack.enter_context(self._open_trace())
                 # The watched thread need not be the main one, and a trace holds all threads.
                 thread = threading.get_ident()
                 trace.write(f"{_thread_id(thread)}\n{'':{_MARKER_BYTES}}\n".encode())
-                marker = threading.Timer(seconds, self._write_marker, (trace, thread))
-                marker.daemon = True
-                marker.start()
-                stack.callback(marker.join)
-                stack.callback(marker.cancel)  # Runs before the join.
-                # faulthandler does not need the interpreter's lock, so it writes even while C code that holds it hangs.
-                faulthandler.dump_traceback_later(seconds, file=trace)
+                writer = threading.Timer(0.8 * limit, self._write_trace, (trace, thread))
+                writer.daemon = True
+                # faulthandler's own thread writes without the interpreter's lock, which C code that hangs may hold. It
+                # reads frames that other threads may be freeing, so that it can end a process that is only slow.
+                # Therefore it comes second, and the writer, which holds the lock, calls it off.
+                faulthandler.dump_traceback_later(0.9 * limit, file=trace)
+                writer.start()
+                stack.callback(writer.join)
+                stack.callback(writer.cancel)  # Runs before the join.
             try:
                 yield
             except RuntimeError as error:
@@ -156,13 +159,16 @@ class Watch:
         # Unbuffered: after a failed write, closing a buffered file would write again, and fail again.
         return (self.folder / f"rank-{self.rank}.txt").open("wb", buffering=0)
 
-    def _write_marker(self, trace: IO[bytes], thread: int) -> None:
-        """Write what the thread waits for into the line after its identifier."""
+    def _write_trace(self, trace: IO[bytes], thread: int) -> None:
+        """Write the stacks of all threads, and what the watched one waits for into the line after its identifier."""
+        faulthandler.cancel_dump_traceback_later()
         if wait := current_wait(thread):
             text = f"waits for other ranks {wait}".encode("ascii", "backslashreplace")[:_MARKER_BYTES]
             with self._effort:
-                # Unlike `write`, this does not move the position at which faulthandler writes.
+                # Unlike `write`, this does not move the position at which the stacks are written.
                 os.pwrite(trace.fileno(), text, len(_thread_id(thread)) + 1)
+        with self._effort:
+            faulthandler.dump_traceback(trace)
 
     def _explain_hang(self) -> str:
         """Return lines for an error: the ranks that hang, and what the others wait for. Empty without any trace."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
@@ -33,7 +34,7 @@ def explanation(folder: Path, stand_still, marker: str = "") -> str:
         return ("in explanation" in text and marker in text) or time.monotonic() > deadline
 
     def fail() -> None:
-        with Watch(folder, rank=0, num_ranks=1, limit=0.1).over("step 3"):
+        with Watch(folder, rank=0, num_ranks=1, limit=0.5).over("step 3"):
             stand_still(done)
             raise RuntimeError("a collective failed")
 
@@ -76,6 +77,22 @@ def test_a_rank_with_a_marker_is_not_blamed_and_says_what_it_waits_for(tmp_path)
     error = explanation(tmp_path, wait, "remove old checkpoints")
     assert "in no collective" not in error
     assert "rank 0 waits for other ranks to remove old checkpoints\n" in error
+
+
+def test_the_stacks_of_a_process_that_goes_on_are_written_under_the_interpreters_lock(tmp_path):
+    """Without it, they are read while other threads free them, which ends a process that is only slow."""
+    explanation(tmp_path, waiting_code(Path("/home/me/any.py")))
+    assert "Current thread" in (tmp_path / "rank-0.txt").read_text()
+
+
+def test_code_that_hangs_with_the_interpreters_lock_is_found(tmp_path):
+    def hang() -> None:
+        with Watch(tmp_path, rank=0, num_ranks=1, limit=0.2).over("step 3"):
+            ctypes.PyDLL(None).usleep(500_000)  # PyDLL keeps the lock during the call.
+            raise RuntimeError("a collective failed")
+
+    with pytest.raises(RuntimeError, match=r"rank 0 is in no collective, .* in hang"):
+        hang()
 
 
 def test_a_step_in_time_explains_nothing(tmp_path):
