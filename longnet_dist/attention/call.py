@@ -89,21 +89,24 @@ def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:
     mesh, num_kv_heads = mesh_of(options.mesh), k.shape[2]
     if mesh is None:
         return options.plan(Shard(num_rows, max(1, num_rows)), num_kv_heads)
-    layer = LayerSize(num_heads, num_kv_heads, dim, q.dtype.itemsize, options.causal)
-    return options.plan(mesh.shard, num_kv_heads, mesh.strategies(layer))
+    return options.plan(mesh.shard, num_kv_heads, mesh.strategies(_layer_size(q, k, options)))
 
 
 def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[int | None]:
     """Return the number of elements that each exchange retains for the backward; None if it sends them again."""
-    (batch, _, num_heads, dim), num_kv_heads = q.shape, k.shape[2]
-    mesh, layer = mesh_of(options.mesh), LayerSize(num_heads, num_kv_heads, dim, q.dtype.itemsize, options.causal)
+    mesh, layer = mesh_of(options.mesh), _layer_size(q, k, options)
     sizes: list[int | None] = []
     for shared in plan.shared:
         assert mesh is not None
         queries, keys = shared.arriving_rows
         keeps = keeps_arrivals(shared.branch, shared.strategy, mesh.shard, layer, mesh.keep_kv)
-        sizes.append(batch * dim * (queries * num_heads // num_kv_heads + 2 * keys) if keeps else None)
+        vectors = queries * layer.num_heads // layer.num_kv_heads + 2 * keys
+        sizes.append(len(q) * layer.head_dim * vectors if keeps else None)
     return sizes
+
+
+def _layer_size(q: Tensor, k: Tensor, options: Options) -> LayerSize:
+    return LayerSize(q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize, options.causal)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from longnet_dist.cli.options import check_positive
 from longnet_dist.plan.cost import (
+    FORWARDS_PER_STEP,
     LayerSize,
     attention_flops,
     branch_seconds,
@@ -18,9 +19,6 @@ from longnet_dist.plan.hardware import HARDWARE
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, is_shared
 from longnet_dist.units import format_bytes, format_flops
-
-_BACKWARD = 2.5
-"""Operations of attention's backward, in forwards."""
 
 
 def run_plan(
@@ -143,7 +141,7 @@ def _whole_model(
 ) -> dict[str, Any]:
     """Return the costs of a model with a feed-forward network of four times its width, and tied embeddings."""
     matrices = layers * (2 * width * width + 2 * width * kv_width + 8 * width * width) + vocab_size * width
-    attention = layers * plan["forward_flops"] * (1 + _BACKWARD)
+    attention = layers * plan["forward_flops"] * FORWARDS_PER_STEP
     return {
         "layers": layers,
         "parameters": matrices,

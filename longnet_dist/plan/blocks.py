@@ -224,18 +224,11 @@ def _quotients(number: int, divisor: int) -> tuple[int, int]:
     return number // divisor, -(-number // divisor)
 
 
-def _kept_rows(branch: Branch, phase: int, lo: int, hi: int) -> tuple[int, int]:
-    """The first row that a phase keeps among the offsets [lo, hi) of a segment, and the number of such rows."""
-    r = branch.dilation_rate
-    first = lo + (phase - lo) % r
-    return first, max(0, -(-(hi - first) // r))
-
-
 def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, segments: int = 1) -> Iterable[OwnBlock]:
     """Yield the rectangles of the global rows [lo, hi), all in this chunk, of the segment that begins at `segment`."""
     r, w = runs.branch.dilation_rate, runs.branch.segment_length
     for phase, heads in runs.split((lo - segment, hi - segment)):
-        first, count = _kept_rows(runs.branch, phase, lo - segment, hi - segment)
+        first, count = runs.branch.kept_rows(phase, lo - segment, hi - segment)
         position = segment + first
         if count:
             yield OwnBlock(runs.number, heads, Rows(position - shard.start, 1, r, count, position, r, segments, w))
@@ -255,10 +248,10 @@ def _remote_blocks(runs: _HeadRuns, shard: Shard, segment: SharedSegment, lo: in
     branch, r, start = runs.branch, runs.branch.dilation_rate, segment.start
     edges = [(start, lo)] if segment.causal else [(start, lo), (hi, segment.stop)]
     for phase, heads in runs.split(edge - start for edge in (start, lo, hi, segment.stop)):
-        first, count = _kept_rows(branch, phase, lo - start, hi - start)
+        first, count = branch.kept_rows(phase, lo - start, hi - start)
         keys = []
         for key_lo, key_hi in edges:
-            key_first, key_count = _kept_rows(branch, phase, key_lo - start, key_hi - start)
+            key_first, key_count = branch.kept_rows(phase, key_lo - start, key_hi - start)
             if key_count:
                 keys.append(Rows(0, 1, r, key_count, start + key_first, r))
         if count and keys:

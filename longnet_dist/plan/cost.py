@@ -10,6 +10,9 @@ from longnet_dist.plan.hardware import HARDWARE, Hardware
 from longnet_dist.plan.pattern import Branch, Pattern
 from longnet_dist.plan.shard import Shard
 
+FORWARDS_PER_STEP = 3.5
+"""The operations of attention's forward and backward together, in forwards."""
+
 
 @dataclass(frozen=True)
 class LayerSize:
@@ -159,7 +162,7 @@ def branch_seconds(
     kept, own, causal = segment.kept_rows, segment.rows_per_rank, layer.causal
     inputs = 1 if keeps_arrivals(branch, strategy, shard, layer, keep_kv) else 2
     pairs = own * (kept - (kept / teams if strategy == "all_to_all" else own) / 2 if causal else kept)
-    seconds = 3.5 * 4 * pairs * layer.num_heads * layer.head_dim / hardware.flops
+    seconds = FORWARDS_PER_STEP * 4 * pairs * layer.num_heads * layer.head_dim / hardware.flops
     if ranks == 1:
         return seconds
     row = layer.head_dim * layer.element_size
@@ -168,7 +171,7 @@ def branch_seconds(
         received, collectives = 2.0 * (kept - own) * layer.num_kv_heads * layer.head_dim * sizes, inputs + 1
     else:
         # If causal, the last rank gets all keys and no gradient, and the first the other way round.
-        times = max(inputs, 1) if causal and (strategy == "exchange" or teams > 1) else inputs + 1
+        times = inputs if causal and (strategy == "exchange" or teams > 1) else inputs + 1
         received, collectives = 2.0 * segment.key_rows * layer.num_kv_heads * row * times, inputs + 1
     if strategy == "all_to_all":
         members = ranks / teams
@@ -221,10 +224,5 @@ def attention_flops(
         causal: whether a query sees only keys at or before it.
         num_kv_heads: G; H by default.
     """
-    num_kv_heads = num_kv_heads or num_heads
-    pairs = 0
-    for block in make_plan(pattern, Shard(seq_len, max(seq_len, 1)), num_kv_heads, causal).local:
-        n = block.rows.count
-        rectangles = block.heads.phases * block.heads.per_phase * block.rows.segments
-        pairs += rectangles * (n * (n + 1) // 2 if causal else n * n)
-    return 4 * head_dim * pairs * (num_heads // num_kv_heads)
+    layer = LayerSize(num_heads, num_kv_heads or num_heads, head_dim, 2, causal)
+    return rank_flops(pattern, Shard(seq_len, max(seq_len, 1)), layer)

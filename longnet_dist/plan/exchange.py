@@ -48,6 +48,9 @@ class SharedSegment:
     phases: tuple[int, ...]
     causal: bool
 
+    def __str__(self) -> str:
+        return f"branch {self.branch} over ranks {self.first_rank} to {self.last_rank}"
+
     @property
     def first_rank(self) -> int:
         """The first rank that holds rows of the segment."""
@@ -87,9 +90,8 @@ class SharedSegment:
 
     def kept(self, head: int, first: int, end: int) -> tuple[int, int]:
         """Return the first row of [first, end) that a head keeps, and the number of such rows."""
-        r = self.branch.dilation_rate
-        kept = first + (self.phases[head] - (first - self.start)) % r
-        return kept, max(0, -(-(end - kept) // r))
+        offset, count = self.branch.kept_rows(self.phases[head], first - self.start, end - self.start)
+        return self.start + offset, count
 
     def num_kept(self, rank: int, heads: range) -> int:
         """Return the number of rows that a rank holds of some heads, over all these heads."""

@@ -46,6 +46,11 @@ class Branch:
         """Return whether heads of this `phase` keep the row at global `position`."""
         return position % self.segment_length % self.dilation_rate == phase
 
+    def kept_rows(self, phase: int, first: int, end: int) -> tuple[int, int]:
+        """Return the first of a segment's offsets [first, end) that heads of this `phase` keep, and their number."""
+        kept = first + (phase - first) % self.dilation_rate
+        return kept, max(0, -(-(end - kept) // self.dilation_rate))
+
     def __str__(self) -> str:
         return f"(w={self.segment_length}, r={self.dilation_rate})"
 

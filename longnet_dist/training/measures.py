@@ -10,7 +10,7 @@ import torch
 from longnet_dist.data.corpus import Corpus, num_files
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
+from longnet_dist.plan.cost import FORWARDS_PER_STEP, LayerSize, attention_flops, bytes_received
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.units import format_bytes
 
@@ -73,7 +73,7 @@ def step_flops(config: TrainConfig, model: LongNet) -> float:
         config.model.pattern, config.seq_len, heads, config.model.d_model // heads, True, config.model.num_kv_heads
     )
     sequences = config.batch_size * config.grad_accumulation
-    return sequences * (6.0 * matrices * config.seq_len + 3.5 * attention * config.model.num_layers)
+    return sequences * (6.0 * matrices * config.seq_len + FORWARDS_PER_STEP * attention * config.model.num_layers)
 
 
 def step_bytes(config: TrainConfig, mesh: SequenceMesh, data_ranks: int) -> int:

@@ -29,7 +29,7 @@ class AllGather(RemoteKeys):
         (own,) = packed
         missing = self._segment.gathered_rows - len(own)
         padded = torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
-        self._arriving = self._communicator.all_gather(padded, self._describe("gathering the keys and values"))
+        self._arriving = self._communicator.all_gather(padded, f"gathering the keys and values of {self._segment}")
 
     def _wait_keys(self) -> Tensor:
         return self._arriving.wait().flatten(0, 1)
@@ -40,7 +40,7 @@ class AllGather(RemoteKeys):
 
     def _start_gradients(self, grads: Tensor) -> None:
         by_rank = grads.unflatten(0, (self._segment.num_ranks, -1))
-        what = self._describe("reducing the gradients of keys and values")
+        what = f"reducing the gradients of keys and values of {self._segment}"
         self._returning = self._communicator.reduce_scatter(by_rank, what)
 
     def _wait_gradients(self) -> list[Tensor]:
@@ -49,7 +49,3 @@ class AllGather(RemoteKeys):
     def _layout(self, part: SharedPart) -> tuple[int, tuple[int, ...], int | None]:
         segment = part.segment
         return 0, tuple(range(segment.first_rank, segment.last_rank + 1)), segment.gathered_rows
-
-    def _describe(self, doing: str) -> str:
-        segment = self._segment
-        return f"{doing} of branch {segment.branch} over ranks {segment.first_rank} to {segment.last_rank}"

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.exchanges import Arrival, GradientResult, Result
-from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index
+from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, sizes_by_rank
 from longnet_dist.attention.rows import accumulation_dtype, merge
 from longnet_dist.distributed.collectives import Pending
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import Rows, SharedBranch
 from longnet_dist.plan.exchange import SharedSegment
+
+_Sizes = tuple[list[int], list[int]]
+"""Ranks, and the number of rows for each."""
 
 
 class AllToAll:
@@ -38,7 +41,6 @@ class AllToAll:
         self._number = shared.number
         self._communicator = mesh.communicator(self._segment)
         self._retained: Tensor | None = None
-        self._results: list[Tensor] | None = None
         self._queries_and_keys: tuple[Tensor, Tensor] | None = None
         self._backward = False
 
@@ -49,8 +51,8 @@ class AllToAll:
         packed = torch.stack([kept.pack(k), kept.pack(v)], dim=1)
         num_teams = sum(segment.sent_keys) // max(1, len(packed))
         rows = packed.expand(num_teams, *packed.shape).flatten(0, 1)
-        sizes = self._sizes(segment.key_targets, segment.sent_keys, segment.key_sources, segment.received_keys)
-        self._arriving_kv = self._communicator.all_to_all(rows, *sizes, self._describe("sending keys and values"))
+        sent, received = (segment.key_targets, segment.sent_keys), (segment.key_sources, segment.received_keys)
+        self._arriving_kv = self._all_to_all(rows, sent, received, "sending keys and values")
 
     def start_backward(self, q: Tensor, k: Tensor, v: Tensor, results: tuple[Tensor, Tensor, Tensor]) -> None:
         """Send dout, out and lse, and q, k and v again unless they were restored."""
@@ -131,9 +133,9 @@ class AllToAll:
         what = "returning the gradients of queries" if self._backward else "returning results"
         self._returning_q = self._send_queries(rows, what, back=True)
         if self._backward:
-            sizes = self._sizes(segment.key_sources, segment.received_keys, segment.key_targets, segment.sent_keys)
-            what = self._describe("returning the gradients of keys and values")
-            self._returning_kv = self._communicator.all_to_all(self._key_grads, *sizes, what)
+            sent, received = (segment.key_sources, segment.received_keys), (segment.key_targets, segment.sent_keys)
+            what = "returning the gradients of keys and values"
+            self._returning_kv = self._all_to_all(self._key_grads, sent, received, what)
 
     def returned(self) -> Iterator[Result]:
         """Wait for the results of this rank's rows."""
@@ -173,22 +175,14 @@ class AllToAll:
         team = list(segment.team_of(segment.rank))
         counts = segment.sent_queries, segment.received_queries
         sent, received = reversed(counts) if back else counts
-        sizes = self._sizes(team, sent, team, received)
-        return self._communicator.all_to_all(rows, *sizes, self._describe(doing))
+        return self._all_to_all(rows, (team, sent), (team, received), doing)
 
-    def _sizes(
-        self, targets: list[int], sent: list[int], sources: list[int], received: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Return the number of rows sent to, and received from, each rank of the segment."""
-        sizes = [0] * self._segment.num_ranks, [0] * self._segment.num_ranks
-        for result, ranks, counts in zip(sizes, (targets, sources), (sent, received), strict=True):
-            for rank, count in zip(ranks, counts, strict=True):
-                result[rank - self._segment.first_rank] = count
-        return sizes
-
-    def _describe(self, doing: str) -> str:
+    def _all_to_all(self, rows: Tensor, sent: _Sizes, received: _Sizes, doing: str) -> Pending:
+        """Send rows to, and receive rows from, the ranks that `sent` and `received` name with numbers of rows."""
         segment = self._segment
-        return f"{doing} of branch {segment.branch} over ranks {segment.first_rank} to {segment.last_rank}"
+        ranks = segment.first_rank, segment.num_ranks
+        sizes = sizes_by_rank(*ranks, sent), sizes_by_rank(*ranks, received)
+        return self._communicator.all_to_all(rows, *sizes, f"{doing} of {segment}")
 
 
 class _Rectangle(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.exchanges.remote_keys import RemoteKeys
+from longnet_dist.attention.exchanges.tables import sizes_by_rank
 from longnet_dist.attention.rows import accumulation_dtype
 from longnet_dist.distributed.collectives import Pending
 from longnet_dist.plan.blocks import SharedPart
@@ -55,13 +56,8 @@ class SendNeeded(RemoteKeys):
     def _all_to_all(self, rows: Tensor, doing: str, back: bool) -> Pending:
         communicator = self.mesh.everyone
         assert communicator is not None
-        sent, received = ([0] * communicator.size for _ in range(2))
-        for part in self.shared.parts:
-            for sizes, ranks, counts in (
-                (sent, part.segment.key_targets, part.segment.sent_keys),
-                (received, part.segment.key_sources, part.segment.received_keys),
-            ):
-                for rank, count in zip(ranks, counts, strict=True):
-                    sizes[rank] += count
+        segments = [part.segment for part in self.shared.parts]
+        sent = sizes_by_rank(0, communicator.size, *((s.key_targets, s.sent_keys) for s in segments))
+        received = sizes_by_rank(0, communicator.size, *((s.key_sources, s.received_keys) for s in segments))
         what = f"{doing} of branch {self.shared.branch} over ranks 0 to {communicator.size - 1}"
         return communicator.all_to_all(rows, *((received, sent) if back else (sent, received)), what)

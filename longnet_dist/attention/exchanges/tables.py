@@ -52,6 +52,15 @@ class Layout:
         )
 
 
+def sizes_by_rank(first_rank: int, num_ranks: int, *rows: tuple[Sequence[int], Sequence[int]]) -> list[int]:
+    """Return the number of rows for each of consecutive ranks, from pairs of some ranks and their numbers of rows."""
+    sizes = [0] * num_ranks
+    for ranks, counts in rows:
+        for rank, count in zip(ranks, counts, strict=True):
+            sizes[rank - first_rank] += count
+    return sizes
+
+
 class KeptRows(NamedTuple):
     """The rows that a rank keeps of a segment, head by head, as they are packed to be sent.
 
