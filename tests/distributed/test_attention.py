@@ -94,32 +94,40 @@ def test_even_and_uneven_lengths_equal_the_oracle(pool, world, pattern, num_toke
     pool.run(world, check, examples)
 
 
-def errors_with_and_without_gather(group, case):
-    """Return the largest error as it is, and if the gather gives a rank its own rows instead of the others'."""
+def errors_without_exchanges(group, case, strategy, broken):
+    """Return the errors of out, dq, dk and dv if what other ranks send arrives as zeros in the `broken` passes."""
+    wait = collectives.Pending.wait
 
-    def own_rows(self, x, what):
-        return collectives.Pending(self, what, x.expand(self.size, *x.shape).contiguous())
+    def wait_and_erase(self):
+        return wait(self).mul_(0 if "of branch" in self.what else 1)
 
-    original = collectives.Communicator.all_gather
-    mesh = SequenceMesh(group, case.pattern, case.N)
-    inputs = {name: x.detach() for name, x in case.tensors().items()}
-    local = {name: mesh.split(x) for name, x in inputs.items()}
-    expected = mesh.split(case.oracle()[0].detach())
-    gathered = dilated_attention(**case.arguments(local), mesh=mesh)
-    collectives.Communicator.all_gather = own_rows
+    def erased(broken):
+        collectives.Pending.wait = wait_and_erase if broken else wait
+
+    mesh = SequenceMesh(group, case.pattern, case.N, strategy=strategy, keep_kv=False)
+    inputs = case.tensors()
+    local = {name: mesh.split(x).detach().requires_grad_() for name, x in inputs.items()}
     try:
-        not_gathered = dilated_attention(**case.arguments(local), mesh=mesh)
+        erased("forward" in broken)
+        out = dilated_attention(**case.arguments(local), mesh=mesh)
+        erased("backward" in broken)
+        grads = torch.autograd.grad(out, list(local.values()), mesh.split(case.dout()))
     finally:
-        collectives.Communicator.all_gather = original
-    return tuple((out - expected).abs().max().item() for out in (gathered, not_gathered))
+        erased(False)
+    return [
+        (actual - mesh.split(expected)).abs().max().item()
+        for actual, expected in zip([out, *grads], case.oracle(), strict=True)
+    ]
 
 
-def test_the_result_depends_on_the_gather(pool):
-    """Without the other ranks' rows the result is wrong, so the tests of this module can fail."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_results_depend_on_each_exchange(pool, strategy):
+    """Without the other ranks' rows the results are wrong, so the tests of this module can fail."""
     case = Case(ALIGNED, N=128, H=4, G=4, B=1, D=8, causal=False)
-    for gathered, not_gathered in pool.run(4, errors_with_and_without_gather, case):
-        assert gathered <= 1e-12
-        assert not_gathered > 1e-2
+    for broken, right, wrong in (((), (0, 1, 2, 3), ()), (("forward",), (), (0,)), (("backward",), (0,), (1, 2, 3))):
+        for errors in pool.run(4, errors_without_exchanges, case, strategy, broken):
+            assert all(errors[i] <= 1e-12 for i in right), errors
+            assert all(errors[i] > 1e-2 for i in wrong), errors
 
 
 def errors_with_poisoned_memory(group, case):

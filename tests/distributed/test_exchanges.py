@@ -15,7 +15,7 @@ from longnet_dist.distributed import collectives
 from longnet_dist.plan.cost import LayerSize, bytes_received, choose_strategies
 from longnet_dist.plan.exchange import STRATEGIES
 from longnet_dist.plan.shard import Shard
-from tests.cases import Case
+from tests.cases import Case, output_and_gradients
 from tests.distributed.test_attention import distributed
 from tests.pool import forkserver
 
@@ -78,33 +78,37 @@ def test_each_rank_receives_the_bytes_of_the_plan(pool, world, strategy):
                     assert sum(received) == sum(planned), (case, options)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("keep_kv", [True, False])
-def test_bytes_of_a_gather_follow_the_formula_and_stay_flat(pool, keep_kv):
+def test_bytes_of_a_gather_follow_the_formula_and_stay_flat(pool, keep_kv, dtype):
     """With twice the ranks and twice N, each branch moves the same number."""
     by_branch = {}
     for world in (2, 4, 8):
         pattern = Pattern.geometric(world * 16, base=16, growth=2)
         case = Case(pattern, world * 16, H=4, G=4, B=1, D=8, causal=False)
         options = {"strategy": "all_gather", "keep_kv": keep_kv}
-        for received, planned, chunk in pool.run(world, count_bytes, case, torch.float32, options):
+        for received, planned, chunk in pool.run(world, count_bytes, case, dtype, options):
+            assert sum(received) == sum(planned)
             assert len(received) == (2 if keep_kv else 3) * sum(w > chunk for w in pattern.segment_lengths)
             factor = 4 if keep_kv else 6
             for branch, count in zip(pattern.branches, planned, strict=True):
                 w, r = branch.segment_length, branch.dilation_rate
-                assert count == factor * (w - chunk) // r * 4 * 8 * 4
+                assert count == factor * (w - chunk) // r * 4 * 8 * dtype.itemsize
                 assert by_branch.setdefault(branch, count) == count
 
 
-def compare_with_one_process(group, case, strategy):
-    """Return the output and gradients over ranks, and those of one process."""
-    inputs = case.tensors(torch.float32)
-    out = dilated_attention(**case.arguments(inputs))
-    expected = [out.detach(), *torch.autograd.grad(out, list(inputs.values()), case.dout(torch.float32))]
-    return list(zip(distributed(group, case, torch.float32, strategy=strategy), expected, strict=True))
+def test_gradients_of_bfloat16_travel_in_float32(pool):
+    """By default dK and dV are reduced in four bytes a number, and K and V are gathered twice in two bytes each."""
+    case = Case(Pattern.geometric(64, base=16, growth=2), 64, H=4, G=4, B=1, D=8, causal=False)
+    options = {"strategy": "all_gather", "keep_kv": False}
+    expected = sum(2 * (w - 16) // r * 4 * 8 * (2 + 2 + 4) for w, r in ((32, 2), (64, 4)))
+    for received, planned, _ in pool.run(4, count_bytes, case, torch.bfloat16, options):
+        assert sum(received) == sum(planned) == expected
 
 
 def assert_bitwise_equal(group, case):
-    for actual, expected in compare_with_one_process(group, case, "all_to_all"):
+    over_ranks = distributed(group, case, torch.float32, strategy="all_to_all")
+    for actual, expected in zip(over_ranks, output_and_gradients(case, torch.float32), strict=True):
         assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -120,7 +124,7 @@ class CountingKernel:
     """The eager kernel, counting calls and multiplications of a query with a key."""
 
     def __init__(self) -> None:
-        self.calls = self.pairs = 0
+        self.pairs = 0
 
     unsupported = staticmethod(eager.unsupported)
 
@@ -133,7 +137,6 @@ class CountingKernel:
         return eager.backward(dout, q, k, *others, causal=causal, **options)
 
     def _count(self, q, k, causal):
-        self.calls += 1
         (b, num_queries, heads, _), num_keys = q.shape, k.shape[1]
         self.pairs += b * heads * num_queries * ((num_queries + 1) / 2 if causal else num_keys)
 
