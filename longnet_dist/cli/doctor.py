@@ -13,12 +13,13 @@ _PACKAGES = ("torch", "numpy", "tyro", "rich", "tensorboard", "triton", "flash-a
 _HEAD_DIM = 64
 
 
-def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
+def run_doctor(cluster: bool = False, timeout: float = 30.0, nccl: bool = False) -> None:
     """Print which devices, backends and kernels work on this machine, and why the others do not.
 
     Args:
         cluster: Check the nodes and links of the Ray cluster at RAY_ADDRESS instead; the exit code is 1 on a problem.
         timeout: Time limit for each answer of a node, in seconds; only with --cluster.
+        nccl: Measure links between nodes with GPUs by NCCL, which needs a free GPU on each; only with --cluster.
     """
     if not cluster:
         print(diagnose_machine())
@@ -28,7 +29,7 @@ def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
         from longnet_dist.integrations.ray.doctor import diagnose_cluster
     if has_no_cluster():
         print("RAY_ADDRESS is not set: starting a cluster on this machine, and checking that one")
-    report, problems = diagnose_cluster(timeout)
+    report, problems = diagnose_cluster(timeout, nccl=nccl)
     print(report)
     if problems:
         raise SystemExit(1)

@@ -241,25 +241,6 @@ def test_a_client_without_the_token_is_refused(ray_nodes):
 
 
 @pytest.mark.slow
-def test_the_doctor_reports_on_a_cluster(ray_nodes):
-    """The command on two nodes lists both, measures the link between them, and finds no problem."""
-    nodes = [ray_nodes.add("doctor")]
-    environment = os.environ | ray_nodes.environment
-    command = [sys.executable, "-m", "longnet_dist", "doctor", "--cluster"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
-    addresses = ["127.0.0.2", *(node.node_ip_address for node in nodes)]
-    for node in nodes:
-        ray_nodes.remove(node)
-    for address in addresses:
-        line = rf"{address} .*no GPU; .*memory [\d.]+ GiB.*torch 2.*clock [+-]0"
-        assert re.search(line, done.stdout), done.stdout + done.stderr
-    assert len(re.findall(r"127.* - 127.*: [\d.]+ ms, [\d.]+ GB/s", done.stdout)) == 1
-    assert not re.search(r"\de[+-]\d", done.stdout), done.stdout
-    assert done.returncode == 0, done.stdout
-    assert "no problems found" in done.stdout
-
-
-@pytest.mark.slow
 def test_the_code_of_the_document_runs(ray_nodes, exported, tmp_path):
     """As it stands, but for the folder, the number of ranks, and the GPUs."""
     folder, _, _ = exported

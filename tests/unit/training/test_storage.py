@@ -50,15 +50,14 @@ def test_a_path_names_a_file_system_or_a_store(tmp_path):
 
 
 def test_absolute_paths_name_the_same_files_from_any_folder(tmp_path, monkeypatch):
-    """Paths in the form of a URL, of home folders and across links, datasets, and run folders on disks and in stores."""
+    """URLs of files, home folders, links, datasets, and run folders on disks and in stores."""
     (tmp_path / "elsewhere" / "texts").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "texts")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     data = ("file:///data/text", "~/text", "link/../text", "some*.txt", "hf:books?split=train")
-    absolute = TrainConfig(
-        data=data, run_folder="runs/../first", cache="cache", tokenizer="t.json"
-    ).with_absolute_paths()
+    config = TrainConfig(data=data, run_folder="runs/../first", cache="cache", tokenizer="t.json")
+    absolute = config.with_absolute_paths()
     here = str(tmp_path)
     texts = ("/data/text", "/home/someone/text", f"{here}/link/../text", f"{here}/some*.txt")
     assert absolute.data == (*texts, "hf:books?split=train")
