@@ -20,28 +20,24 @@ from longnet_dist.training.stopping import end_with_parent
 
 
 @contextlib.contextmanager
-def init_processes(config: TrainConfig) -> Iterator[torch.device]:
+def init_processes(config: TrainConfig, device: torch.device | None = None) -> Iterator[torch.device]:
     """Provide this rank's device, and a process group if a launcher set WORLD_SIZE and there is none yet.
 
     Args:
         config: the run's options.
+        device: the device that the launcher assigned to this rank; None to choose it by LOCAL_RANK.
 
     Yields:
         The device.
 
     Raises:
-        ValueError: on every rank, if the ranks have different options.
+        ValueError: on every rank, if the ranks have different options; on this rank, if it has no device.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _prepare_for_torchrun(config)
     local_rank, num_ranks = _read_launch()
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = device or choose_device(local_rank, torch.cuda.device_count() if torch.cuda.is_available() else 0)
     if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            num_gpus = torch.cuda.device_count()
-            raise ValueError(
-                f"LOCAL_RANK is {local_rank}, and this machine has {num_gpus} GPUs: start one rank per GPU"
-            )
         torch.cuda.set_device(device)
     owns_group = not dist.is_initialized() and num_ranks > 1
     if owns_group:
@@ -53,6 +49,29 @@ def init_processes(config: TrainConfig) -> Iterator[torch.device]:
     finally:
         if owns_group:
             dist.destroy_process_group()
+
+
+def choose_device(local_rank: int, num_gpus: int) -> torch.device:
+    """Return the device of a rank: its GPU, or the CPU if there is none or a process group exists that cannot use one.
+
+    Args:
+        local_rank: the rank on its machine.
+        num_gpus: number of GPUs that this process sees.
+
+    Raises:
+        ValueError: if there are fewer GPUs than ranks.
+    """
+    backends = dist.get_backend_config() if dist.is_initialized() else "cuda:nccl"
+    if not num_gpus or "cuda:" not in backends or "cuda:gloo" in backends:
+        return torch.device("cpu")
+    if local_rank >= num_gpus:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = "" if visible is None else f", because CUDA_VISIBLE_DEVICES is {visible!r}"
+        raise ValueError(
+            f"LOCAL_RANK is {local_rank}, and this process sees {num_gpus} GPU{'s' * (num_gpus > 1)}{reason}: let each "
+            "process see one GPU for each rank of its machine, or start fewer ranks"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def _read_launch() -> tuple[int, int]:

@@ -68,6 +68,9 @@ class Session(Protocol):
     def report_checkpoint(self, path: Path, metrics: dict[str, float]) -> None:
         """Report a complete checkpoint, with the metrics of the last step."""
 
+    def device(self) -> torch.device | None:
+        """Return the device that the launcher assigned to this rank; None to choose it by LOCAL_RANK."""
+
     def is_machine_leaving(self) -> bool:
         """Return whether a rank's machine is about to leave, so that a checkpoint should be written now."""
 
@@ -97,7 +100,8 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
         result = train(TrainConfig(data="corpus/", steps=100, run_folder="runs/first"))
     """
     config = config or TrainConfig()
-    with init_processes(config) as device, stop_on_signals() as stop:
+    assigned = None if session is None else session.device()
+    with init_processes(config, assigned) as device, stop_on_signals() as stop:
         trainer = _Trainer(config, device, session)
         try:
             return trainer.run(stop)

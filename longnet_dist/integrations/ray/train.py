@@ -8,9 +8,10 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint, CheckpointUploadMode, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from longnet_dist.checkpoints.checkpoints import Checkpoints
 from longnet_dist.checkpoints.storage import in_store, storage_path
@@ -168,6 +169,14 @@ class _Session:
 
     def __init__(self) -> None:
         self._last_notice: Any = None
+
+    def device(self) -> torch.device:
+        """Return the first GPU that Ray reserved for this worker; the CPU if it reserved none.
+
+        All workers of a node see all GPUs that are reserved on it, and each may have several or a part of one, so
+        LOCAL_RANK does not tell. A worker without a GPU may see GPUs, but its process group is gloo's.
+        """
+        return get_device()
 
     def report_checkpoint(self, path: Path, metrics: dict[str, float]) -> None:
         """Register with Ray a checkpoint that is already in the run's folder; nothing is uploaded."""

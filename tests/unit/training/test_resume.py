@@ -117,6 +117,9 @@ def test_a_launcher_receives_checkpoints_and_can_ask_for_one(config, monkeypatch
         def __init__(self):
             self.num_asked, self.reports = 0, []
 
+        def device(self):
+            return None
+
         def is_machine_leaving(self):
             self.num_asked += 1
             return self.num_asked == 2
