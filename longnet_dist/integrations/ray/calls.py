@@ -14,7 +14,7 @@ import torch
 
 from longnet_dist.integrations.ray.crew import Crew, GangError
 from longnet_dist.integrations.ray.rank import write_index
-from longnet_dist.integrations.ray.requests import Request, is_number
+from longnet_dist.integrations.ray.requests import DeferredRequest, Request, is_number
 
 
 class Call:
@@ -64,7 +64,7 @@ class CallQueue:
         """The folders of the calls that have not ended."""
         self._thread = ThreadPoolExecutor(1, "gang")
 
-    def submit(self, request: Request, retries: int) -> Call:
+    def submit(self, request: Request | DeferredRequest, retries: int) -> Call:
         """Queue a request, to be repeated up to `retries` times if a rank is lost.
 
         Raises:
@@ -88,7 +88,7 @@ class CallQueue:
             raise ValueError(f"{folder} cannot be created ({error.strerror}); give another folder") from None
         self._folders.add(folder)
 
-    def _run_once(self, request: Request, retries: int) -> Any:
+    def _run_once(self, request: Request | DeferredRequest, retries: int) -> Any:
         """Run a request, and release its folder before the caller learns how it ended: the same call may follow."""
         try:
             return self._run(request, retries)
@@ -96,8 +96,10 @@ class CallQueue:
             if request.folder is not None:
                 self._folders.discard(request.folder)
 
-    def _run(self, request: Request, retries: int) -> Any:
+    def _run(self, request: Request | DeferredRequest, retries: int) -> Any:
         self.counts["calls"] += 1
+        if isinstance(request, DeferredRequest):
+            request = request.wait(self._crew.timeout)
         for attempt in range(retries + 1):
             try:
                 results = self._crew.run(request.operation, request.num_rows, request.arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,10 @@ class Crew:
             self.kill_actors()
         self._form()
 
-    def run(self, operation: str, num_rows: int, arguments: list[list[Any]]) -> list[Any]:
+    def run(self, operation: str, num_rows: int, arguments: Sequence[list[Any] | ray.ObjectRef]) -> list[Any]:
         """Run an operation on every rank, each with its own arguments, and return the results by rank.
+
+        Ray replaces an ObjectRef of arguments by its value, on the rank's node.
 
         Raises:
             GangError: if a rank is lost or does not answer in time; all actors are killed then.
@@ -90,7 +92,7 @@ class Crew:
         """
         self.ensure_alive()
         calls = [
-            actor.run.remote(operation, num_rows, *rank_arguments)
+            actor.run.remote(operation, num_rows, rank_arguments)
             for actor, rank_arguments in zip(self._actors, arguments, strict=True)
         ]
         try:

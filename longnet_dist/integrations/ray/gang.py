@@ -12,7 +12,7 @@ from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.calls import Call, CallQueue
 from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.integrations.ray.crew import Crew
-from longnet_dist.integrations.ray.requests import Document, Request, RequestBuilder, Source, is_number
+from longnet_dist.integrations.ray.requests import DeferredRequest, Document, Request, RequestBuilder, Source, is_number
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.training.config import check_resources
@@ -89,7 +89,8 @@ class SequenceParallelGang:
 
         Args:
             q: queries, (B, N, H, D): a tensor or array, whose rows are sent to their ranks; or the path of a `.npy`
-                file that every node sees, from which each rank reads its own rows.
+                file that every node sees, from which each rank reads its own rows; or an `ObjectRef` of a tensor or
+                array, which this process then need not hold.
             k, v: keys and values, (B, N, G, D), in any of these forms.
             pattern: the branches.
             out: a folder that every node sees, for the result: one `.npy` file per rank, and `index.json`. None to
@@ -112,7 +113,8 @@ class SequenceParallelGang:
 
         Args:
             document: text or bytes; token ids of any integer type; the `Path` of a `.npy` file of ids; or the `Path` of
-                any other file, whose bytes are the tokens. Each rank reads only its own rows of a file.
+                any other file, whose bytes are the tokens. Each rank reads only its own rows of a file. Or the
+                `ObjectRef` of text, bytes or token ids, which this process then need not hold.
             out: as for `dilated_attention`.
 
         Returns:
@@ -155,7 +157,8 @@ class SequenceParallelGang:
             arguments, options: the method's arguments.
 
         Raises:
-            ValueError: for arguments that cannot work.
+            ValueError: for arguments that cannot work. What an `ObjectRef` holds is checked later, and raises in the
+                call's `result`.
 
         Example::
 
@@ -164,7 +167,7 @@ class SequenceParallelGang:
         """
         if self._closed:
             raise ValueError("the gang is closed")
-        builders: dict[str, Callable[..., Request]] = {
+        builders: dict[str, Callable[..., Request | DeferredRequest]] = {
             "dilated_attention": self._requests.attention,
             "score": self._requests.score,
             "embed": self._requests.embed,

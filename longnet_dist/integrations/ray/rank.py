@@ -68,7 +68,7 @@ class Rank:
             for block in self.model.blocks:
                 block.register_forward_hook(self._count_layer)
 
-    def run(self, operation: str, num_rows: int, *arguments: Any) -> Any:
+    def run(self, operation: str, num_rows: int, arguments: list[Any]) -> Any:
         """Run an operation on this rank's part of a sequence. Collective over the gang.
 
         Args:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import ray
 import torch
+from ray import ObjectRef
+from ray.exceptions import RayError, RayTaskError
 from torch import Tensor
 
 from longnet_dist.attention.kernels import KERNELS
@@ -22,8 +26,8 @@ from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
 
-Source = Tensor | np.ndarray | Path | str
-Document = Source | bytes | Sequence[int]
+Source: TypeAlias = Tensor | np.ndarray | Path | str | ObjectRef
+Document: TypeAlias = Source | bytes | Sequence[int]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (
     *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
@@ -41,10 +45,53 @@ class Request:
     """N, the length of the sequence."""
     dim: int
     """The dimension of the result that holds the rows."""
-    arguments: list[list[Any]]
+    arguments: Sequence[list[Any] | ObjectRef]
+    """The arguments of each rank, or an ObjectRef of them."""
+    folder: Path | None
+    """The folder into which the ranks write the result; None to return it."""
+
+
+@dataclass(frozen=True)
+class DeferredRequest:
+    """A request that a Ray task builds from the values of ObjectRefs, which this process never holds."""
+
+    operation: str
+    """The operation of `Rank.run`."""
+    header: ObjectRef
+    """The number of rows and the dimension of the result, or as text what is wrong with the values."""
+    arguments: list[ObjectRef]
     """The arguments of each rank."""
     folder: Path | None
     """The folder into which the ranks write the result; None to return it."""
+
+    def wait(self, timeout: float) -> Request:
+        """Wait until the values exist and are split, and return the request.
+
+        Raises:
+            ValueError: if the values cannot work, cannot be computed, or do not exist after `timeout` seconds.
+        """
+        if not ray.wait([self.header], timeout=timeout)[0]:
+            ray.cancel(self.header)
+            raise ValueError(
+                f"the ObjectRefs of {self.operation} have no values after {timeout:g} s: do their tasks wait for "
+                "resources that the gang holds? Give them others, or the gang a longer timeout"
+            )
+        try:
+            header = ray.get(self.header)
+        except RayError as error:
+            for part in self.arguments:  # Ray prints the errors that nobody takes.
+                with contextlib.suppress(RayError):
+                    ray.get(part, timeout=0)
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            reason = (str(cause).strip() or repr(cause)).splitlines()[0]
+            raise ValueError(
+                f"an ObjectRef of {self.operation} has no value ({type(cause).__name__}: {reason}); give one of a task "
+                "that succeeds, or of an object that exists"
+            ) from error
+        if isinstance(header, str):
+            raise ValueError(header)
+        num_rows, dim = header
+        return Request(self.operation, num_rows, dim, self.arguments, self.folder)
 
 
 class RequestBuilder:
@@ -65,10 +112,14 @@ class RequestBuilder:
 
     def attention(
         self, q: Source, k: Source, v: Source, pattern: Pattern, *, out: Path | str | None = None, **options: Any
-    ) -> Request:
+    ) -> Request | DeferredRequest:
         """Build the request of `SequenceParallelGang.dilated_attention`."""
         _check_attention_options(pattern, options)
-        sources = {name: _array_or_path(name, x) for name, x in (("q", q), ("k", k), ("v", v))}
+        inputs = {"q": q, "k": k, "v": v}
+        if any(isinstance(x, ObjectRef) for x in inputs.values()):
+            values = [x if isinstance(x, ObjectRef) else _array_or_path(name, x) for name, x in inputs.items()]
+            return self._defer("attention", values, out, pattern=pattern, **options)
+        sources = {name: _array_or_path(name, x) for name, x in inputs.items()}
         shapes = {name: _shape(x) for name, x in sources.items()}
         if any(len(shape) != 4 for shape in shapes.values()) or len({shape[1] for shape in shapes.values()}) > 1:
             raise ValueError(f"q, k and v are {shapes}; they must be (B, N, heads, D), with the same N")
@@ -81,8 +132,10 @@ class RequestBuilder:
         arguments = [[pattern, *rows, options, folder and str(folder)] for rows in parts]
         return Request("attention", num_rows, 1, arguments, folder)
 
-    def score(self, document: Document, *, out: Path | str | None = None) -> Request:
+    def score(self, document: Document, *, out: Path | str | None = None) -> Request | DeferredRequest:
         """Build the request of `SequenceParallelGang.score`."""
+        if isinstance(document, ObjectRef):
+            return self._defer("score", [document], out)
         parts, num_rows = self._split_document(document, lookahead=1)
         folder = _output_folder(out)
         return Request("score", num_rows, 0, [[rows, folder and str(folder)] for rows in parts], folder)
@@ -93,29 +146,45 @@ class RequestBuilder:
         *,
         pooling: Literal["mean", "last"] | None = "mean",
         out: Path | str | None = None,
-    ) -> Request:
+    ) -> Request | DeferredRequest:
         """Build the request of `SequenceParallelGang.embed`."""
         if pooling not in ("mean", "last", None) or (pooling and out is not None):
             raise ValueError(
                 f"pooling is {pooling!r} and out is {out!r}; pooling must be 'mean', 'last' or None, and out needs None"
             )
+        if isinstance(document, ObjectRef):
+            return self._defer("embed", [document], out, pooling=pooling)
         parts, num_rows = self._split_document(document)
         folder = _output_folder(out)
         return Request("embed", num_rows, 0, [[rows, pooling, folder and str(folder)] for rows in parts], folder)
 
-    def _split_document(self, document: Document, lookahead: int = 0) -> tuple[list[Any], int]:
-        """Return each rank's tokens, with the `lookahead` tokens that follow them, and the number of all tokens."""
+    def _defer(self, operation: str, sources: list[Any], out: Path | str | None, **options: Any) -> DeferredRequest:
+        """Start a task that builds the request where the values of the ObjectRefs are, and reserves nothing."""
+        if operation != "attention":
+            self._check_model()
+        folder = _output_folder(out)
+        task = ray.remote(_build).options(num_cpus=0, num_returns=1 + self.num_ranks)
+        are_refs = [isinstance(x, ObjectRef) for x in sources]
+        header, *arguments = task.remote(self, operation, are_refs, options | {"out": folder}, *sources)
+        return DeferredRequest(operation, header, arguments, folder)
+
+    def _check_model(self) -> LongNetConfig:
         if self.config is None:
             raise ValueError("the gang has no model: give model=FOLDER, which `longnet-dist export` wrote")
+        return self.config
+
+    def _split_document(self, document: Document, lookahead: int = 0) -> tuple[list[Any], int]:
+        """Return each rank's tokens, with the `lookahead` tokens that follow them, and the number of all tokens."""
+        config = self._check_model()
         if isinstance(document, str):
             document = document.encode()
         if isinstance(document, bytearray | memoryview):
             document = bytes(document)
         if isinstance(document, bytes) or (isinstance(document, Path) and document.suffix != ".npy"):
-            self._check_tokenizer(document, self.config.vocab_size)
+            self._check_tokenizer(document, config.vocab_size)
         if isinstance(document, bytes):
             document = self.tokenizer.encode([document])[0]
-        elif isinstance(document, Sequence) and not isinstance(document, str):
+        elif isinstance(document, Sequence):
             document = _array_of_ids(document)
         source = _array_or_path("the document", document, "text, bytes, token ids or a Path")
         shape, dtype = _shape(source), _dtype(source)
@@ -123,7 +192,7 @@ class RequestBuilder:
             raise ValueError(f"the document has shape {shape}; it must be one sequence of at least one token")
         if not (dtype in _INTEGERS if isinstance(dtype, torch.dtype) else dtype.kind in "iu"):
             raise ValueError(f"token ids are {dtype}; they must be integers")
-        return self._split(source, self.config.pattern, shape[0], dim=0, lookahead=lookahead), shape[0]
+        return self._split(source, config.pattern, shape[0], dim=0, lookahead=lookahead), shape[0]
 
     def _check_tokenizer(self, document: bytes | Path, vocab_size: int) -> None:
         """Raise ValueError unless the tokenizer turns this text into tokens of the model."""
@@ -150,6 +219,26 @@ class RequestBuilder:
         chunk = choose_chunk(pattern, num_rows, self.num_ranks)
         shards = [Shard(num_rows, chunk, rank, self.num_ranks) for rank in range(self.num_ranks)]
         return [Rows(copy_rows(x, s.start, min(s.stop + lookahead, num_rows), dim), dim) for s in shards]
+
+
+def _build(
+    builder: RequestBuilder, operation: str, are_refs: list[bool], options: dict[str, Any], *sources: Any
+) -> list[Any]:
+    """Build a request in a Ray task, for which Ray replaces each ObjectRef in `sources` by its value.
+
+    Returns:
+        The number of rows and the dimension of the result, or as text what is wrong; and the arguments of each rank.
+    """
+    try:
+        for source, is_ref in zip(sources, are_refs, strict=True):
+            if is_ref and (isinstance(source, Path) or (isinstance(source, str) and operation == "attention")):
+                raise ValueError(f"an ObjectRef holds the path {source}; give the path itself")
+            if isinstance(source, ObjectRef):
+                raise ValueError("an ObjectRef holds another ObjectRef; give the inner one")
+        request = getattr(builder, operation)(*sources, **options)
+    except ValueError as error:
+        return [str(error), *[None] * builder.num_ranks]
+    return [(request.num_rows, request.dim), *request.arguments]
 
 
 def _output_folder(out: Path | str | None) -> Path | None:
@@ -190,10 +279,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _array_of_ids(ids: Sequence[int]) -> np.ndarray:
+def _array_of_ids(ids: Sequence[Any]) -> np.ndarray:
     """Return a sequence of token ids as an array."""
     if not len(ids):
         return np.empty(0, np.int64)
+    if isinstance(ids[0], ObjectRef):
+        raise ValueError("the document is a sequence of ObjectRefs; it must be one ObjectRef, of the whole document")
     try:
         return np.asarray(ids)
     except (ValueError, TypeError) as error:
