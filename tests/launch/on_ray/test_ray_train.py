@@ -52,6 +52,11 @@ class Job:
             groups.append([int(pid) for pid in re.findall(r"pid=(\d+)\) world_rank=\d+", text)[:size]])
         return [pids for pids in groups if pids]
 
+    def addresses(self) -> list[str]:
+        """The node of each worker in the group that was started last, by rank."""
+        text = re.split("Started training worker group of size", self.log.read_text())[-1]
+        return re.findall(r"ip=([\d.]+), pid=\d+\) world_rank=\d+", text)
+
     def registered(self, step: int) -> bool:
         path = self.folder / "checkpoint_manager_snapshot.json"
         return path.exists() and f"step-{step:08d}" in path.read_text()
@@ -69,6 +74,15 @@ class Job:
         path = self.folder / "metrics.jsonl"
         return path.exists() and f'"step": {step},' in path.read_text()
 
+    def kill(self, limit: float = 30) -> None:
+        """Kill the driver, and wait until Ray has ended the workers, which write the metrics."""
+        self.process.kill()
+        self.process.wait()
+        deadline = time.monotonic() + limit
+        while any(Path(f"/proc/{pid}").exists() for pid in self.groups()[-1]):
+            assert time.monotonic() < deadline, f"the workers still run {limit} s after the driver was killed"
+            time.sleep(0.02)
+
     def end(self, limit: float = 120) -> str:
         try:
             self.process.wait(limit)
@@ -77,6 +91,16 @@ class Job:
         output = self.log.read_text()
         assert self.process.returncode == 0, output
         return output
+
+
+def plain_losses(folder: Path, ranks: int, steps: int, *options: object) -> list[float]:
+    """The losses of the first steps of a run of 3000 steps that nothing disturbs and that writes no checkpoint."""
+    folder.mkdir()
+    job = start(ranks, *train(folder / "run", *SHORT, "--steps", 3000, *options, "--checkpoint-every", 0))
+    until(folder / "run", steps + 1, job)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.communicate()
+    return losses(folder / "run")[:steps]
 
 
 @pytest.fixture
@@ -132,22 +156,58 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, s
     # One rank resumed from a checkpoint of two, and two from a checkpoint of one.
     job.wait_for(lambda: job.resumed()[-2:] == ["2", "1"], "report of the checkpoint that it resumed from")
     last = job.steps()
-    job.process.kill()
-    job.process.wait()
+    job.kill()
     ray_nodes.remove(first)
     ray_nodes.remove(third)
-    (tmp_path / "plain").mkdir()
-    plain = tmp_path / "plain" / "run"
-    alone = start(1, *train(plain, *SHORT, "--steps", 3000, "--checkpoint-every", 0))
-    until(plain, last + 1, alone)
-    alone.kill()
-    alone.communicate()
-    assert losses(tmp_path / "run")[:last] == pytest.approx(losses(plain)[:last], rel=1e-9)
+    assert losses(tmp_path / "run")[:last] == pytest.approx(plain_losses(tmp_path / "plain", 1, last), rel=1e-9)
+
+
+@pytest.mark.slow
+def test_a_run_that_moves_to_a_spare_node_has_the_losses_of_an_undisturbed_one(ray_nodes, start_job, tmp_path):
+    """A node of two is lost, and there is a third: the run has two ranks again, so the losses are identical."""
+    nodes = {node.node_ip_address: node for node in (ray_nodes.add("moved") for _ in range(3))}
+    job = start_job(tmp_path / "run", "--steps", 3000, "--ranks", 2, "--ray.labels", "pool", "moved")
+    job.wait_for(lambda: job.registered(6), "checkpoint")
+    before = job.addresses()
+    assert len(set(before)) == 2
+    ray_nodes.remove(nodes.pop(before[1]))
+    job.wait_for(lambda: len(job.groups()) == 2, "second group")
+    steps_before = job.steps()
+    job.wait_for(lambda: job.steps() > steps_before + 6, "step of the second group")
+    assert set(job.addresses()) == set(nodes)
+    job.kill()
+    for node in nodes.values():
+        ray_nodes.remove(node)
+    moved = losses(tmp_path / "run")
+    assert moved == plain_losses(tmp_path / "plain", 2, len(moved))
+    assert job.resumed() == ["2"]
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_goes_on_by_the_same_command(ray_nodes, start_job, undisturbed, tmp_path):
+    """SIGKILL to the driver in mid-run: its workers end, and the second start has the losses of an undisturbed run."""
+    node = ray_nodes.add("driver", cpus=2)
+    arguments = (tmp_path / "run", "--steps", 12, "--ranks", 2, "--ray.labels", "pool", "driver")
+    first = start_job(*arguments)
+    first.wait_for(lambda: first.registered(4), "checkpoint")
+    workers = first.groups()[-1]
+    first.process.kill()
+    first.process.wait()
+    assert not first.trained(12)
+    assert len(workers) == 2
+    second = start_job(*arguments)
+    assert "resuming from" in second.end()
+    assert losses(tmp_path / "run") == undisturbed
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    ray_nodes.remove(node)
 
 
 @pytest.mark.slow
 def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_path, bucket):
-    """Ray's own command gives notice: the run writes a checkpoint to its store at once, and resumes on another node."""
+    """Ray's own command gives notice: the run writes a checkpoint to its store at once, and resumes on another node.
+
+    The losses are those of a run that nothing disturbs.
+    """
     store = f"{bucket}/runs/first"
     first = ray_nodes.add("spot")
     options = ("--ranks", 1, "--ray.labels", "pool", "spot", "--ray.max-failures", 0, "--checkpoint-every", 0)
@@ -164,8 +224,13 @@ def test_a_preemption_notice_leads_to_a_checkpoint(ray_nodes, start_job, tmp_pat
     subprocess.run([program, *drain], env=environment, check=True, capture_output=True, timeout=60)
     job.wait_for(lambda: list(checkpoints.glob("step-*/manifest.json")), "checkpoint", limit=20)
     job.wait_for(lambda: "resuming from s3://" in job.log.read_text(), "second start")
+    step = int(re.findall(r"resuming from s3://.*, of step (\d+)", job.log.read_text())[-1])
+    job.wait_for(lambda: job.trained(step + 6), "step after the second start")
     assert job.process.poll() is None
     assert (storage_path(store) / "checkpoint_manager_snapshot.json").exists()
+    job.kill()
+    preempted = losses(job.folder)
+    assert preempted == plain_losses(tmp_path / "plain", 1, len(preempted))
     ray_nodes.remove(first)
     ray_nodes.remove(second)
 
