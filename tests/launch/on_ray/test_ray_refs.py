@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,3 +104,23 @@ def test_a_reference_that_cannot_work_raises(gang, tmp_path):
         assert not re.search(r"\n|Traceback", str(caught.value))
     assert gang.score(ray.put(DOCUMENT), out=tmp_path / "out") == tmp_path / "out"
     assert gang.stats()["formed"] == formed
+
+
+@pytest.mark.slow
+def test_a_call_of_references_is_retried_after_the_loss_of_a_rank(gang):
+    import ray
+
+    q, k, v = torch.randn(3, 1, 6000, 4, 8)
+    dense, formed, failed = Pattern((6000,), (1,)), gang.stats()["formed"], gang.stats()["failed"]
+    for _ in range(2):  # The first call starts the process that splits, too.
+        start = time.monotonic()
+        expected = gang.dilated_attention(*map(ray.put, (q, k, v)), dense, kernel="eager")
+    duration = time.monotonic() - start
+    gang.retries = 1
+    call = gang.submit("dilated_attention", *map(ray.put, (q, k, v)), dense, kernel="eager")
+    pid = gang.stats()["ranks"][1]["pid"]
+    time.sleep(duration / 2)  # The rank computes then.
+    os.kill(pid, signal.SIGKILL)
+    assert torch.equal(call.result(), expected)
+    gang.retries = 0
+    assert (gang.stats()["formed"], gang.stats()["failed"]) == (formed + 1, failed + 1)

@@ -197,3 +197,13 @@ def test_the_token_that_protects_a_local_cluster_is_readable_by_its_owner_alone(
     with pytest.warns(UserWarning, match=f"chmod 600 {token}"):
         prepare_token()
     assert (token.stat().st_mode & 0o777, token.read_text()) == (0o644, text)
+
+
+@pytest.mark.parametrize(("address", "expected"), [(None, True), ("", True), ("local", True), ("auto", False)])
+def test_only_an_address_names_a_cluster(address, expected, monkeypatch):
+    from longnet_dist.integrations.ray.connection import has_no_cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert has_no_cluster() == expected
