@@ -28,7 +28,7 @@ def run_doctor(cluster: bool = False, timeout: float = 30.0, nccl: bool = False)
         from longnet_dist.integrations.ray.connection import has_no_cluster
         from longnet_dist.integrations.ray.doctor import diagnose_cluster
     if has_no_cluster():
-        print("RAY_ADDRESS is not set: starting a cluster on this machine, and checking that one")
+        print("RAY_ADDRESS names no cluster: starting one on this machine, and checking it")
     report, problems = diagnose_cluster(timeout, nccl=nccl)
     print(report)
     if problems:

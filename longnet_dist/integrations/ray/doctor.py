@@ -122,8 +122,9 @@ def diagnose_cluster(
     records = ray.nodes()
     lost = [record["NodeManagerAddress"] for record in records if not record["Alive"]]
     nodes = [_Node(record) for record in records if record["Alive"]]
-    lines = [f"{len(nodes)} nodes" + (f"; lost since the cluster started: {', '.join(lost)}" if lost else "")]
-    progress(f"starting a probe on each of {len(nodes)} nodes")
+    count = f"{len(nodes)} node{'s' * (len(nodes) > 1)}"
+    lines = [count + (f"; lost since the cluster started: {', '.join(lost)}" if lost else "")]
+    progress(f"starting probes on {count}")
     reports = _inspect(nodes, timeout)
     answering = [node for node, report in zip(nodes, reports, strict=True) if not report.failure]
     lines += [_describe(node, report) for node, report in zip(nodes, reports, strict=True) if not report.failure]
@@ -138,7 +139,8 @@ def diagnose_cluster(
         links |= _measure_round([(answering[a], answering[b]) for a, b in pairs], timeout, mebibytes)
     for node in nodes:
         ray.kill(node.probe)
-    lines.append(f"every two nodes, by {'NCCL if both have GPUs, else by ' * nccl}gloo ({mebibytes} MiB):")
+    if links:
+        lines.append(f"every two nodes, by {'NCCL if both have GPUs, else by ' * nccl}gloo ({mebibytes} MiB):")
     lines += [
         f"  {a} - {b}: {link.latency * 1e3:.2f} ms, {link.bandwidth / 1e9:.2f} GB/s"
         for (a, b), link in links.items()
