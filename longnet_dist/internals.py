@@ -13,6 +13,7 @@ Three private names must be spelled where they are used, in subclasses:
 
 from __future__ import annotations
 
+import functools
 import pickle
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,19 @@ def cpu_flash_attention_backward(*args: Any, **options: Any) -> Any:
     Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **options)
+
+
+@functools.cache
+def cpu_is_fast_in(dtype: torch.dtype) -> bool:
+    """Return whether the flash attention of this CPU is at least as fast in a low-precision dtype as in float32.
+
+    Without instructions for bfloat16 its backward takes five to seven times as long, and in float16 eight times on
+    every CPU that was measured (benchmarks/results/attention_2-core-epyc_202611.md). No public function returns what
+    the CPU has. Seen in torch 2.13.
+    """
+    if dtype == torch.bfloat16:
+        return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return dtype != torch.float16
 
 
 def cuda_flash_attention(*args: Any, **options: Any) -> Any:

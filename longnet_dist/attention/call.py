@@ -86,10 +86,10 @@ def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:
     batch, num_rows, num_heads, dim = q.shape
     if 0 in (batch, num_heads, dim):
         return Plan((), (), ())
-    mesh, num_kv_heads = mesh_of(options.mesh), k.shape[2]
+    mesh, layer = mesh_of(options.mesh), _layer_size(q, k, options)
     if mesh is None:
-        return options.plan(Shard(num_rows, max(1, num_rows)), num_kv_heads)
-    return options.plan(mesh.shard, num_kv_heads, mesh.strategies(_layer_size(q, k, options)))
+        return options.plan(Shard(num_rows, max(1, num_rows)), layer.num_kv_heads)
+    return options.plan(mesh.shard, layer.num_kv_heads, mesh.strategies(layer))
 
 
 def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[int | None]:
@@ -106,7 +106,8 @@ def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[i
 
 
 def _layer_size(q: Tensor, k: Tensor, options: Options) -> LayerSize:
-    return LayerSize(q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize, options.causal)
+    # torch.compile may hold these as symbols, which int() replaces by their values.
+    return LayerSize(int(q.shape[2]), int(k.shape[2]), int(q.shape[3]), q.dtype.itemsize, options.causal)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -55,8 +55,9 @@ def forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
         return out, lse
-    out, lse = internals.cpu_flash_attention(*_transpose_heads(q, k, v), 0.0, causal, scale=scale)
-    return out.transpose(1, 2), lse
+    inputs = _transpose_heads(*_as_fast(q, k, v))
+    out, lse = internals.cpu_flash_attention(*inputs, 0.0, causal, scale=scale)
+    return out.transpose(1, 2).to(q.dtype), lse
 
 
 def backward(
@@ -85,9 +86,15 @@ def backward(
             no_dropout, no_dropout.new_empty(0), scale=scale,
         )  # fmt: skip
         return dq, dk, dv, None
-    grads = internals.cpu_flash_attention_backward(*_transpose_heads(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
-    dq, dk, dv = _transpose_heads(*grads)
+    inputs = _transpose_heads(*_as_fast(dout, q, k, v, out))
+    grads = internals.cpu_flash_attention_backward(*inputs, lse, 0.0, causal, scale=scale)
+    dq, dk, dv = (grad.to(q.dtype) for grad in _transpose_heads(*grads))
     return dq, dk, dv, None
+
+
+def _as_fast(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors on a CPU in float32 if it computes faster in that than in their dtype."""
+    return [x if internals.cpu_is_fast_in(x.dtype) else x.float() for x in tensors]
 
 
 def _aligned(*tensors: Tensor) -> list[Tensor]:

@@ -49,6 +49,10 @@ def flash_attention():
     return lse.shape == (1, 1, 2) and len(grads) == 3
 
 
+def cpu_is_fast_in():
+    return internals.cpu_is_fast_in(torch.float32) and internals.cpu_is_fast_in(torch.bfloat16) in (True, False)
+
+
 def cuda_flash_attention():
     """Without a GPU, check that the operators have the arguments that are passed by name."""
     schemas = [getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")]
