@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ class Call:
         bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
         request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
         kernel = choose_kernel(options.kernel, request)
+        if options.kernel == "auto" and q.is_cuda and q.dtype == torch.float32:
+            _warn_of_float32()
         mesh = mesh_of(options.mesh)
         return cls(plan_of(q, k, options), kernel, mesh, options.causal, options.scale, bias, k.shape[2])
 
@@ -79,6 +83,16 @@ class Call:
         """Return the exchanges of the call, which are not started."""
         assert self.mesh is not None or not self.plan.shared
         return [STRATEGIES[shared.strategy](shared, self.mesh) for shared in self.plan.shared]  # type: ignore[arg-type]
+
+
+@cache
+def _warn_of_float32() -> None:
+    """Warn once in each process."""
+    warnings.warn(
+        "attention in float32 on a GPU is slow, because flash attention takes only bfloat16 and float16: compute under "
+        'torch.autocast("cuda", torch.bfloat16), or cast q, k and v. (kernel="eager" means float32, and is silent)',
+        stacklevel=2,
+    )
 
 
 def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:

@@ -64,9 +64,10 @@ class TrainConfig:
     max_skipped_steps: int = 5
     """Stop the run after this many steps in a row whose loss or gradient norm is not finite. Each is skipped."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Parameter dtype."""
-    autocast: bool = False
-    """Compute in bfloat16 wherever torch's autocast does."""
+    """Dtype of the parameters. With bfloat16, weights and AdamW's moments are in float32 all the same: see
+    docs/training.md."""
+    autocast: bool | None = None
+    """Compute in bfloat16 wherever torch's autocast does; by default on GPUs with parameters in float32."""
     compile: bool = False
     """Compile each block with torch.compile."""
     seed: int = 0

@@ -81,12 +81,16 @@ def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh |
     """
     if mesh is None:
         return
+    import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     replicate, shard, sp = mesh.shape
     grid = init_device_mesh(mesh.device_type, (replicate, shard * sp), mesh_dim_names=("dp_replicate", "fsdp"))
     fsdp_mesh = grid if replicate > 1 else grid["fsdp"]
+    # Gradients of low precision are summed over ranks, and over the forwards of a step, in float32.
+    dtypes = {torch.promote_types(parameter.dtype, torch.float32) for parameter in model.parameters()}
+    policy = MixedPrecisionPolicy(reduce_dtype=dtypes.pop() if len(dtypes) == 1 else None)
     for block in blocks:
-        fully_shard(block, mesh=fsdp_mesh)
-    fully_shard(model, mesh=fsdp_mesh)
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)

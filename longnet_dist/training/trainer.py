@@ -40,7 +40,13 @@ from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
-from longnet_dist.training.state import make_moments, restore_random_state, training_state, without_prefixes
+from longnet_dist.training.state import (
+    MasterWeights,
+    make_moments,
+    restore_random_state,
+    training_state,
+    without_prefixes,
+)
 from longnet_dist.training.steps import StepRunner, parameter_groups
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals
 
@@ -112,6 +118,8 @@ class _Trainer:
     """One training run on this rank."""
 
     def __init__(self, config: TrainConfig, device: torch.device, session: Session | None = None) -> None:
+        if config.autocast is None:
+            config = dataclasses.replace(config, autocast=device.type == "cuda" and config.dtype == "float32")
         self.config, self.device, self.session = config, device, session
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
@@ -140,11 +148,15 @@ class _Trainer:
         self.model = self._build_model()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         shard_parameters(self.model, self.model.blocks, device_mesh)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), betas=config.betas)
+        self.weights = MasterWeights(self.model)
+        groups = parameter_groups(self.weights.parameters, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, io_limit
         )
-        self.steps = StepRunner(config, device, self.mesh, data_ranks, self.corpus, self.model, self.optimizer)
+        self.steps = StepRunner(
+            config, device, self.mesh, data_ranks, self.corpus, self.model, self.weights, self.optimizer
+        )
         self.costs = step_flops(config, self.model), step_bytes(config, self.mesh, data_ranks)
         self.watch = Watch(self.files.folder / "traces", self.rank, self.num_ranks, config.timeout)
         self.losses: list[float] = []
@@ -301,7 +313,7 @@ class _Trainer:
         return json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
 
     def _state(self) -> dict[str, Tensor]:
-        return training_state(self.model, self.optimizer, self.rank)
+        return training_state(self.weights, self.optimizer, self.rank)
 
     def _resume(self, log: RunLog) -> int:
         """Restore the newest complete checkpoint in the run folder, if there is one; return its step, or 0."""
@@ -317,6 +329,7 @@ class _Trainer:
         if facts["ranks"] != self.num_ranks:
             state = without_prefixes(state, ["random"])
         self.checkpoints.load(path, state)
+        self.weights.round_parameters()
         restore_random_state(state, self.rank)
         log.print_line(f"resuming from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])

@@ -68,7 +68,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_overwritten_by_a_new_run(conf
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-@pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
+@pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}, {"dtype": "bfloat16", "grad_accumulation": 2}])
 def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(config, options):
     """This includes dropout and the order of the data."""
     model = dataclasses.replace(TINY, dropout=0.1)
