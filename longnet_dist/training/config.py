@@ -6,7 +6,8 @@ The docstrings of the fields are the help of `longnet-dist train`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
 from typing import Literal
@@ -139,6 +140,18 @@ class TrainConfig:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
+
+    def with_absolute_paths(self) -> TrainConfig:
+        """Return these options with paths that are valid from any working directory of this machine.
+
+        The names of datasets on Hugging Face and paths in object stores stay as they are.
+        """
+        data = (path if path.startswith(HUGGING_FACE) else str(local_path(path).absolute()) for path in self.data)
+        folder = self.run_folder
+        if isinstance(folder, Path):  # Not in a store.
+            folder = Path(os.path.abspath(folder))  # Without `..`, because launchers use its name.
+        tokenizer = None if self.tokenizer is None else self.tokenizer.absolute()
+        return replace(self, data=tuple(data), tokenizer=tokenizer, cache=self.cache.absolute(), run_folder=folder)
 
 
 def _check_number(name: str, value: object) -> None:

@@ -22,12 +22,10 @@ from torch import Tensor
 from longnet_dist.best_effort import BestEffort, print_note
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.data.corpus import unigram_bits
-from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.paths import local_path
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
@@ -294,14 +292,8 @@ class _Trainer:
     def _resolved_options(self) -> dict[str, Any]:
         """Return the options with every default filled in, and facts about data and ranks, as JSON holds them."""
         # Absolute paths, so that `eval` and others find the data from any folder.
-        config = dataclasses.replace(
-            self.config,
-            data=tuple(p if p.startswith(HUGGING_FACE) else str(local_path(p).absolute()) for p in self.config.data),
-            tokenizer=self.config.tokenizer and self.config.tokenizer.absolute(),
-            cache=self.config.cache.absolute(),
-            run_folder=self.folder,
-            model=self.config.model.resolved,
-        )
+        config = self.config.with_absolute_paths()
+        config = dataclasses.replace(config, run_folder=self.folder, model=config.model.resolved)
         facts = {
             "corpus": ", ".join(self.config.data) or f"the standard library of Python {platform.python_version()}",
             "tokens": self.corpus.tokens_hash,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from longnet_dist.checkpoints.checkpoints import Checkpoints
 from longnet_dist.checkpoints.storage import in_store, storage_path
-from longnet_dist.data.sources import HUGGING_FACE
 from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.training.config import RayConfig, TrainConfig
 from longnet_dist.training.job import local_run_files, lock_run_folder
@@ -55,7 +53,7 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
         raise ValueError(f"ranks is {ranks}; it must be at least 1, and at least min_ranks, {options.min_ranks}")
     for count in (ranks, options.min_ranks or ranks):
         arrangement(config, count)
-    config = _with_absolute_paths(config)
+    config = config.with_absolute_paths()  # Workers have another working directory.
     assert config.run_folder is not None
     folder = storage_path(config.run_folder)
     with lock_run_folder(local_run_files(folder, config, upload=True).folder):
@@ -134,20 +132,6 @@ def arrangement(config: TrainConfig, ranks: int) -> ParallelConfig:
     candidates = range(1, min(data_degree, ranks) + 1)
     data_degree = max(n for n in candidates if ranks % n == 0 and config.batch_size % n == 0)
     return ParallelConfig(dp_replicate=1, dp_shard=data_degree, sp=ranks // data_degree)
-
-
-def _with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Resolve relative paths on the driver, because workers have another working directory."""
-    data = tuple(path if path.startswith(HUGGING_FACE) else _absolute(path) for path in config.data)
-    paths = {name: getattr(config, name) for name in ("run_folder", "tokenizer", "cache")}
-    absolute: dict[str, Any] = {
-        name: Path(_absolute(path)) for name, path in paths.items() if path is not None and not in_store(path)
-    }
-    return dataclasses.replace(config, data=data, **absolute)
-
-
-def _absolute(path: str | Path) -> str:
-    return os.path.abspath(Path(path).expanduser())
 
 
 def _ray_path(path: Path) -> str:

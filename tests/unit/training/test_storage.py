@@ -49,6 +49,26 @@ def test_a_path_names_a_file_system_or_a_store(tmp_path):
         storage_path("gs://bucket/runs")
 
 
+def test_absolute_paths_name_the_same_files_from_any_folder(tmp_path, monkeypatch):
+    """Paths in the form of a URL, of home folders and across links, datasets, and run folders on disks and in stores."""
+    (tmp_path / "elsewhere" / "texts").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "texts")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    data = ("file:///data/text", "~/text", "link/../text", "some*.txt", "hf:books?split=train")
+    absolute = TrainConfig(
+        data=data, run_folder="runs/../first", cache="cache", tokenizer="t.json"
+    ).with_absolute_paths()
+    here = str(tmp_path)
+    texts = ("/data/text", "/home/someone/text", f"{here}/link/../text", f"{here}/some*.txt")
+    assert absolute.data == (*texts, "hf:books?split=train")
+    assert (absolute.run_folder, absolute.cache) == (tmp_path / "first", tmp_path / "cache")
+    assert absolute.tokenizer == tmp_path / "t.json"
+    assert absolute.with_absolute_paths() == absolute
+    in_store = TrainConfig(run_folder="s3://bucket/runs/first").with_absolute_paths()
+    assert (str(in_store.run_folder), in_store.tokenizer) == ("s3://bucket/runs/first", None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
