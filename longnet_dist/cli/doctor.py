@@ -24,8 +24,9 @@ def run_doctor(cluster: bool = False, timeout: float = 30.0) -> None:
         print(diagnose_machine())
         return
     with extra("ray", "--cluster"):
+        from longnet_dist.integrations.ray.connection import has_no_cluster
         from longnet_dist.integrations.ray.doctor import diagnose_cluster
-    if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
+    if has_no_cluster():
         print("RAY_ADDRESS is not set: starting a cluster on this machine, and checking that one")
     report, problems = diagnose_cluster(timeout)
     print(report)

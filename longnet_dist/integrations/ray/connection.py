@@ -20,6 +20,11 @@ _ANSWER_SECONDS = 5.0
 _FORMS = "HOST:PORT, ray://HOST:PORT, auto or local"
 
 
+def has_no_cluster() -> bool:
+    """Return whether RAY_ADDRESS names no cluster, so that `connect` starts one on this machine."""
+    return os.environ.get("RAY_ADDRESS", "") in ("", "local")
+
+
 def connect(dashboard: bool = False) -> None:
     """Connect to the cluster at RAY_ADDRESS, or start one on this machine, which Ray protects with a token.
 
@@ -31,11 +36,11 @@ def connect(dashboard: bool = False) -> None:
     """
     if ray.is_initialized():
         return
-    address = os.environ.get("RAY_ADDRESS", "")
-    if address in ("", "local"):
+    if has_no_cluster():
         prepare_token()
         ray.init(address="local", include_dashboard=dashboard)
         return
+    address = os.environ["RAY_ADDRESS"]
     advice = "Give the address of a cluster that runs, or unset RAY_ADDRESS to start Ray on this machine"
     try:
         _check_answer(*_host_and_port(address))
