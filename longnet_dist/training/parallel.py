@@ -50,6 +50,32 @@ class ParallelConfig:
             )
         return self.dp_replicate, self.dp_shard, sp
 
+    def fitting(self, num_ranks: int, batch_size: int) -> ParallelConfig:
+        """Return axes for another number of ranks, with every rank in use; the losses are the same.
+
+        They are these if the data-parallel degree divides the number of ranks; only the number of ranks per sequence
+        changes then. Otherwise the degree shrinks to the largest that divides both the number of ranks and the batch
+        (docs/decisions/elastic-arrangement.md).
+
+        Args:
+            num_ranks: number of all ranks.
+            batch_size: number of sequences per forward.
+
+        Raises:
+            ValueError: if `sp` is fixed and does not fit.
+
+        Example:
+            >>> ParallelConfig(dp_shard=2).fitting(num_ranks=3, batch_size=4)
+            ParallelConfig(dp_replicate=1, dp_shard=1, sp=3)
+        """
+        data_degree = self.dp_replicate * self.dp_shard
+        if num_ranks % data_degree == 0 or self.sp:
+            self.degrees(num_ranks)
+            return self
+        candidates = range(1, min(data_degree, num_ranks) + 1)
+        data_degree = max(n for n in candidates if num_ranks % n == 0 and batch_size % n == 0)
+        return ParallelConfig(dp_replicate=1, dp_shard=data_degree, sp=num_ranks // data_degree)
+
 
 def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | None:
     """Make the mesh of all ranks, with the axes `AXES`; None without a process group. Collective.

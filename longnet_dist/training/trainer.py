@@ -30,9 +30,11 @@ from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
     describe_changes,
+    fit_to_ranks,
     load_corpus,
     local_run_files,
     lock_run_folder,
+    name_run_folder,
 )
 from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
@@ -118,13 +120,16 @@ class _Trainer:
     def __init__(self, config: TrainConfig, device: torch.device, session: Session | None = None) -> None:
         if config.autocast is None:
             config = dataclasses.replace(config, autocast=device.type == "cuda" and config.dtype == "float32")
-        self.config, self.device, self.session = config, device, session
+        self.device, self.session = device, session
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
+        self.patience = Patience(io_limit)
+        self.folder = name_run_folder(config, self.patience)
+        self.config = config = fit_to_ranks(config, self.folder, self.num_ranks, self.patience)
         device_mesh = make_device_mesh(config.parallel, device.type)
         data_ranks = _num_data_ranks(config, self.num_ranks)
         group = None if device_mesh is None else device_mesh["sp"].get_group()
-        limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
         self.mesh = SequenceMesh(
             group,
             config.model.pattern,
@@ -133,7 +138,6 @@ class _Trainer:
             keep_kv=config.keep_kv,
             timeout=limit,
         )
-        self.patience = Patience(io_limit)
         if self.rank == 0:
             source = ", ".join(config.data) or "the source of Python's standard library"
             print_note(f"reading {source}, tokenised once into {config.cache}", sys.stdout)
@@ -141,7 +145,7 @@ class _Trainer:
         if config.model.vocab_size < self.corpus.index.vocab_size:
             model = dataclasses.replace(config.model, vocab_size=self.corpus.index.vocab_size)
             self.config = config = dataclasses.replace(config, model=model)
-        self.folder = create_run_folder(config, self.patience)
+        create_run_folder(self.folder, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)
         self.model = self._build_model()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())

@@ -50,7 +50,7 @@ def test_a_path_names_a_file_system_or_a_store(tmp_path):
 
 
 def test_absolute_paths_name_the_same_files_from_any_folder(tmp_path, monkeypatch):
-    """Paths in the form of a URL, of home folders and across links, datasets, and run folders on disks and in stores."""
+    """Paths as URLs, of home folders and across links, datasets, and run folders on disks and in stores."""
     (tmp_path / "elsewhere" / "texts").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "texts")
     monkeypatch.chdir(tmp_path)
