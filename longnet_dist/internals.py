@@ -13,8 +13,10 @@ Three private names must be spelled where they are used, in subclasses:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,6 +60,33 @@ def num_process_groups() -> int:
     before. No public function returns it. Seen in torch 2.13.
     """
     return len(dist.distributed_c10d._world.pg_names)
+
+
+@contextlib.contextmanager
+def groups_of_their_own() -> Iterator[None]:
+    """Make groups inside the context whose NCCL communicators are new ones, not split from that of all ranks.
+
+    After `init_process_group(device_id=...)` torch splits each new group from the default group. This split is
+    collective over all ranks of the job, also those that make no group, which would hang. Seen in torch 2.13.
+    """
+    default = dist.group.WORLD
+    device = getattr(default, "bound_device_id", None)
+    if default is None or device is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
+
+
+def abort_process_groups() -> None:
+    """End all process groups at once, without waiting for collectives that other ranks will never join.
+
+    `destroy_process_group` waits for them, so that an error on one rank would hang there. Seen in torch 2.13.
+    """
+    dist.distributed_c10d._abort_process_group()
 
 
 def default_store() -> Any:

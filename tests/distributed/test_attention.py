@@ -23,25 +23,27 @@ UNALIGNED = Pattern((8, 24, 56), (1, 5, 3))
 
 
 def distributed(
-    group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, **mesh_options
+    group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", **mesh_options
 ) -> list[Tensor]:
     """Return the output and the gradient of every input, computed over the ranks of `group`, and whole on each rank."""
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
-    inputs = case.tensors(dtype)
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.tensors(dtype).items()}
     local = {name: mesh.split(x) if name in ("q", "k", "v") else x for name, x in inputs.items()}
     out = mesh.join(dilated_attention(**case.arguments(local), mesh=mesh))
-    grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype)))
+    grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype).to(device)))
     if case.biased:  # As for any parameter, each rank has the part of its own queries.
         grads[3] = mesh.sum(grads[3])
     return [out.detach(), *grads]
 
 
-def largest_errors(group, case: Case, dtype: torch.dtype = torch.float64, **mesh_options) -> list[float]:
+def largest_errors(
+    group, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", **mesh_options
+) -> list[float]:
     """Return the largest difference of each result from the oracle's; NaN counts as infinity."""
     exact = case.oracle(dtype) if dtype == torch.float64 else case.oracle()
-    pairs = zip(distributed(group, case, dtype, **mesh_options), exact, strict=True)
+    pairs = zip(distributed(group, case, dtype, device, **mesh_options), exact, strict=True)
     return [
-        (actual.double() - expected).abs().nan_to_num(torch.inf).max().item() if expected.numel() else 0
+        (actual.double().cpu() - expected).abs().nan_to_num(torch.inf).max().item() if expected.numel() else 0
         for actual, expected in pairs
     ]
 

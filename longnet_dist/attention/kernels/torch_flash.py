@@ -31,6 +31,8 @@ def unsupported(request: KernelRequest) -> list[str]:
             reasons.append("it needs a GPU of compute capability 8.0 or above")
         if dtype not in _CUDA_DTYPES:
             reasons.append(f"on CUDA it takes bfloat16 and float16, not {dtype}")
+        if 192 < head_dim <= 224 and _has_little_shared_memory(device):
+            reasons.append("on GPUs of compute capability 8.6, 8.9 and 12 it has no backward for head dims 193 to 224")
         if head_dim % 8 or head_dim > 256:
             reasons.append(f"on CUDA it takes head dims that are multiples of 8 up to 256, not {head_dim}")
     elif device.type == "cpu":
@@ -39,6 +41,14 @@ def unsupported(request: KernelRequest) -> list[str]:
     else:
         reasons.append(f"torch has no flash attention for {device.type}")
     return reasons
+
+
+def _has_little_shared_memory(device: torch.device) -> bool:
+    """Return whether torch refuses to train with some head dims on this GPU."""
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) in ((8, 6), (8, 9)) or major == 12
 
 
 def forward(
