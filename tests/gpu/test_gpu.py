@@ -87,7 +87,7 @@ def test_the_loss_of_a_large_vocabulary_reads_the_weights_gradient_few_times():
     assert torch.cuda.max_memory_allocated() - before < 3 * 2**30 < 8192 * 131_072 * 4
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", r"ignore:The \.grad attribute of a Tensor")
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16"}, {"compile": True}])
 def test_a_run_learns_and_resumes(config, options):  # noqa: F811
     """Autocast is the default for float32 parameters."""
