@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from longnet_dist.checkpoints.storage import storage_path
-from longnet_dist.data.sources import HUGGING_FACE
+from longnet_dist.data.hugging_face import HUGGING_FACE
 from longnet_dist.models.config import DEFAULT_LENGTH, LongNetConfig
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import MAX_SIZE
@@ -42,6 +42,8 @@ class TrainConfig:
     """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"
     """Key or column that holds the text in a row of JSON lines or Parquet."""
+    allow_binary: bool = False
+    """Also take files that hold NUL bytes, which text does not have, as the bytes they are."""
     seq_len: int = DEFAULT_LENGTH
     """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
     batch_size: int = 1

@@ -191,6 +191,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
                 tokenizer=config.tokenizer,
                 text_field=config.text_field,
                 seed=config.seed,
+                allow_binary=config.allow_binary,
             )
             problem = _describe_misfit(corpus, config)
             count_tokens(corpus.train)  # Once a machine; the other ranks, and later starts, read the result.

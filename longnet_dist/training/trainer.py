@@ -105,10 +105,11 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
         result = train(TrainConfig(data="corpus/", steps=100, run_folder="runs/first"))
     """
     config = config or TrainConfig()
-    with init_processes(config) as device, stop_on_signals() as stop:
-        trainer = _Trainer(config, device, session)
+    with init_processes(config) as device:
+        trainer = _Trainer(config, device, session)  # A signal while it reads data ends the process at once.
         try:
-            return trainer.run(stop)
+            with stop_on_signals() as stop:
+                return trainer.run(stop)
         finally:
             # Even if the run fails, a checkpoint that is being written in the background is worth completing.
             trainer.checkpoints.wait()
