@@ -6,7 +6,7 @@ PIP_INSTALL = $(BIN)/pip install --disable-pip-version-check --no-compile
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-train lock train test test-slow test-all test-unit check lint bench docs
+.PHONY: install install-train lock train test test-slow test-all test-unit test-gpu check lint bench docs
 install: .venv/installed
 install-train: .venv/installed-train
 
@@ -48,6 +48,10 @@ test-all: install
 
 test-unit: install
 	$(BIN)/pytest tests/unit longnet_dist
+
+# Needs a GPU; a few minutes.
+test-gpu: install
+	$(BIN)/pytest tests/gpu tests/unit/attention tests/unit/models
 
 check: lint test
 

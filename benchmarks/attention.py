@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 import tyro
@@ -36,6 +37,8 @@ class Options:
     """Query heads, and as many key/value heads."""
     head_dim: int = 64
     """Dimensions per head."""
+    dtypes: tuple[Literal["float32", "bfloat16", "float16"], ...] | None = None
+    """Dtypes; by default float32 and bfloat16 on a CPU, bfloat16 and float16 on a GPU."""
     rounds: int = 7
     """Measured runs of each contestant."""
     causal: bool = True
@@ -57,7 +60,8 @@ def main(options: Options) -> None:
     print("| dtype | pass | contestant | median s | x floor | peak MiB above inputs | saved for backward MiB |")
     print("|---|---|---|---:|---:|---:|---:|")
     peer: Contestant | str = ""
-    for dtype in (torch.float32, torch.bfloat16) if device == "cpu" else (torch.bfloat16, torch.float16):
+    for name in options.dtypes or (("float32", "bfloat16") if device == "cpu" else ("bfloat16", "float16")):
+        dtype = getattr(torch, name)
         contestants = {
             "longnet_dist": ours(options, pattern, dtype, device),
             "floor": floor(options, pattern, dtype, device),

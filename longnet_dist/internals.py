@@ -13,7 +13,10 @@ Three private names must be spelled where they are used, in subclasses:
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -59,6 +62,33 @@ def num_process_groups() -> int:
     return len(dist.distributed_c10d._world.pg_names)
 
 
+@contextlib.contextmanager
+def groups_of_their_own() -> Iterator[None]:
+    """Make groups inside the context whose NCCL communicators are new ones, not split from that of all ranks.
+
+    After `init_process_group(device_id=...)` torch splits each new group from the default group. This split is
+    collective over all ranks of the job, also those that make no group, which would hang. Seen in torch 2.13.
+    """
+    default = dist.group.WORLD
+    device = getattr(default, "bound_device_id", None)
+    if default is None or device is None:
+        yield
+        return
+    default.bound_device_id = None
+    try:
+        yield
+    finally:
+        default.bound_device_id = device
+
+
+def abort_process_groups() -> None:
+    """End all process groups at once, without waiting for collectives that other ranks will never join.
+
+    `destroy_process_group` waits for them, so that an error on one rank would hang there. Seen in torch 2.13.
+    """
+    dist.distributed_c10d._abort_process_group()
+
+
 def default_store() -> Any:
     """Return the store of this process's default group, through which all ranks of the job exchange small values.
 
@@ -90,6 +120,19 @@ def cpu_flash_attention_backward(*args: Any, **options: Any) -> Any:
     Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
     """
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*args, **options)
+
+
+@functools.cache
+def cpu_is_fast_in(dtype: torch.dtype) -> bool:
+    """Return whether the flash attention of this CPU is at least as fast in a low-precision dtype as in float32.
+
+    Without instructions for bfloat16 its backward takes five to seven times as long, and in float16 eight times on
+    every CPU that was measured (benchmarks/results/attention_2-core-epyc_202611.md). No public function returns what
+    the CPU has. Seen in torch 2.13.
+    """
+    if dtype == torch.bfloat16:
+        return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+    return dtype != torch.float16
 
 
 def cuda_flash_attention(*args: Any, **options: Any) -> Any:

@@ -116,6 +116,12 @@ def _mesh_problem(q: Tensor, options: Options) -> str | None:
         return (
             f"the pattern {options.pattern} is not the mesh's, {mesh.pattern}; pass mesh.pattern, or make a mesh for it"
         )
+    types = [q.device.type] if mesh.everyone is None else mesh.everyone.device_types
+    if q.device.type not in types:
+        return (
+            f"q is on {q.device}, and the ranks of the mesh exchange tensors on {' and '.join(types)}: move q, k and v "
+            "there, or make the process group with another backend"
+        )
     if q.shape[1] != mesh.shard.num_rows:
         return mesh.wrong_rows("q", q.shape[1])
     return None

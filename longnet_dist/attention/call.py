@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -49,6 +51,8 @@ class Call:
         bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
         request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
         kernel = choose_kernel(options.kernel, request)
+        if options.kernel == "auto" and q.is_cuda and q.dtype == torch.float32:
+            _warn_of_float32()
         mesh = mesh_of(options.mesh)
         return cls(plan_of(q, k, options), kernel, mesh, options.causal, options.scale, bias, k.shape[2])
 
@@ -81,15 +85,25 @@ class Call:
         return [STRATEGIES[shared.strategy](shared, self.mesh) for shared in self.plan.shared]  # type: ignore[arg-type]
 
 
+@cache
+def _warn_of_float32() -> None:
+    """Warn once in each process."""
+    warnings.warn(
+        "attention in float32 on a GPU is slow, because flash attention takes only bfloat16 and float16: compute under "
+        'torch.autocast("cuda", torch.bfloat16), or cast q, k and v. (kernel="eager" means float32, and is silent)',
+        stacklevel=2,
+    )
+
+
 def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:
     """Return the plan of a call; it is empty if all ranks' tensors are."""
     batch, num_rows, num_heads, dim = q.shape
     if 0 in (batch, num_heads, dim):
         return Plan((), (), ())
-    mesh, num_kv_heads = mesh_of(options.mesh), k.shape[2]
+    mesh, layer = mesh_of(options.mesh), _layer_size(q, k, options)
     if mesh is None:
-        return options.plan(Shard(num_rows, max(1, num_rows)), num_kv_heads)
-    return options.plan(mesh.shard, num_kv_heads, mesh.strategies(_layer_size(q, k, options)))
+        return options.plan(Shard(num_rows, max(1, num_rows)), layer.num_kv_heads)
+    return options.plan(mesh.shard, layer.num_kv_heads, mesh.strategies(layer))
 
 
 def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[int | None]:
@@ -106,7 +120,8 @@ def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[i
 
 
 def _layer_size(q: Tensor, k: Tensor, options: Options) -> LayerSize:
-    return LayerSize(q.shape[2], k.shape[2], q.shape[3], q.dtype.itemsize, options.causal)
+    # torch.compile may hold these as symbols, which int() replaces by their values.
+    return LayerSize(int(q.shape[2]), int(k.shape[2]), int(q.shape[3]), q.dtype.itemsize, options.causal)
 
 
 def unit_stride(x: Tensor) -> Tensor:

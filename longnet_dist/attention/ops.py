@@ -166,8 +166,10 @@ def backward_op(
 
 @forward_op.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sizes = retained_sizes(plan_of(q, k, Options(*options)), q, k, Options(*options))
-    elements = sum(size or 0 for size in sizes)
+    elements = 0
+    if Options(*options).mesh:  # Without a mesh, sizes may be symbols, of which there is no plan.
+        sizes = retained_sizes(plan_of(q, k, Options(*options)), q, k, Options(*options))
+        elements = sum(size or 0 for size in sizes)
     lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty(elements)
 

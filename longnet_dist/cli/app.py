@@ -58,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: The command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0; 2 if the arguments, or what they name, cannot work; or 1 for a failure while working.
+        The exit status: 0; 2 if the arguments, or what they name, cannot work; 1 for a failure while working; 130 after
+        Ctrl-C, except in a run, which then writes a checkpoint.
         The reason is one line on stderr. Only an error of this program itself has a traceback.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -73,6 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, 2)
     except (RuntimeError, MemoryError) as error:
         return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail(InterruptedError("interrupted"), 130)
     except Exception as error:
         _record_for_torchrun(error, traceback.format_exc())
         raise

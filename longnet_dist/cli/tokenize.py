@@ -16,11 +16,12 @@ def run_tokenize(
     tokenizer: Path | None = None,
     text_field: str = "text",
     seed: int = 0,
+    allow_binary: bool = False,
     shard_tokens: int = 1 << 27,
 ) -> None:
     """Tokenise data into a folder of memory-mapped shards, for `longnet-dist train --data FOLDER`.
 
-    After an interruption, run the same command again: it resumes after the last complete shard.
+    After an interruption, run the same command again: it goes on from at most a minute before.
 
     Args:
         data: Files, folders, globs and hf: datasets, as for train.
@@ -28,6 +29,7 @@ def run_tokenize(
         tokenizer: Tokenizer file, *.json (tokenizers) or *.tiktoken; by default a token is a byte.
         text_field: Key or column that holds the text in a row of JSON lines or Parquet.
         seed: Seed for the order of the files.
+        allow_binary: Also take files that hold NUL bytes, which text does not have.
         shard_tokens: Approximate number of tokens per shard.
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -53,6 +55,7 @@ def run_tokenize(
             tokenizer=tokenizer,
             text_field=text_field,
             seed=seed,
+            allow_binary=allow_binary,
             shard_tokens=shard_tokens,
             progress=lambda done: progress.update(task, completed=done),
         )

@@ -1,1 +1,1 @@
-"""The data of a run: sources of documents, tokenizers, shards of tokens on disk, the corpus, and digests of batches."""
+"""The data of a run: sources of documents, tokenizers, shards of tokens on disk, and the corpus."""

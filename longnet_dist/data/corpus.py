@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longnet_dist.data.documents import Documents
+from longnet_dist.data.hugging_face import HUGGING_FACE
 from longnet_dist.data.shards import (
     SHARD_TOKENS,
     Index,
@@ -26,10 +28,10 @@ from longnet_dist.data.shards import (
     holds_tokens,
     is_shard,
     read_index,
-    write_tokens,
 )
-from longnet_dist.data.sources import HUGGING_FACE, find_files, read_documents, standard_library
+from longnet_dist.data.sources import find_files, standard_library
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+from longnet_dist.data.writing import write_tokens
 from longnet_dist.paths import local_path
 
 _MAX_COUNTED_TOKENS, _COUNTED_AT_ONCE = 1 << 26, 1 << 22
@@ -77,6 +79,7 @@ def tokenize(
     tokenizer: Path | None = None,
     text_field: str = "text",
     seed: int = 0,
+    allow_binary: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Path:
@@ -92,6 +95,7 @@ def tokenize(
         tokenizer: file of the tokenizer; None for bytes.
         text_field: the key or column that holds the text of a row.
         seed: seed of the order of the files.
+        allow_binary: whether to take files that hold no text; see `read_documents`.
         shard_tokens: approximate number of tokens per shard; see `write_tokens`.
         progress: called with the number of bytes of text tokenised so far.
 
@@ -109,12 +113,12 @@ def tokenize(
     folder = folder or cache / f"tokens-{source_hash}"
     _check_separate(data, sources, folder)
     order = torch.randperm(len(sources), generator=torch.Generator().manual_seed(seed)).tolist()
-    require_utf8 = not isinstance(loaded_tokenizer, Bytes)
-
-    def documents() -> Iterator[bytes]:
-        for index in order:
-            yield from read_documents(sources[index], text_field, require_utf8=require_utf8)
-
+    documents = Documents(
+        [sources[index] for index in order],
+        text_field,
+        require_utf8=not isinstance(loaded_tokenizer, Bytes),
+        allow_binary=allow_binary,
+    )
     write_tokens(documents, loaded_tokenizer, folder, source_hash, shard_tokens, progress)
     if tokenizer is not None and not (folder / Path(tokenizer).name).exists():  # For exports of models trained on it.
         shutil.copyfile(tokenizer, folder / Path(tokenizer).name)
@@ -166,6 +170,7 @@ def open_corpus(
     tokenizer: Path | None = None,
     text_field: str = "text",
     seed: int = 0,
+    allow_binary: bool = False,
 ) -> Corpus:
     """Open the tokens of `data`, tokenising it first if necessary.
 
@@ -177,6 +182,7 @@ def open_corpus(
         tokenizer: file of the tokenizer; None for bytes, or for the tokenizer of a folder of tokens.
         text_field: the key or column that holds the text of a row.
         seed: seed of the order of the files.
+        allow_binary: whether to take files that hold no text; see `read_documents`.
 
     Returns:
         The corpus.
@@ -192,7 +198,8 @@ def open_corpus(
     if token_folders:
         folder = token_folders[0].resolve()
     else:
-        folder = tokenize(data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed)
+        options = {"text_field": text_field, "seed": seed, "allow_binary": allow_binary}
+        folder = tokenize(data, None, cache, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
     index = read_index(folder)
     if token_folders and tokenizer is not None and load_tokenizer(tokenizer).name != index.tokenizer:
         raise ValueError(

@@ -1,35 +1,22 @@
-"""Tokens on disk: a folder of memory-mapped shards and an index, written so that an interrupted run can resume.
-
-`index.json` is written last. Until then `partial.json` lists the complete shards and how many documents they hold, and
-an interrupted tokenisation resumes after them.
-"""
+"""Tokens on disk: a folder of memory-mapped shards and an index, and how they are read. `writing` writes them."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from longnet_dist.data.tokenizers import Tokenizer
-from longnet_dist.paths import write_whole
-
 INDEX, PARTIAL = "index.json", "partial.json"
 SHARD_TOKENS = 1 << 27
 """Default number of tokens per shard."""
-_BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 22, 1024
 _SHARD_NAME = re.compile(r"tokens-\d{5,}\.bin")
 _CHECKED_TOKENS = 1 << 24
 """How many tokens `check_tokens` reads at a time."""
@@ -107,7 +94,7 @@ def read_index(folder: Path) -> Index:
             if unfinished
             else f"{folder} has no {INDEX}; give a folder that `longnet-dist tokenize` wrote"
         )
-    return _read_and_check_sizes(path)
+    return read_and_check_sizes(path)
 
 
 def check_tokens(folder: Path, index: Index) -> None:
@@ -134,57 +121,6 @@ def check_tokens(folder: Path, index: Index) -> None:
                 )
         if digest.hexdigest() != shard.sha256:
             raise ValueError(f"{folder / shard.name} has changed since it was written; {_remedy(folder)}")
-
-
-def write_tokens(
-    documents: Callable[[], Iterator[bytes]],
-    tokenizer: Tokenizer,
-    folder: Path,
-    source: str,
-    shard_tokens: int = SHARD_TOKENS,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Index:
-    """Tokenise documents into a folder; resume if it holds some of them, and return at once if it holds all.
-
-    Args:
-        documents: returns the documents, always in the same order; called at most once.
-        tokenizer: the tokenizer.
-        folder: the folder to write; created if it is missing. If another process writes it, wait until that one ends.
-        source: identifies the documents, their order and the tokenizer. A folder of another source is not changed.
-        shard_tokens: number of tokens after which a shard ends; the batch of documents that reaches it is its last.
-        progress: called with the number of bytes of text tokenised so far.
-
-    Returns:
-        The folder's index.
-
-    Raises:
-        ValueError: if the folder holds tokens of another source, there is no text, or a document cannot be read.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with _lock_folder(folder):
-        if (folder / INDEX).exists():
-            index = read_index(folder)
-            _check_source(folder, index, source)
-            return index
-        dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-        index = Index(source, tokenizer.name, tokenizer.vocab_size, tokenizer.end_of_document, dtype)
-        for leftover in folder.glob("unfinished-*"):
-            leftover.unlink()
-        if (folder / PARTIAL).exists() and (partial := _read_and_check_sizes(folder / PARTIAL)).shards:
-            index = partial
-            _check_source(folder, index, source)
-        else:  # This file marks the folder as one of tokens, even before the first shard.
-            write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
-        remaining = islice(documents(), sum(shard.documents for shard in index.shards), None)
-        batches = _batches(remaining)
-        while (shard := _write_shard(batches, tokenizer, folder, index, shard_tokens, progress)) is not None:
-            index = Index(**{**vars(index), "shards": (*index.shards, shard)})
-            write_whole(folder / PARTIAL, json.dumps(asdict(index), indent=1))
-        if sum(shard.num_bytes for shard in index.shards) == 0:
-            raise ValueError("the data has no text: every document is empty")
-        write_whole(folder / INDEX, json.dumps(asdict(index), indent=1) + "\n")
-        (folder / PARTIAL).unlink()
-    return index
 
 
 @dataclass(frozen=True)
@@ -236,71 +172,12 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
     return np.memmap(path, dtype, "r")
 
 
-def _write_shard(
-    batches: Iterator[list[bytes]],
-    tokenizer: Tokenizer,
-    folder: Path,
-    index: Index,
-    shard_tokens: int,
-    progress: Callable[[int], None],
-) -> TokenShard | None:
-    """Write the next shard under a temporary name, and rename it; return None if no document is left."""
-    documents, num_bytes, before = 0, 0, sum(shard.num_bytes for shard in index.shards)
-    digest = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=folder, prefix="unfinished-", delete=False) as out:
-        try:
-            for batch in batches:
-                ends = np.array([tokenizer.end_of_document])
-                tokens = [part.astype(index.dtype) for ids in tokenizer.encode(batch) for part in (ids, ends)]
-                content = np.concatenate(tokens).tobytes()
-                out.write(content)
-                digest.update(content)
-                documents, num_bytes = documents + len(batch), num_bytes + sum(map(len, batch))
-                progress(before + num_bytes)
-                if out.tell() >= shard_tokens * np.dtype(index.dtype).itemsize:
-                    break
-            out.flush()
-            os.fsync(out.fileno())
-            if documents:
-                name = f"tokens-{len(index.shards):05d}.bin"
-                os.chmod(out.name, 0o644)
-                os.replace(out.name, folder / name)
-                num_tokens = out.tell() // np.dtype(index.dtype).itemsize
-                return TokenShard(name, num_tokens, documents, num_bytes, digest.hexdigest())
-            os.unlink(out.name)
-        except BaseException:
-            os.unlink(out.name)
-            raise
-    return None
-
-
-def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:
-    """Group documents into batches that are large enough to keep a tokenizer's threads busy."""
-    batch: list[bytes] = []
-    num_bytes = 0
-    for document in documents:
-        batch.append(document)
-        num_bytes += len(document)
-        if len(batch) >= _BATCH_DOCUMENTS or num_bytes >= _BATCH_BYTES:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _check_source(folder: Path, index: Index, source: str) -> None:
-    if index.source != source:
-        raise ValueError(
-            f"{folder} holds tokens of other data, another order or another tokenizer ({index.tokenizer}); use "
-            "another folder, or remove this one"
-        )
-
-
-def _read_and_check_sizes(path: Path) -> Index:
+def read_and_check_sizes(path: Path) -> Index:
     """Read an index file, and check that the shards next to it have the sizes that it records."""
     folder = path.parent
     try:
         content = json.loads(path.read_text())
+        content.pop("resume", None)
         if not isinstance(content["shards"], list):
             raise TypeError("its shards must be a list")
         index = Index(**{**content, "shards": tuple(TokenShard(**shard) for shard in content["shards"])})
@@ -337,11 +214,3 @@ def _check_fields(index: Index) -> None:
 
 def _remedy(folder: Path) -> str:
     return f"remove {folder}, and tokenise the data again"
-
-
-@contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock for writing into `folder`; the system releases it if the process ends."""
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

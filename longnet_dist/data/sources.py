@@ -1,4 +1,4 @@
-"""Sources of documents: whole files, the rows of JSON lines and Parquet files, and Hugging Face datasets."""
+"""Files of documents: which of them are read, and how."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlsplit
 
+from longnet_dist.data.hugging_face import HUGGING_FACE
 from longnet_dist.extras import extra
 from longnet_dist.paths import local_path
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-HUGGING_FACE = "hf:"
-"""The prefix of the name of a Hugging Face dataset."""
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".lzma", ".zst")
 """Endings of compressed files, which are decompressed as they are read."""
 _ARCHIVES = (".7z", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".zip", ".lz4", ".z")
@@ -122,17 +120,19 @@ def _children(folder: Path, part: str) -> list[Path]:
     return [folder / n for n in fnmatch.filter(names, part) if part.startswith(".") or not n.startswith(".")]
 
 
-def read_documents(source: Path | str, text_field: str = "text", require_utf8: bool = False) -> Iterator[bytes]:
-    """Read the documents of a file or dataset.
+def read_documents(
+    path: Path, text_field: str = "text", *, require_utf8: bool = False, allow_binary: bool = False
+) -> Iterator[bytes]:
+    """Read the documents of a file.
 
     JSON lines (`.jsonl`) and `.parquet` have one document per row. Any other file is one document. Files in one of
     `COMPRESSIONS`, such as `.jsonl.gz` and `.txt.xz`, are decompressed.
 
     Args:
-        source: a file, or `hf:NAME?name=CONFIG&split=SPLIT` for a Hugging Face dataset, which is streamed. NAME may
-            also be a folder that the package `datasets` reads. The options after `?` go to `datasets.load_dataset`.
+        path: the file.
         text_field: the key or column that holds the text of a row.
         require_utf8: whether to refuse a whole-file document that is not UTF-8.
+        allow_binary: whether to take a whole-file document with NUL bytes, which text does not have.
 
     Yields:
         Each document, as bytes.
@@ -141,10 +141,6 @@ def read_documents(source: Path | str, text_field: str = "text", require_utf8: b
         ValueError: if a row is malformed, a file is truncated, damaged, or of a kind that is not read,
             or a package is missing. The message names the file, and the line and byte, or the row.
     """
-    if isinstance(source, str):
-        yield from _streamed(source, text_field)
-        return
-    path = source
     form, compression = _format(path)
     if form == ".parquet":
         yield from _parquet(path, text_field)
@@ -157,6 +153,11 @@ def read_documents(source: Path | str, text_field: str = "text", require_utf8: b
             yield from _json_lines(path, plain, text_field)
             return
         content = plain.read()
+    if not allow_binary and (at := content.find(0)) >= 0:
+        raise ValueError(
+            f"{path}, byte {at}: a NUL byte, as in UTF-16, programs and images, but not in text: convert it to UTF-8, "
+            "leave it out, or give --allow-binary to take its bytes as they are"
+        )
     if require_utf8:
         try:
             content.decode()
@@ -272,27 +273,3 @@ def _parquet(path: Path, text_field: str) -> Iterator[bytes]:
                     row += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as Parquet: {error}") from None
-
-
-def _streamed(source: str, text_field: str) -> Iterator[bytes]:
-    with extra("hf", f"--data {source}"):
-        import datasets
-    parts = urlsplit(source)
-    if not parts.path:
-        raise ValueError(f"--data {source} names no dataset; give hf:NAME?name=CONFIG&split=SPLIT")
-    options = {"split": "train"} | dict(parse_qsl(parts.query))
-
-    def rows() -> Iterator[dict[str, Any]]:
-        try:
-            yield from datasets.load_dataset(parts.path, streaming=True, **options)
-        except Exception as error:  # The package raises exceptions of many types.
-            raise ValueError(f"--data {source} cannot be opened or read: {error}") from None
-
-    for number, row in enumerate(rows()):
-        text = row.get(text_field)
-        if not isinstance(text, str):
-            raise ValueError(
-                f"--data {source}, row {number}: its {text_field!r} is {type(text).__name__}, not text; it has "
-                f"{', '.join(row)}: give --text-field"
-            )
-        yield text.encode()

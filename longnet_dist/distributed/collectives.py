@@ -115,6 +115,12 @@ class Communicator:
         on_cpu = "cpu:" in str(dist.get_backend_config(self.group))
         return torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
 
+    @property
+    def device_types(self) -> list[str]:
+        """The types of device whose rows the ranks of a mesh can exchange; see `communicators`."""
+        config = str(dist.get_backend_config(self.group))
+        return ["cuda"] if "cuda:nccl" in config else [part.partition(":")[0] for part in config.split(",")]
+
     def _start(self, what: str, result: Tensor, launch: Callable[[], dist.Work]) -> Pending:
         pending = Pending(self, what, result)
         pending.start(launch)
@@ -176,7 +182,8 @@ def communicators(
     """Return the communicators of this rank's groups, by (first, last) rank. Collective over `group`.
 
     In each round every rank creates one process group, of itself alone if it belongs to no group of the
-    round. All ranks must create equally many, because torch derives their names from that number.
+    round. All ranks must create equally many, because torch derives their names from that number. Groups on GPUs have
+    only NCCL, and connect here: connections that ranks make in different orders, when they first need them, can hang.
 
     Args:
         group: all ranks of the sequence.
@@ -186,13 +193,16 @@ def communicators(
     cache = _COMMUNICATORS.setdefault(group, {})
     ranks = dist.get_process_group_ranks(group)
     me = dist.get_rank(group)
+    backend = "nccl" if "cuda:nccl" in str(dist.get_backend_config(group)) else None
     for groups in rounds:
         missing = [(a, b) for a, b in groups if (a, b, timeout) not in cache]
         if not missing:
             continue
         first, last = next(((a, b) for a, b in missing if a <= me <= b), (me, me))
         with mark_wait("while creating the process groups of a sequence"):
-            subgroup = dist.new_group(ranks[first : last + 1], timeout=timeout, use_local_synchronization=True)
+            subgroup = _new_group(ranks[first : last + 1], timeout=timeout, backend=backend)
+            if backend == "nccl":
+                dist.all_reduce(torch.zeros(1, device="cuda"), group=subgroup)
         for a, b in missing:
             cache[a, b, timeout] = Communicator(subgroup, timeout, me) if (a, b) == (first, last) else None
     all_groups = {(a, b): cache[a, b, timeout] for groups in rounds for a, b in groups}
@@ -202,7 +212,13 @@ def communicators(
 def pad_process_groups(count: int) -> None:
     """Create groups of this rank alone until this process has created `count` groups; see `communicators`."""
     while internals.num_process_groups() < count:
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        _new_group([dist.get_rank()])
+
+
+def _new_group(ranks: list[int], **options: Any) -> ProcessGroup:
+    """Create a group by the collaboration of its ranks alone."""
+    with internals.groups_of_their_own():
+        return dist.new_group(ranks, use_local_synchronization=True, **options)
 
 
 def gather_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:

@@ -1,8 +1,7 @@
-"""The steps of a mesh: taking a rank's rows, joining them, and summing over ranks, all differentiable; digests."""
+"""The steps of a mesh: taking a rank's rows, joining them, and summing over ranks, all differentiable."""
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,9 +90,3 @@ def holds_ids(x: Tensor) -> bool:
     """Return whether a tensor has integers or booleans that can be read, as tokens, labels and masks have."""
     is_plain = type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling()
     return is_plain and not x.is_floating_point() and not x.is_complex()
-
-
-def digest(x: Tensor) -> str:
-    """Return a hash of the dtype, shape and content of a tensor; if it is on a GPU, the host waits."""
-    content = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(f"{x.dtype} {tuple(x.shape)}".encode() + content.tobytes(), digest_size=6).hexdigest()

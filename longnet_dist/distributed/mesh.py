@@ -7,6 +7,7 @@ import numbers
 import os
 import threading
 import warnings
+from collections import deque
 from collections.abc import Sequence
 from datetime import timedelta
 from functools import lru_cache
@@ -21,7 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from longnet_dist import internals
 from longnet_dist.distributed import collectives
-from longnet_dist.distributed.differentiable import Join, Split, Sum, digest, holds_ids
+from longnet_dist.distributed.differentiable import Join, Split, Sum, holds_ids
+from longnet_dist.distributed.digest import digest
 from longnet_dist.plan.cost import LayerSize, choose_strategies
 from longnet_dist.plan.exchange import STRATEGIES, SharedSegment
 from longnet_dist.plan.hardware import HARDWARE, Hardware
@@ -29,6 +31,8 @@ from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 
 _choose_strategies = lru_cache(maxsize=256)(choose_strategies)
+_MAX_COMPARED = 8
+"""The number of tensors that are compared at once, the last ones that were split."""
 _HANDLES = itertools.count(1)
 _BY_HANDLE: WeakValueDictionary[int, SequenceMesh] = WeakValueDictionary()
 """The living meshes by handle, because operators take no Python objects (docs/decisions/custom-op.md)."""
@@ -143,7 +147,7 @@ class SequenceMesh:
         gradient, as one process would.
 
         Ranks whose tokens, labels or masks differ would train on a mixture of sequences. So if `x` has integers or
-        booleans, the next collective of this thread compares its digest (on a GPU only the first).
+        booleans, the next collective of this thread compares its digest (of tensors on a GPU only the first).
 
         Args:
             x: a tensor with N entries in `dim`, of any dtype, the same on every rank.
@@ -165,7 +169,7 @@ class SequenceMesh:
                 f"not seq_len = {self.seq_len}. (To join chunks, use mesh.join.)"
             )
         if self.everyone is not None and holds_ids(x) and (x.device.type == "cpu" or not vars(self._batch)):
-            self._batch.facts = {"the batch given to mesh.split (by a digest)": digest(x)}
+            vars(self._batch).setdefault("split", deque(maxlen=_MAX_COMPARED)).append(x)
         return Split.apply(x, self, dim)
 
     def join(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -234,11 +238,12 @@ class SequenceMesh:
     def agree(self, facts: dict[str, Any], problem: str | None = None, *, always: bool = False) -> bool:
         """Check that every rank passes the same `facts` to a mesh with the same arguments. Collective.
 
-        Groups on GPUs compare the same facts only once, because a comparison blocks the host. So a later
-        disagreement is a timeout there.
+        A comparison blocks the host. So on GPUs the same facts are compared only once, and again after each `split` of
+        integers on a CPU. Another disagreement is a timeout there.
 
         Args:
-            facts: a small dict of what must be the same on every rank, by its name in errors.
+            facts: a small dict of what must be the same on every rank, by its name in errors. "device" names the type
+                of device on which the call computes, if that may differ from the group's.
             problem: what is wrong on this rank, or None.
             always: whether to compare in every call, on GPUs too.
 
@@ -253,11 +258,15 @@ class SequenceMesh:
                 raise ValueError(problem)
             return False
         key = tuple((name, str(value)) for name, value in facts.items())
-        if problem is None and key in self._agreed:
+        split = vars(self._batch).get("split")
+        if problem is None and key in self._agreed and not split:
             return False
+        if split:
+            self._batch.facts = {"the batch given to mesh.split (by a digest)": digest(list(split))}
+            split.clear()
         of_mesh = {f"the mesh's {name}": value for name, value in self._facts.items()}
         self.everyone.agree(of_mesh | getattr(self._batch, "facts", {}) | facts, problem)
-        if not always and self.everyone.device.type != "cpu":
+        if not always and "cuda" in (facts.get("device"), self.everyone.device.type):
             self._agreed.add(key)
         return True
 

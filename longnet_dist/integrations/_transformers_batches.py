@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_dist.data.batches import digest
+from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.loss import next_token_labels
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
 from longnet_dist import internals
-from longnet_dist.data.batches import digest
 from longnet_dist.distributed.collectives import Communicator, gather_objects
+from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.integrations.transformers import NAME, problem_of_batch, split_checked_batch
 from longnet_dist.models.loss import IGNORED

@@ -40,8 +40,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from longnet_dist import internals
-from longnet_dist.data.batches import digest
 from longnet_dist.distributed.collectives import gather_objects
+from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.pattern import Pattern
 

@@ -14,8 +14,13 @@ from longnet_dist.distributed.mesh import SequenceMesh, refuse
 
 IGNORED = -100
 """The target of tokens that do not count."""
-_MAX_ROWS, _MAX_LOGITS = 4096, 1 << 24
-"""The largest part of the logits in memory at once: this many rows, and this many logits (but at least one row)."""
+_MAX_ROWS = 4096
+_MAX_LOGITS = {"cpu": 1 << 24, "cuda": 1 << 27}
+"""The largest part of the logits in memory at once: this many rows, and this many logits (but at least one row).
+
+Each part reads and writes the gradient of the weight. On a GPU few rows would not hide that: with 131,072 ids, 2^24
+logits are 128 rows, for which the matrix product takes less time than the gradient's memory.
+"""
 
 
 def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
@@ -60,7 +65,8 @@ def check_targets(tokens: Tensor, targets: Tensor, mesh: SequenceMesh | None = N
         if problem:
             raise ValueError(problem)
         return
-    if not mesh.agree({"call": "targets", "batch": len(tokens)}, problem) or mesh.everyone is None:
+    facts = {"call": "targets", "batch": len(tokens), "device": tokens.device.type}
+    if not mesh.agree(facts, problem) or mesh.everyone is None:
         return
     edges = torch.full((2, len(tokens)), IGNORED, dtype=torch.int64, device=tokens.device)
     if tokens.shape[1]:
@@ -201,7 +207,8 @@ class _LinearLoss(torch.autograd.Function):
         losses = torch.zeros(x.shape[0], dtype=dtype, device=x.device)
         dx = torch.zeros_like(x) if with_gradient else None
         dw = torch.zeros(weight.shape, dtype=dtype, device=x.device) if with_gradient else None
-        rows = min(_MAX_ROWS, max(1, _MAX_LOGITS // weight.shape[0]))
+        max_logits = _MAX_LOGITS.get(x.device.type, _MAX_LOGITS["cpu"])
+        rows = min(_MAX_ROWS, max(1, max_logits // weight.shape[0]))
         for first in range(0, x.shape[0], rows):
             part, target = x[first : first + rows], targets[first : first + rows]
             valid = target != ignore_index

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from longnet_dist.checkpoints.storage import storage_path
-from longnet_dist.data.sources import HUGGING_FACE
+from longnet_dist.data.hugging_face import HUGGING_FACE
 from longnet_dist.models.config import DEFAULT_LENGTH, LongNetConfig
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import MAX_SIZE
@@ -42,6 +42,8 @@ class TrainConfig:
     """Tokenizer file, *.json (tokenizers) or *.tiktoken. The default is one token per byte."""
     text_field: str = "text"
     """Key or column that holds the text in a row of JSON lines or Parquet."""
+    allow_binary: bool = False
+    """Also take files that hold NUL bytes, which text does not have, as the bytes they are."""
     seq_len: int = DEFAULT_LENGTH
     """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
     batch_size: int = 1
@@ -65,9 +67,10 @@ class TrainConfig:
     max_skipped_steps: int = 5
     """Stop the run after this many steps in a row whose loss or gradient norm is not finite. Each is skipped."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
-    """Parameter dtype."""
-    autocast: bool = False
-    """Compute in bfloat16 wherever torch's autocast does."""
+    """Dtype of the parameters. With bfloat16, weights and AdamW's moments are in float32 all the same: see
+    docs/training.md."""
+    autocast: bool | None = None
+    """Compute in bfloat16 wherever torch's autocast does; by default on GPUs with parameters in float32."""
     compile: bool = False
     """Compile each block with torch.compile."""
     seed: int = 0

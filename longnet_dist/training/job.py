@@ -26,32 +26,66 @@ from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.config import BYTES_VOCABULARY, LongNetConfig
 from longnet_dist.training.config import TrainConfig
-from longnet_dist.training.parallel import ParallelConfig
+from longnet_dist.training.parallel import AXES, ParallelConfig
 
 LOCK_SECONDS = 120.0
 """How long to wait for another job to release the run folder."""
 
 
-def create_run_folder(config: TrainConfig, patience: Patience) -> Path:
-    """Create the run folder, whose name rank 0 chooses. Collective.
+def name_run_folder(config: TrainConfig, patience: Patience) -> Path:
+    """Return the run folder, the same on every rank: that of the options, or one named by time and job. Collective.
 
     Args:
         config: the run's options.
         patience: the means by which ranks wait for rank 0.
+    """
+    text = patience.gather(str(config.run_folder or Path("runs") / _run_name()), "name the run's folder")[0]
+    return storage_path(text)
 
-    Returns:
-        The folder; the same on every rank.
+
+def create_run_folder(folder: Path, patience: Patience) -> None:
+    """Make sure that the run folder can be written. Collective.
+
+    Args:
+        folder: the run folder.
+        patience: the means by which ranks wait for rank 0.
 
     Raises:
         ValueError: on every rank, if the folder is in a store that cannot be written.
     """
-    text = patience.gather(str(config.run_folder or Path("runs") / _run_name()), "name the run's folder")[0]
-    folder = storage_path(text)
     if not in_store(folder):
         folder.mkdir(parents=True, exist_ok=True)
     elif problem := patience.gather(write_problem(folder) if _rank() == 0 else None, f"write into {folder}")[0]:
         raise ValueError(problem)
-    return folder
+
+
+def fit_to_ranks(config: TrainConfig, folder: Path, num_ranks: int, patience: Patience) -> TrainConfig:
+    """Return the options, with axes for this number of ranks if the run in `folder` had another number. Collective.
+
+    An elastic launcher restarts a run on the machines that are left, with the same options
+    (docs/decisions/elastic-arrangement.md).
+
+    Args:
+        config: the run's options.
+        folder: the run folder.
+        num_ranks: number of all ranks.
+        patience: the means by which ranks wait for rank 0.
+
+    Raises:
+        ValueError: if `parallel.sp` is fixed and does not fit.
+    """
+    ranks = None
+    if _rank() == 0:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            ranks = json.loads((folder / "config.json").read_text()).get("ranks")
+    ranks = patience.gather(ranks, "read config.json")[0]
+    if ranks in (None, num_ranks):
+        return config
+    parallel = config.parallel.fitting(num_ranks, config.batch_size)
+    if parallel != config.parallel and _rank() == 0:
+        axes = ", ".join(f"{name} {degree}" for name, degree in zip(AXES, parallel.degrees(num_ranks), strict=True))
+        print_note(f"the run in {folder} had {ranks} ranks, and has {num_ranks} now: {axes}")
+    return dataclasses.replace(config, parallel=parallel)
 
 
 def _run_name() -> str:
@@ -157,6 +191,7 @@ def load_corpus(config: TrainConfig) -> Corpus:
                 tokenizer=config.tokenizer,
                 text_field=config.text_field,
                 seed=config.seed,
+                allow_binary=config.allow_binary,
             )
             problem = _describe_misfit(corpus, config)
             count_tokens(corpus.train)  # Once a machine; the other ranks, and later starts, read the result.

@@ -50,6 +50,32 @@ class ParallelConfig:
             )
         return self.dp_replicate, self.dp_shard, sp
 
+    def fitting(self, num_ranks: int, batch_size: int) -> ParallelConfig:
+        """Return axes for another number of ranks, with every rank in use; the losses are the same.
+
+        They are these if the data-parallel degree divides the number of ranks; only the number of ranks per sequence
+        changes then. Otherwise the degree shrinks to the largest that divides both the number of ranks and the batch
+        (docs/decisions/elastic-arrangement.md).
+
+        Args:
+            num_ranks: number of all ranks.
+            batch_size: number of sequences per forward.
+
+        Raises:
+            ValueError: if `sp` is fixed and does not fit.
+
+        Example:
+            >>> ParallelConfig(dp_shard=2).fitting(num_ranks=3, batch_size=4)
+            ParallelConfig(dp_replicate=1, dp_shard=1, sp=3)
+        """
+        data_degree = self.dp_replicate * self.dp_shard
+        if num_ranks % data_degree == 0 or self.sp:
+            self.degrees(num_ranks)
+            return self
+        candidates = range(1, min(data_degree, num_ranks) + 1)
+        data_degree = max(n for n in candidates if num_ranks % n == 0 and batch_size % n == 0)
+        return ParallelConfig(dp_replicate=1, dp_shard=data_degree, sp=num_ranks // data_degree)
+
 
 def make_device_mesh(config: ParallelConfig, device_type: str) -> DeviceMesh | None:
     """Make the mesh of all ranks, with the axes `AXES`; None without a process group. Collective.
@@ -81,12 +107,16 @@ def shard_parameters(model: nn.Module, blocks: nn.ModuleList, mesh: DeviceMesh |
     """
     if mesh is None:
         return
+    import torch
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     replicate, shard, sp = mesh.shape
     grid = init_device_mesh(mesh.device_type, (replicate, shard * sp), mesh_dim_names=("dp_replicate", "fsdp"))
     fsdp_mesh = grid if replicate > 1 else grid["fsdp"]
+    # Gradients of low precision are summed over ranks, and over the forwards of a step, in float32.
+    dtypes = {torch.promote_types(parameter.dtype, torch.float32) for parameter in model.parameters()}
+    policy = MixedPrecisionPolicy(reduce_dtype=dtypes.pop() if len(dtypes) == 1 else None)
     for block in blocks:
-        fully_shard(block, mesh=fsdp_mesh)
-    fully_shard(model, mesh=fsdp_mesh)
+        fully_shard(block, mesh=fsdp_mesh, mp_policy=policy)
+    fully_shard(model, mesh=fsdp_mesh, mp_policy=policy)

@@ -46,9 +46,20 @@ def init_processes(config: TrainConfig, device: torch.device | None = None) -> I
     try:
         _compare_options(config)
         yield device
-    finally:
+    except BaseException:
         if owns_group:
-            dist.destroy_process_group()
+            _leave_at_once(device)
+        raise
+    if owns_group:
+        dist.destroy_process_group()
+
+
+def _leave_at_once(device: torch.device) -> None:
+    """Leave the process group after an error on this rank; the others may wait in a collective."""
+    if device.type == "cuda":
+        internals.abort_process_groups()
+    else:
+        dist.destroy_process_group()
 
 
 def choose_device(local_rank: int, num_gpus: int) -> torch.device:

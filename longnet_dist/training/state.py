@@ -18,6 +18,48 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """The names under which AdamW stores its state of a parameter."""
 
 
+class MasterWeights:
+    """What the optimizer updates: a model's parameters, and float32 copies of those with less precision.
+
+    An update of a bfloat16 number is lost if it is smaller than half the distance to the next one, 1/256 of the number.
+    So the copies and AdamW's moments are in float32. The parameters, in which the model computes, are rounded copies.
+
+    Args:
+        model: the model, sharded or not. It must keep its parameters from now on.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.by_name: dict[str, torch.nn.Parameter] = {}
+        self._pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []
+        for name, parameter in model.named_parameters():
+            dtype = torch.promote_types(parameter.dtype, torch.float32)
+            if parameter.dtype == dtype:
+                self.by_name[name] = parameter
+                continue
+            self.by_name[name] = torch.nn.Parameter(parameter.detach().to(dtype))
+            self._pairs.append((parameter, self.by_name[name]))
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The tensors to update."""
+        return list(self.by_name.values())
+
+    def take_gradients(self) -> None:
+        """Add the gradients of a backward to those of the copies, and remove them from the parameters."""
+        for parameter, master in self._pairs:
+            if parameter.grad is not None:
+                grad = parameter.grad.to(master.dtype)
+                master.grad = grad if master.grad is None else master.grad + grad
+                parameter.grad = None
+
+    @torch.no_grad()
+    def round_parameters(self) -> None:
+        """Set the parameters to their copies, rounded."""
+        for parameter, master in self._pairs:
+            parameter.copy_(master)
+
+
 def make_moments(optimizer: torch.optim.Optimizer) -> None:
     """Create the moments of an AdamW that has made no step yet, so that a checkpoint can be loaded into them."""
     for group in optimizer.param_groups:
@@ -26,29 +68,29 @@ def make_moments(optimizer: torch.optim.Optimizer) -> None:
             optimizer.state[parameter] = {"step": torch.zeros((), dtype=torch.float32)} | moments
 
 
-def training_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> State:
-    """Collect the tensors that a run resumes from: parameters, AdamW's moments, and this rank's random state.
+def training_state(weights: MasterWeights, optimizer: torch.optim.Optimizer, rank: int) -> State:
+    """Collect the tensors that a run resumes from: weights, AdamW's moments, and this rank's random state.
 
     There are only tensors, because DCP would store anything else as a pickle. FSDP modules are resharded first: after
     a forward without gradients one may still be gathered, and its parameters are then not those of the optimizer.
 
     Args:
-        model: the model, of any sharding.
-        optimizer: AdamW over the model's parameters.
+        weights: those of a model, of any sharding.
+        optimizer: AdamW over them.
         rank: this rank, which names the random state.
 
     Returns:
-        The tensors, which share memory with the model and the optimizer. Their names begin with `model.`, `optimizer.`
+        The tensors, which share memory with weights and optimizer. Their names begin with `model.`, `optimizer.`
         or `random`.
 
     Raises:
         RuntimeError: if the optimizer lacks moments of a parameter of the model, or has those of another parameter.
     """
-    for module in model.modules():
+    for module in weights.model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
     state: State = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in weights.by_name.items():
         state[f"model.{name}"] = parameter.detach()
         moments = optimizer.state.get(parameter, {})  # Indexing would create an entry.
         if missing := [moment for moment in MOMENTS if moment not in moments]:
@@ -102,6 +144,7 @@ def load_model(folder: Path | str) -> LongNet:
         raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")
     path, facts = newest
     config = LongNetConfig(**facts["config"]["model"])
-    model = config.build(dtype=getattr(torch, facts["config"]["dtype"]))
+    dtype = getattr(torch, facts["config"]["dtype"])
+    model = config.build(dtype=torch.promote_types(dtype, torch.float32))
     checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model
+    return model.to(dtype)

@@ -22,6 +22,7 @@ from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.measures import StepCost
+from longnet_dist.training.state import MasterWeights
 
 
 class StepRunner:
@@ -34,7 +35,8 @@ class StepRunner:
         data_ranks: number of data-parallel ranks.
         corpus: the tokenised data.
         model: the model, sharded if there are several ranks.
-        optimizer: the optimizer of the model's parameters.
+        weights: the model's weights.
+        optimizer: the optimizer of the weights.
     """
 
     def __init__(
@@ -45,10 +47,11 @@ class StepRunner:
         data_ranks: int,
         corpus: Corpus,
         model: LongNet,
+        weights: MasterWeights,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.config, self.device, self.mesh, self.data_ranks = config, device, mesh, data_ranks
-        self.corpus, self.model, self.optimizer = corpus, model, optimizer
+        self.corpus, self.model, self.weights, self.optimizer = corpus, model, weights, optimizer
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self.data_rank = self.rank // mesh.size
@@ -78,6 +81,7 @@ class StepRunner:
         loss, *counts = sum_over_ranks([loss / self.num_ranks, *map(float, vote())], self.device)
         if math.isfinite(loss) and math.isfinite(norm):
             self.optimizer.step()
+            self.weights.round_parameters()
             self.skipped = 0
         else:
             self._skip(step, loss, norm)
@@ -118,8 +122,9 @@ class StepRunner:
             # All forwards have equally many tokens, so the mean of their losses is the step's mean over tokens.
             # FSDP takes the mean over all ranks, but those of one sequence hold parts of a sum.
             (loss * (self.mesh.size / config.grad_accumulation)).backward()
+            self.weights.take_gradients()
             total += loss.item() / config.grad_accumulation
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.weights.parameters, config.clip_norm or math.inf)
         return total, (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
@@ -161,7 +166,7 @@ class StepRunner:
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.autocast):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
             return self.model(tokens, mesh=self.mesh, targets=labels)
 
     def _num_held_out(self) -> int:
@@ -185,14 +190,13 @@ def _fraction_of_peak(config: TrainConfig, step: int) -> float:
     return config.final_learning_rate + (1 - config.final_learning_rate) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """Return AdamW's parameter groups: matrices with weight decay, biases and norms without.
 
     Args:
-        model: the model, before or after sharding.
+        parameters: the parameters, sharded or not.
         weight_decay: the weight decay of matrices.
     """
-    parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

@@ -111,8 +111,8 @@ class Watch:
         folder: the run's folder of traces, which every rank sees; `rank-N.txt` in it belongs to rank N.
         rank: this rank.
         num_ranks: the number of all ranks.
-        limit: seconds that a collective may take. Traces are written at 80 % of it, and at 90 % if C code that holds the
-            interpreter's lock hangs.
+        limit: seconds that a collective may take. Traces are written at 80 % of it, or at 90 % if C code hangs that
+            holds the interpreter's lock.
     """
 
     def __init__(self, folder: Path, rank: int, num_ranks: int, limit: float) -> None:

@@ -30,15 +30,23 @@ from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
     describe_changes,
+    fit_to_ranks,
     load_corpus,
     local_run_files,
     lock_run_folder,
+    name_run_folder,
 )
 from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
-from longnet_dist.training.state import make_moments, restore_random_state, training_state, without_prefixes
+from longnet_dist.training.state import (
+    MasterWeights,
+    make_moments,
+    restore_random_state,
+    training_state,
+    without_prefixes,
+)
 from longnet_dist.training.steps import StepRunner, parameter_groups
 from longnet_dist.training.stopping import StopFlag, Watch, stop_on_signals
 
@@ -101,10 +109,11 @@ def train(config: TrainConfig | None = None, session: Session | None = None) -> 
     """
     config = config or TrainConfig()
     assigned = None if session is None else session.device()
-    with init_processes(config, assigned) as device, stop_on_signals() as stop:
-        trainer = _Trainer(config, device, session)
+    with init_processes(config, assigned) as device:
+        trainer = _Trainer(config, device, session)  # A signal while it reads data ends the process at once.
         try:
-            return trainer.run(stop)
+            with stop_on_signals() as stop:
+                return trainer.run(stop)
         finally:
             # Even if the run fails, a checkpoint that is being written in the background is worth completing.
             trainer.checkpoints.wait()
@@ -114,13 +123,18 @@ class _Trainer:
     """One training run on this rank."""
 
     def __init__(self, config: TrainConfig, device: torch.device, session: Session | None = None) -> None:
-        self.config, self.device, self.session = config, device, session
+        if config.autocast is None:
+            config = dataclasses.replace(config, autocast=device.type == "cuda" and config.dtype == "float32")
+        self.device, self.session = device, session
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
+        limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
+        self.patience = Patience(io_limit)
+        self.folder = name_run_folder(config, self.patience)
+        self.config = config = fit_to_ranks(config, self.folder, self.num_ranks, self.patience)
         device_mesh = make_device_mesh(config.parallel, device.type)
         data_ranks = _num_data_ranks(config, self.num_ranks)
         group = None if device_mesh is None else device_mesh["sp"].get_group()
-        limit, io_limit = timedelta(seconds=config.timeout), timedelta(seconds=config.io_timeout)
         self.mesh = SequenceMesh(
             group,
             config.model.pattern,
@@ -129,7 +143,6 @@ class _Trainer:
             keep_kv=config.keep_kv,
             timeout=limit,
         )
-        self.patience = Patience(io_limit)
         if self.rank == 0:
             source = ", ".join(config.data) or "the source of Python's standard library"
             print_note(f"reading {source}, tokenised once into {config.cache}", sys.stdout)
@@ -137,16 +150,20 @@ class _Trainer:
         if config.model.vocab_size < self.corpus.index.vocab_size:
             model = dataclasses.replace(config.model, vocab_size=self.corpus.index.vocab_size)
             self.config = config = dataclasses.replace(config, model=model)
-        self.folder = create_run_folder(config, self.patience)
+        create_run_folder(self.folder, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)
         self.model = self._build_model()
         self.num_parameters = sum(p.numel() for p in self.model.parameters())
         shard_parameters(self.model, self.model.blocks, device_mesh)
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.model, config.weight_decay), betas=config.betas)
+        self.weights = MasterWeights(self.model)
+        groups = parameter_groups(self.weights.parameters, config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, betas=config.betas)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.keep_checkpoints, config.keep_every, config.async_checkpoints, io_limit
         )
-        self.steps = StepRunner(config, device, self.mesh, data_ranks, self.corpus, self.model, self.optimizer)
+        self.steps = StepRunner(
+            config, device, self.mesh, data_ranks, self.corpus, self.model, self.weights, self.optimizer
+        )
         self.costs = step_flops(config, self.model), step_bytes(config, self.mesh, data_ranks)
         self.watch = Watch(self.files.folder / "traces", self.rank, self.num_ranks, config.timeout)
         self.losses: list[float] = []
@@ -297,7 +314,7 @@ class _Trainer:
         return json.loads(json.dumps(dataclasses.asdict(config) | facts, default=str))
 
     def _state(self) -> dict[str, Tensor]:
-        return training_state(self.model, self.optimizer, self.rank)
+        return training_state(self.weights, self.optimizer, self.rank)
 
     def _resume(self, log: RunLog) -> int:
         """Restore the newest complete checkpoint in the run folder, if there is one; return its step, or 0."""
@@ -313,6 +330,7 @@ class _Trainer:
         if facts["ranks"] != self.num_ranks:
             state = without_prefixes(state, ["random"])
         self.checkpoints.load(path, state)
+        self.weights.round_parameters()
         restore_random_state(state, self.rank)
         log.print_line(f"resuming from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])

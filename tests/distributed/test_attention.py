@@ -23,25 +23,27 @@ UNALIGNED = Pattern((8, 24, 56), (1, 5, 3))
 
 
 def distributed(
-    group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, **mesh_options
+    group: dist.ProcessGroup, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", **mesh_options
 ) -> list[Tensor]:
     """Return the output and the gradient of every input, computed over the ranks of `group`, and whole on each rank."""
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
-    inputs = case.tensors(dtype)
+    inputs = {name: x.detach().to(device).requires_grad_() for name, x in case.tensors(dtype).items()}
     local = {name: mesh.split(x) if name in ("q", "k", "v") else x for name, x in inputs.items()}
     out = mesh.join(dilated_attention(**case.arguments(local), mesh=mesh))
-    grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype)))
+    grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype).to(device)))
     if case.biased:  # As for any parameter, each rank has the part of its own queries.
         grads[3] = mesh.sum(grads[3])
     return [out.detach(), *grads]
 
 
-def largest_errors(group, case: Case, dtype: torch.dtype = torch.float64, **mesh_options) -> list[float]:
+def largest_errors(
+    group, case: Case, dtype: torch.dtype = torch.float64, device: str = "cpu", **mesh_options
+) -> list[float]:
     """Return the largest difference of each result from the oracle's; NaN counts as infinity."""
     exact = case.oracle(dtype) if dtype == torch.float64 else case.oracle()
-    pairs = zip(distributed(group, case, dtype, **mesh_options), exact, strict=True)
+    pairs = zip(distributed(group, case, dtype, device, **mesh_options), exact, strict=True)
     return [
-        (actual.double() - expected).abs().nan_to_num(torch.inf).max().item() if expected.numel() else 0
+        (actual.double().cpu() - expected).abs().nan_to_num(torch.inf).max().item() if expected.numel() else 0
         for actual, expected in pairs
     ]
 
@@ -154,17 +156,24 @@ def test_low_precision_error_does_not_grow_with_ranks(pool, dtype):
         assert error_of_eight <= 2 * error_of_one + 4 * rounding
 
 
-def compare_compiled_with_eager(group, case):
-    mesh = SequenceMesh(group, case.pattern, case.N)
-    results = []
-    for wrap in (lambda f: f, lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")):
-        inputs = {name: mesh.split(x).detach().requires_grad_() for name, x in case.tensors().items()}
-        call = wrap(lambda q, k, v: dilated_attention(**case.arguments({"q": q, "k": k, "v": v}), mesh=mesh))
-        out = call(*inputs.values())
-        results.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
-    for eager, compiled in zip(*results, strict=True):
-        assert_close(compiled, eager, rtol=0, atol=1e-13)
+def compare_compiled_with_eager(group, case, keep_kv):
+    """Compare with several batch sizes, of which torch.compile makes a symbol."""
+    mesh = SequenceMesh(group, case.pattern, case.N, keep_kv=keep_kv)
+
+    def call(q, k, v):
+        return dilated_attention(**case.arguments({"q": q, "k": k, "v": v}), mesh=mesh) * 2
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for batch in (1, 2, 3):
+        results = []
+        for function in (call, compiled):
+            tensors = dataclasses.replace(case, B=batch).tensors()
+            inputs = {name: mesh.split(x).detach().requires_grad_() for name, x in tensors.items()}
+            out = function(*inputs.values())
+            results.append([out, *torch.autograd.grad(out.square().sum(), list(inputs.values()))])
+        assert_close(*results, rtol=0, atol=1e-13)
 
 
-def test_compiles_over_a_mesh(pool):
-    pool.run(2, compare_compiled_with_eager, Case(ALIGNED, N=64, H=4, G=4, B=1, D=8, causal=True), limit=200)
+@pytest.mark.parametrize("keep_kv", [True, False])
+def test_compiles_over_a_mesh(pool, keep_kv):
+    pool.run(2, compare_compiled_with_eager, Case(ALIGNED, N=64, H=4, G=4, B=1, D=8, causal=True), keep_kv, limit=200)

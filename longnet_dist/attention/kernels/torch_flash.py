@@ -31,6 +31,8 @@ def unsupported(request: KernelRequest) -> list[str]:
             reasons.append("it needs a GPU of compute capability 8.0 or above")
         if dtype not in _CUDA_DTYPES:
             reasons.append(f"on CUDA it takes bfloat16 and float16, not {dtype}")
+        if 192 < head_dim <= 224 and _has_little_shared_memory(device):
+            reasons.append("on GPUs of compute capability 8.6, 8.9 and 12 it has no backward for head dims 193 to 224")
         if head_dim % 8 or head_dim > 256:
             reasons.append(f"on CUDA it takes head dims that are multiples of 8 up to 256, not {head_dim}")
     elif device.type == "cpu":
@@ -39,6 +41,14 @@ def unsupported(request: KernelRequest) -> list[str]:
     else:
         reasons.append(f"torch has no flash attention for {device.type}")
     return reasons
+
+
+def _has_little_shared_memory(device: torch.device) -> bool:
+    """Return whether torch refuses to train with some head dims on this GPU."""
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    return (major, minor) in ((8, 6), (8, 9)) or major == 12
 
 
 def forward(
@@ -55,8 +65,9 @@ def forward(
             q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
         )
         return out, lse
-    out, lse = internals.cpu_flash_attention(*_transpose_heads(q, k, v), 0.0, causal, scale=scale)
-    return out.transpose(1, 2), lse
+    inputs = _transpose_heads(*_as_fast(q, k, v))
+    out, lse = internals.cpu_flash_attention(*inputs, 0.0, causal, scale=scale)
+    return out.transpose(1, 2).to(q.dtype), lse
 
 
 def backward(
@@ -85,9 +96,15 @@ def backward(
             no_dropout, no_dropout.new_empty(0), scale=scale,
         )  # fmt: skip
         return dq, dk, dv, None
-    grads = internals.cpu_flash_attention_backward(*_transpose_heads(dout, q, k, v, out), lse, 0.0, causal, scale=scale)
-    dq, dk, dv = _transpose_heads(*grads)
+    inputs = _transpose_heads(*_as_fast(dout, q, k, v, out))
+    grads = internals.cpu_flash_attention_backward(*inputs, lse, 0.0, causal, scale=scale)
+    dq, dk, dv = (grad.to(q.dtype) for grad in _transpose_heads(*grads))
     return dq, dk, dv, None
+
+
+def _as_fast(*tensors: Tensor) -> list[Tensor]:
+    """Return tensors on a CPU in float32 if it computes faster in that than in their dtype."""
+    return [x if internals.cpu_is_fast_in(x.dtype) else x.float() for x in tensors]
 
 
 def _aligned(*tensors: Tensor) -> list[Tensor]:

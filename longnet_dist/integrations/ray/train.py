@@ -18,7 +18,6 @@ from longnet_dist.checkpoints.storage import in_store, storage_path
 from longnet_dist.integrations.ray.connection import connect
 from longnet_dist.training.config import RayConfig, TrainConfig
 from longnet_dist.training.job import local_run_files, lock_run_folder
-from longnet_dist.training.parallel import ParallelConfig
 from longnet_dist.training.processes import warn_if_no_checkpoints
 from longnet_dist.training.trainer import TrainResult, train
 
@@ -53,7 +52,7 @@ def train_on_ray(config: TrainConfig, ranks: int, options: RayConfig | None = No
     if ranks < max(1, options.min_ranks):
         raise ValueError(f"ranks is {ranks}; it must be at least 1, and at least min_ranks, {options.min_ranks}")
     for count in (ranks, options.min_ranks or ranks):
-        arrangement(config, count)
+        config.parallel.fitting(count, config.batch_size)
     config = config.with_absolute_paths()  # Workers have another working directory.
     assert config.run_folder is not None
     folder = storage_path(config.run_folder)
@@ -107,34 +106,6 @@ def _trainer(config: TrainConfig, folder: Path, ranks: int, options: RayConfig) 
     )
 
 
-def arrangement(config: TrainConfig, ranks: int) -> ParallelConfig:
-    """Return the parallel axes for this number of ranks, with every rank in use.
-
-    They are the axes of `config` if its data-parallel degree divides the number of ranks; only the number of ranks per
-    sequence changes then. Otherwise the data-parallel degree shrinks to the largest that divides both the number of
-    ranks and the batch. The losses are the same in every arrangement.
-
-    Args:
-        config: the options of the run; `parallel` and `batch_size` are used.
-        ranks: number of ranks.
-
-    Raises:
-        ValueError: if `parallel.sp` is fixed and does not fit.
-
-    Example:
-        >>> arrangement(TrainConfig(batch_size=4, parallel=ParallelConfig(dp_shard=2)), ranks=3)
-        ParallelConfig(dp_replicate=1, dp_shard=1, sp=3)
-    """
-    parallel = config.parallel
-    data_degree = parallel.dp_replicate * parallel.dp_shard
-    if ranks % data_degree == 0 or parallel.sp:
-        parallel.degrees(ranks)
-        return parallel
-    candidates = range(1, min(data_degree, ranks) + 1)
-    data_degree = max(n for n in candidates if ranks % n == 0 and config.batch_size % n == 0)
-    return ParallelConfig(dp_replicate=1, dp_shard=data_degree, sp=ranks // data_degree)
-
-
 def _ray_path(path: Path) -> str:
     """Return a path in Ray's form: in a store, without the scheme, because Ray gets the file system separately."""
     return path.path if in_store(path) else str(path)  # type: ignore[attr-defined]
@@ -156,7 +127,7 @@ def _run_worker(loop_config: dict[str, Any]) -> TrainResult | str | None:
     """
     config: TrainConfig = loop_config["config"]
     context = ray.train.get_context()
-    config = dataclasses.replace(config, parallel=arrangement(config, context.get_world_size()))
+    config = dataclasses.replace(config, parallel=config.parallel.fitting(context.get_world_size(), config.batch_size))
     try:
         result: TrainResult | str = train(config, _Session())
     except ValueError as error:  # Raised on every rank.

@@ -1,4 +1,4 @@
-"""`longnet-dist train` with faults on rank 1 in step 5: each start has the next of FAULTS (separated by commas)."""
+"""`longnet-dist train` with faults on one rank in step 5: each start has the next of FAULTS (separated by commas)."""
 
 import os
 import signal
@@ -12,6 +12,7 @@ from longnet_dist.training.steps import StepRunner
 from longnet_dist.training.trainer import _Trainer
 
 STEP = 5
+RANK = os.environ.get("FAULT_RANK", "1")
 MARKS = Path(os.environ.get("FAULT_MARKS", "."))  # A folder with a file for each fault that has happened.
 REMAINING = [fault for fault in os.environ.get("FAULTS", "").split(",") if fault and not (MARKS / fault).exists()]
 FAULT = (REMAINING or ["nowhere nothing"])[0]
@@ -23,7 +24,7 @@ now = 0
 
 def fault():
     mark = MARKS / FAULT
-    if now != STEP + (WHERE == "save") or os.environ["RANK"] != "1" or mark.exists():
+    if now != STEP + (WHERE == "save") or os.environ["RANK"] != RANK or mark.exists():
         return
     mark.touch()
     if WHAT == "raise":
@@ -47,7 +48,7 @@ def windows_with_fault(self, step, micro, all_ranks=False):
 
 def loss_with_fault(self, stream, indices):
     value = loss(self, stream, indices)
-    if FAULT == "loss nan" and now == STEP and os.environ["RANK"] == "1":
+    if FAULT == "loss nan" and now == STEP and os.environ["RANK"] == RANK:
         value = value * float("nan")
     if WHERE == "backward" and value.requires_grad:
         value.register_hook(lambda grad: fault())
@@ -56,7 +57,7 @@ def loss_with_fault(self, stream, indices):
 
 def state_with_fault(self):
     tensors = state(self)
-    if FAULT == "state nan" and now == STEP + 1 and os.environ["RANK"] == "1":
+    if FAULT == "state nan" and now == STEP + 1 and os.environ["RANK"] == RANK:
         tensors["optimizer.exp_avg.norm.weight"].to_local().fill_(float("nan"))
     return tensors
 

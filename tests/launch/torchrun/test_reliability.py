@@ -116,16 +116,20 @@ def moment_steps(path: Path) -> dict[str, float]:
     return {name: x.item() for name, x in steps.items()}
 
 
-def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    ("seed", "ranks"),
+    [(0, 2), *(pytest.param(seed, ranks, marks=pytest.mark.slow) for seed, ranks in [(1, 2), (2, 4), (3, 4)])],
+)
+def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed, seed, ranks):
     """While training, while restarting, and later: with --max-restarts, the losses are exactly the same."""
-    folder, chance = tmp_path / "run", random.Random(0)
-    job = start(2, *train(folder, *OPTIONS), launcher=("--max-restarts=3",))
+    folder, chance = tmp_path / "run", random.Random(seed)
+    job = start(ranks, *train(folder, *OPTIONS), launcher=("--max-restarts=3",))
     step = chance.randint(2, 5)
     until(folder, step, job)
     killed = workers(job.pid)
     os.kill(chance.choice(killed), signal.SIGKILL)
     deadline = time.monotonic() + 60
-    while len(again := set(workers(job.pid)) - set(killed)) < 2:
+    while len(again := set(workers(job.pid)) - set(killed)) < ranks:
         assert time.monotonic() < deadline, "the workers were not restarted"
         time.sleep(0.02)
     time.sleep(chance.uniform(0, 2))  # A start takes seconds; this is a moment in it.
@@ -135,7 +139,8 @@ def test_sigkill_of_any_rank_at_any_time(tmp_path, undisturbed):
     out, error = job.communicate(timeout=150)
     assert job.returncode == 0, error
     assert out.count("resuming from") >= 2
-    assert losses(folder) == undisturbed
+    # Other numbers of ranks add in another order.
+    assert losses(folder) == (undisturbed if ranks == 2 else pytest.approx(undisturbed, rel=1e-10))
 
 
 @pytest.mark.slow
@@ -223,17 +228,22 @@ def test_a_state_that_is_not_finite_on_one_rank_replaces_no_checkpoint(tmp_path,
 
 
 @pytest.mark.slow
-def test_faults_of_one_rank_anywhere(tmp_path, undisturbed, monkeypatch):
-    """One after the other, in the forward, the backward and a save: the job ends with exactly the same losses."""
-    faults = ["forward raise", "backward raise", "save raise", "save SIGKILL", "forward SIGSTOP", "backward SIGTERM"]
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("where", ["forward", "backward", "save"])
+def test_faults_of_any_rank_anywhere(tmp_path, undisturbed, monkeypatch, where, rank):
+    """One after the other: the job ends with exactly the same losses."""
+    faults = [f"{where} {what}" for what in ("raise", "SIGKILL", "SIGSTOP", "SIGTERM")]
     script, folder = Path(__file__).with_name("faults.py"), tmp_path / "run"
     monkeypatch.setenv("FAULTS", ",".join(faults))
+    monkeypatch.setenv("FAULT_RANK", str(rank))
     monkeypatch.setenv("FAULT_MARKS", str(tmp_path))
-    done = run(2, script, *train(folder, *OPTIONS, "--timeout", 5)[2:], launcher=("--max-restarts=5",))
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2")  # How long torchrun waits for a rank that is stopped.
+    done = run(2, script, *train(folder, *OPTIONS, "--timeout", 5)[2:], launcher=("--max-restarts=4",))
     assert done.returncode == 0, done.stderr
     assert all((tmp_path / fault).exists() for fault in faults)
-    assert done.stdout.count("resuming from") == 5
-    assert len(losses(folder)) == 5  # SIGTERM is no fault: all ranks exit normally, and the next start resumes.
+    assert done.stdout.count("resuming from") == 3
+    # SIGTERM is no fault: all ranks finish the step and exit normally, and the next start resumes.
+    assert len(losses(folder)) in (5, 6)
     done = forked(2, *train(folder, *OPTIONS))
     assert "resuming from" in done.stdout
     assert losses(folder) == undisturbed

@@ -28,6 +28,19 @@ def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, op
     assert curves[ranks] == pytest.approx(curves[1], rel=1e-10)
 
 
+def test_bfloat16_over_ranks_is_near_one_process(tmp_path):
+    """FSDP sums gradients in float32; a second start resumes from the float32 weights."""
+    curves = []
+    for ranks in (1, 2):
+        folder, options = tmp_path / f"run-{ranks}", ("--seq-len", 256, "--grad-accumulation", 2)
+        for steps in (3, 6):
+            command = train(folder, "--steps", steps, *options)
+            done = forked(ranks, *[("bfloat16" if word == "float64" else word) for word in command])
+            assert done.returncode == 0, done.stderr
+        curves.append(losses(folder))
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
 @pytest.mark.slow
 def test_bad_data_fails_with_a_message(tmp_path):
     done = run(2, "-m", "longnet_dist", "train", "--data", "nothing-there/", "--run-folder", tmp_path)

@@ -74,6 +74,14 @@ def train(folder, *args, **options):
     }
 
 
+def losses_in_float32(folder, mesh, trainer_class=DilatedTrainer, **options):
+    """Return the losses of a float32 model, computed in bfloat16 with `bf16=True`."""
+    model = apply(make_model().float(), PATTERN, mesh)
+    trainer = make_trainer(folder, mesh, trainer_class, model=model, **options)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 def errors(folder, mesh):
     """Return the error of each wrong use by the expected message. Every rank must raise, and none may hang."""
     rank = dist.get_rank()
@@ -126,6 +134,7 @@ def main():
     results = {
         "one mesh": train(folder / "one", whole),
         "two meshes": train(folder / "two", half, num_meshes=2, num_sequences=12),
+        "bfloat16": losses_in_float32(folder / "bfloat16", whole, bf16=True),
         "errors": errors(folder / "errors", whole),
     }
     torch.save(results, folder / f"{dist.get_rank()}.pt")

@@ -45,6 +45,20 @@ def test_ranks_train_as_one_process_of_the_stock_trainer(job_results, tmp_path, 
 
 
 @pytest.mark.slow
+def test_bfloat16_is_near_float32_on_one_rank_and_on_several(job_results, tmp_path):
+    """Under autocast, transformers' rotary positions leave queries and keys in float32, and values in bfloat16."""
+    from transformers import Trainer
+
+    from tests.launch.trainers.hf_trainer_job import losses_in_float32
+
+    expected = losses_in_float32(tmp_path, None, Trainer)
+    one = losses_in_float32(tmp_path, None, bf16=True)
+    for losses in (one, *(results["bfloat16"] for results in job_results)):
+        assert losses == pytest.approx(expected, rel=5e-3)
+        assert losses != pytest.approx(expected, rel=1e-6), "it was not computed in bfloat16"
+
+
+@pytest.mark.slow
 def test_what_would_be_wrong_raises_on_every_rank(job_results):
     for rank, results in enumerate(job_results):
         for expected, message in results["errors"].items():

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from longnet_dist import Pattern, T5Bias, dilated_attention
 from longnet_dist.attention.arguments import Options
-from longnet_dist.attention.kernels import KERNELS
+from longnet_dist.attention.kernels import KERNELS, torch_flash
+from longnet_dist.functional import scaled_dot_product_dilated_attention
 from tests.cases import DEVICES, PAPER, Case, output_and_gradients
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "heads first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded heads": lambda x: x[:, :, :1].expand(-1, -1, x.shape[2], -1),
+    "expanded batch": lambda x: x[:1].expand(len(x), -1, -1, -1),
+    "expanded everywhere": lambda x: x[:1, :1, :1, :1].expand_as(x),
+    "sliced": lambda x: torch.cat([x, x], -1)[..., 8:],
+    "every other token": lambda x: torch.cat([x, x], 1)[:, ::2],
+    "last dimension strided": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+"""Functions that give a tensor (B, N, H, D), with D = 8, other strides."""
 
 
 def test_only_q_k_v_out_and_lse_are_saved_for_the_backward():
@@ -41,6 +56,68 @@ def test_compiles_without_graph_breaks(backend):
         results.append([out, *torch.autograd.grad(out, inputs, case.dout().to(**options))])
     for compiled, eager in zip(results[1], results[0], strict=True):
         assert_close(compiled, eager, **({} if on_gpu else {"rtol": 0, "atol": 1e-14}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("layout", ["heads first", "expanded heads"])
+@pytest.mark.parametrize("door", ["dilated_attention", "functional"])
+def test_inductor_on_a_cpu_takes_the_strides_that_the_fakes_promise(layout, door):
+    pattern = Pattern((16, 64), (1, 4))
+
+    def function(q):
+        if door == "dilated_attention":
+            return dilated_attention(q, q, q, pattern, causal=True) * 1.5
+        return scaled_dot_product_dilated_attention(q, q, q, pattern, is_causal=True) * 1.5
+
+    q = LAYOUTS[layout](torch.randn(1, 64, 4, 8))
+    q = (q if door == "dilated_attention" else q.transpose(1, 2)).requires_grad_()
+    torch.compiler.reset()
+    out, compiled = function(q), torch.compile(function, fullgraph=True)(q)
+    assert_close(compiled, out)
+    dout = torch.randn_like(out)
+    assert_close(torch.autograd.grad(compiled, q, dout), torch.autograd.grad(out, q, dout))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_one_compiled_graph_serves_all_lengths_and_batches(backend):
+    torch.compiler.reset()
+    call = torch.compile(lambda q, k, v: dilated_attention(q, k, v, PAPER, causal=True) * 1.5, dynamic=True,
+                         fullgraph=True, backend=backend)  # fmt: skip
+    for number, (B, N) in enumerate([(2, 50), (3, 64), (2, 131), (5, 37)]):
+        inputs = torch.randn(3, B, N, 4, 8, dtype=torch.float64).unbind()
+        inputs = [x.requires_grad_() for x in inputs]
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            compiled = call(*inputs)
+        out = dilated_attention(*inputs, PAPER, causal=True) * 1.5
+        assert_close(compiled, out)
+        grads = (torch.autograd.grad(x.sum(), inputs) for x in (compiled, out))
+        assert_close(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_cpu_computes_in_the_faster_dtype(dtype):
+    """For float16 that is float32 on every CPU; for bfloat16 it depends on the CPU."""
+    dtypes = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "flash_attention" in str(function):
+                dtypes.append(args[0].dtype)
+            return function(*args, **(kwargs or {}))
+
+    inputs = torch.randn(4, 2, 30, 3, 8).to(dtype).unbind()
+    with Record():
+        out, lse = torch_flash.forward(*inputs[1:], causal=True, scale=0.3)
+        grads = torch_flash.backward(*inputs, out, lse, causal=True, scale=0.3)[:3]
+    native = dtype == torch.bfloat16 and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    assert dtypes == [dtype if native else torch.float32] * 2
+    assert all(x.dtype == dtype for x in (out, *grads))
+    exact = [x.double() for x in inputs[1:]]
+    expected = torch_flash.forward(*exact, causal=True, scale=0.3)
+    expected_grads = torch_flash.backward(inputs[0].double(), *exact, *expected, causal=True, scale=0.3)[:3]
+    for actual, reference in zip((out, *grads), (expected[0], *expected_grads), strict=True):
+        assert_close(actual.double(), reference, rtol=0, atol=8 * torch.finfo(dtype).eps * reference.abs().max().item())
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -85,14 +162,12 @@ def test_a_cuda_graph_replays_forward_and_backward(kernel):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("pattern", [PAPER, Pattern((64,), (1,))])
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("heads_first", [False, True])
-def test_operators_pass_torchs_opcheck(device, pattern, kernel, heads_first):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_operators_pass_torchs_opcheck(device, pattern, kernel, layout):
     """This includes strides: Inductor's code fails if the fake operator promises other strides than the real one."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float64
     inputs = torch.randn(3, 2, 20, 2, 8, dtype=dtype, device=device).unbind()
-    if heads_first:
-        inputs = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
-    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    q, k, v = (LAYOUTS[layout](x).detach().requires_grad_() for x in inputs)
     branches = [list(pattern.segment_lengths), list(pattern.dilation_rates)]
     options = Options(*branches, "interleaved", True, 0.5, kernel, "", 0, 0, 0)
     operators = torch.ops.longnet_dist
@@ -100,7 +175,7 @@ def test_operators_pass_torchs_opcheck(device, pattern, kernel, heads_first):
     torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *options), test_utils=tests)
     with torch.no_grad():
         out, lse, kept_kv = operators.dilated_attention(q, k, v, None, *options)
-        tensors = (torch.randn_like(q), q, k, v, out, lse, kept_kv, None)
+        tensors = (LAYOUTS[layout](torch.randn_like(q)), q, k, v, out, lse, kept_kv, None)
         arguments = (*(x if x is None else x.detach() for x in tensors), *options)
     torch.library.opcheck(
         operators.dilated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from longnet_dist.data.batches import digest
+from longnet_dist.distributed.digest import digest
 
 Pair = namedtuple("Pair", "tokens name")
 

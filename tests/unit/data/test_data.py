@@ -18,6 +18,7 @@ import zstandard
 from pyarrow import parquet
 
 from longnet_dist import TrainConfig
+from longnet_dist.cli import app
 from longnet_dist.data import corpus
 from longnet_dist.data.corpus import open_corpus, tokenize, unigram_bits, window_order
 from longnet_dist.data.sources import find_files, read_documents, standard_library
@@ -26,10 +27,10 @@ from longnet_dist.data.tokenizers import Bytes
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder of three files: one is hidden, one is not text, one is in a subfolder."""
+    """A folder of three files: one is hidden, one is not UTF-8, one is in a subfolder."""
     (tmp_path / "sub").mkdir()
     (tmp_path / "a.py").write_bytes(b"first\n")
-    (tmp_path / "sub" / "b.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "sub" / "b.bin").write_bytes(bytes(range(1, 256)))
     (tmp_path / ".hidden").write_bytes(b"no")
     return tmp_path
 
@@ -54,7 +55,7 @@ def test_the_stream_is_every_byte_and_an_end_of_document_after_each_document(fol
     corpus = corpus_of(folder, tmp_path_factory.mktemp("cache"))
     tokens = np.concatenate([corpus.train.tokens(10**6), corpus.validation.tokens(10**6)])
     documents = np.split(tokens, np.flatnonzero(tokens == Bytes.end_of_document) + 1)
-    assert sorted(bytes(d[:-1].astype(np.uint8)) for d in documents if len(d)) == [bytes(range(256)), b"first\n"]
+    assert sorted(bytes(d[:-1].astype(np.uint8)) for d in documents if len(d)) == [bytes(range(1, 256)), b"first\n"]
     assert len(corpus.validation.tokens(10**6)) == int(len(tokens) * 0.1)
 
 
@@ -251,6 +252,21 @@ def test_a_compressed_text_is_one_document_and_not_compressed_bytes(tmp_path, co
         path.write_bytes(compress(content)[:-3])
         with pytest.raises(ValueError, match=rf"{name}.{ending} (ends too early|cannot be decompressed)"):
             list(read_documents(path))
+
+
+@pytest.mark.parametrize("content", ["text".encode("utf-16"), b"\x7fELF\x02\0\0"])
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+def test_what_looks_binary_is_refused_unless_asked_for(folder, tmp_path_factory, compress, content):
+    path = folder / "sub" / ("binary" if compress is bytes else "binary.gz")
+    path.write_bytes(compress(content))
+    with pytest.raises(ValueError, match=rf"{path.name}, byte {content.index(0)}: a NUL byte.* --allow-binary"):
+        corpus_of(folder, tmp_path_factory.mktemp("cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    index = open_corpus([str(path)], cache, 0.1, allow_binary=True).index
+    assert sum(shard.num_bytes for shard in index.shards) == len(content)
+    out = str(tmp_path_factory.mktemp("out") / "tokens")
+    assert app.main(["tokenize", str(path), "--out", out]) == 2
+    assert app.main(["tokenize", str(path), "--out", out, "--allow-binary"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,52 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from longnet_dist.cli import app
+from longnet_dist.data import hugging_face, writing
 from longnet_dist.data.corpus import open_corpus, tokenize
-from longnet_dist.data.shards import check_tokens, read_index, write_tokens
+from longnet_dist.data.shards import check_tokens, read_index
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+from longnet_dist.data.writing import write_tokens
+from tests.pool import forkserver
 
 DOCUMENTS = [f"document {n}, ümlaut and all\n".encode() * (n % 5) for n in range(40)]
 
 
+class Reader:
+    """Reads `DOCUMENTS`, and fails before one of them."""
+
+    def __init__(self, fails_before: int | None = None, error: Callable[[], object] | None = None) -> None:
+        self.fails_before, self.error, self.position = fails_before, error, 0
+
+    def read(self, position):
+        for number in range(position or 0, len(DOCUMENTS)):
+            if number == self.fails_before:
+                self.error()
+            self.position = number + 1
+            yield DOCUMENTS[number]
+
+
+def lose_the_network():
+    raise OSError("the network is gone")
+
+
+class Counting(Bytes):
+    """Counts the documents that are tokenised."""
+
+    encoded = 0
+
+    def encode(self, documents):
+        self.encoded += len(documents)
+        return super().encode(documents)
+
+
 @pytest.fixture
-def hugging_face(tmp_path):
+def hugging_face_file(tmp_path):
     """The file of a byte-level BPE tokenizer, which the package tokenizers trains here."""
     from tokenizers import ByteLevelBPETokenizer
 
@@ -41,11 +73,11 @@ def tiktoken(tmp_path):
     return tmp_path / "cl100k_base.tiktoken"
 
 
-@pytest.mark.parametrize("name", ["bytes", "hugging_face", "tiktoken"])
+@pytest.mark.parametrize("name", ["bytes", "hugging_face_file", "tiktoken"])
 def test_tokens_decode_to_the_documents(name, tmp_path, request):
     """With every tokenizer, several shards hold each document, and an end-of-document id after it."""
     tokenizer = load_tokenizer(None if name == "bytes" else request.getfixturevalue(name))
-    index = write_tokens(lambda: iter(DOCUMENTS), tokenizer, tmp_path / "out", "source", shard_tokens=1)
+    index = write_tokens(Reader(), tokenizer, tmp_path / "out", "source", shard_tokens=1)
     assert index == read_index(tmp_path / "out")
     assert index.dtype == ("uint32" if name == "tiktoken" else "uint16")
     check_tokens(tmp_path / "out", index)
@@ -58,7 +90,7 @@ def test_tokens_decode_to_the_documents(name, tmp_path, request):
 
 
 def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr("longnet_dist.data.shards._BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("longnet_dist.data.writing._BATCH_DOCUMENTS", 3)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": d.decode()}) + "\n" for d in DOCUMENTS))
     folder = tokenize([str(tmp_path / "text.jsonl")], tmp_path / "out", tmp_path, shard_tokens=50)
     assert len(read_index(folder).shards) > 5
@@ -71,40 +103,55 @@ def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
         assert labels.tolist() == all_tokens[window * 100 + 21 : window * 100 + 91].tolist()
 
 
-@pytest.mark.parametrize("num_shards", [1, 4, 11])
-def test_tokenisation_resumes_after_the_last_complete_shard(tmp_path, monkeypatch, num_shards):
-    """Interrupted by a failing source after some shards, it ends with the files of an uninterrupted one."""
-    monkeypatch.setattr("longnet_dist.data.shards._BATCH_DOCUMENTS", 3)
+def files_in(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    def failing():
-        for number, document in enumerate(DOCUMENTS):
-            if number == 3 * num_shards + 1:
-                raise OSError("the network is gone")
-            yield document
 
-    def complete():
-        yield from DOCUMENTS
-
-    class Counting(Bytes):
-        encoded = 0
-
-        def encode(self, documents):
-            self.encoded += len(documents)
-            return super().encode(documents)
-
-    expected = write_tokens(complete, Bytes(), tmp_path / "expected", "source", shard_tokens=1)
+@pytest.mark.parametrize("shard_tokens", [1, 100, 10**6])
+@pytest.mark.parametrize("number", [1, 4, 13, 34])
+def test_a_tokenisation_resumes_where_it_failed(tmp_path, monkeypatch, number, shard_tokens):
+    """Interrupted by a failing source, it ends with the files of an uninterrupted one, and tokenises nothing twice."""
+    monkeypatch.setattr("longnet_dist.data.writing._BATCH_DOCUMENTS", 3)
+    expected = write_tokens(Reader(), Bytes(), tmp_path / "expected", "source", shard_tokens)
     with pytest.raises(OSError, match="network"):
-        write_tokens(failing, Bytes(), tmp_path / "out", "source", shard_tokens=1)
+        write_tokens(Reader(number, lose_the_network), Bytes(), tmp_path / "out", "source", shard_tokens)
     with pytest.raises(ValueError, match="unfinished tokenisation: run the same"):
         read_index(tmp_path / "out")
-    with pytest.raises(ValueError, match="tokens of other data"):
-        write_tokens(complete, Bytes(), tmp_path / "out", "another", shard_tokens=1)
+    if shard_tokens == 1 and number > 3:
+        with pytest.raises(ValueError, match="tokens of other data"):
+            write_tokens(Reader(), Bytes(), tmp_path / "out", "another", shard_tokens)
     counting = Counting()
-    assert write_tokens(complete, counting, tmp_path / "out", "source", shard_tokens=1) == expected
-    assert counting.encoded == len(DOCUMENTS) - 3 * num_shards
-    for shard in expected.shards:
-        assert (tmp_path / "out" / shard.name).read_bytes() == (tmp_path / "expected" / shard.name).read_bytes()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in (tmp_path / "expected").iterdir()}
+    assert write_tokens(Reader(), counting, tmp_path / "out", "source", shard_tokens) == expected
+    assert counting.encoded == len(DOCUMENTS) - number // 3 * 3
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "expected")
+
+
+def write_and_die(folder, number):
+    writing._BATCH_DOCUMENTS, writing.SAVE_SECONDS = 3, 0.0
+    write_tokens(Reader(number, lambda: os._exit(9)), Bytes(), folder, "source")
+
+
+@pytest.mark.parametrize("damage", [None, "truncated", "changed", "longer", "removed"])
+def test_a_killed_tokenisation_loses_what_was_not_saved(tmp_path, monkeypatch, damage):
+    """A shard in progress is saved from time to time. If its file is not as it was saved, the shard begins anew."""
+    process = forkserver().Process(target=write_and_die, args=(tmp_path / "out", 20))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+    (unfinished,) = (tmp_path / "out").glob("unfinished-*")
+    content = unfinished.read_bytes()
+    assert content
+    damaged = {"truncated": content[:-2], "changed": b"xx" + content[2:], "longer": content + b"not saved"}
+    unfinished.write_bytes(damaged.get(damage, content))
+    if damage == "removed":
+        unfinished.unlink()
+    monkeypatch.setattr("longnet_dist.data.writing._BATCH_DOCUMENTS", 3)
+    counting = Counting()
+    assert write_tokens(Reader(), counting, tmp_path / "out", "source") == write_tokens(
+        Reader(), Bytes(), tmp_path / "expected", "source"
+    )
+    assert counting.encoded == len(DOCUMENTS) - (18 if damage in (None, "longer") else 0)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "expected")
 
 
 def test_a_killed_tokenisation_resumes(tmp_path):
@@ -131,16 +178,15 @@ def test_a_killed_tokenisation_resumes(tmp_path):
 def test_a_tokenisation_without_a_shard_is_neither_text_nor_in_the_way(tmp_path):
     """Interrupted in its first shard, it is not read as text, and other data may replace it."""
 
-    def failing():
-        yield from DOCUMENTS[:5]
+    def interrupt():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_tokens(failing, Bytes(), tmp_path / "out", "source")
+        write_tokens(Reader(5, interrupt), Bytes(), tmp_path / "out", "source")
     (tmp_path / "out" / "unfinished-of-a-killed-process").write_bytes(b"part of a shard")
     with pytest.raises(ValueError, match="unfinished tokenisation: run the same"):
         open_corpus([str(tmp_path / "out")], tmp_path / "cache", 0.1)
-    index = write_tokens(lambda: iter(DOCUMENTS), Bytes(), tmp_path / "out", "another")
+    index = write_tokens(Reader(), Bytes(), tmp_path / "out", "another")
     assert index == read_index(tmp_path / "out")
 
 
@@ -188,7 +234,7 @@ def test_a_tiktoken_file_with_ranks_of_its_own_is_read(name, tmp_path):
     assert (tokenizer.end_of_document, tokenizer.vocab_size) == (257, 258)
 
 
-def test_bad_tokenizers_and_texts_are_refused(tmp_path, hugging_face):
+def test_bad_tokenizers_and_texts_are_refused(tmp_path, hugging_face_file):
     for name, content, message in (
         ("x.model", "", r"give a file named \*.json"),
         ("x.json", "{}", "is not a tokenizer.json"),
@@ -203,7 +249,7 @@ def test_bad_tokenizers_and_texts_are_refused(tmp_path, hugging_face):
         load_tokenizer(tmp_path / "missing.json")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ValueError, match=r"latin.txt, byte 3: it is not UTF-8"):
-        tokenize([str(tmp_path / "latin.txt")], tmp_path / "a", tmp_path, tokenizer=hugging_face)
+        tokenize([str(tmp_path / "latin.txt")], tmp_path / "a", tmp_path, tokenizer=hugging_face_file)
     (tmp_path / "empty.txt").touch()
     with pytest.raises(ValueError, match="every document is empty"):
         tokenize([str(tmp_path / "empty.txt")], tmp_path / "b", tmp_path)
@@ -225,3 +271,75 @@ def test_a_hugging_face_dataset_is_streamed(tmp_path, monkeypatch):
     (tmp_path / "rows" / "rows.jsonl").write_text('{"text": "fine"}\n{"text": "cut')
     with pytest.raises(ValueError, match=r"rows cannot be opened or read: "):
         tokenize([f"hf:{tmp_path / 'rows'}"], tmp_path / "cut", tmp_path)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A dataset of two files of JSON lines."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    (tmp_path / "rows").mkdir()
+    for part in (0, 1):
+        lines = [json.dumps({"text": d.decode()}) + "\n" for d in DOCUMENTS[20 * part : 20 * part + 20]]
+        (tmp_path / "rows" / f"rows-{part}.jsonl").write_text("".join(lines))
+    return tmp_path / "rows"
+
+
+def test_a_stream_that_breaks_is_opened_again(rows, tmp_path, monkeypatch, capfd):
+    """The second file is damaged, and mended while the stream waits."""
+    good = (rows / "rows-1.jsonl").read_text()
+    (rows / "rows-1.jsonl").write_text('{"text": "cut')
+    monkeypatch.setattr(hugging_face, "WAITS", (0.0, 0.0))
+    notes = []
+
+    def note(text):
+        notes.append(text)
+        if len(notes) == 2:
+            (rows / "rows-1.jsonl").write_text(good)
+
+    monkeypatch.setattr(hugging_face, "print_note", note)
+    folder = tokenize([f"hf:{rows}"], tmp_path / "out", tmp_path)
+    tokens = open_corpus([str(folder)], tmp_path, 0.0).train.tokens(10**6)
+    assert Bytes().decode(tokens.tolist()) == b"".join(DOCUMENTS)
+    assert read_index(folder).shards[0].documents == len(DOCUMENTS)
+    assert len(notes) == 2
+    assert all("failed after row 20, and is opened again in 0 s" in text for text in notes)
+
+
+def test_a_stream_that_stays_broken_keeps_what_it_had(rows, tmp_path, monkeypatch):
+    """The next start reads nothing again: the first file has other rows then."""
+    good = (rows / "rows-1.jsonl").read_text()
+    (rows / "rows-1.jsonl").write_text('{"text": "cut')
+    monkeypatch.setattr(hugging_face, "WAITS", (0.0,))
+    monkeypatch.setattr(writing, "_BATCH_DOCUMENTS", 5)
+    with pytest.raises(ValueError, match=r"rows cannot be opened or read after row 20, tried 2 times: "):
+        tokenize([f"hf:{rows}"], tmp_path / "out", tmp_path)
+    (rows / "rows-1.jsonl").write_text(good)
+    (rows / "rows-0.jsonl").write_text('{"text": "other rows"}\n' * 20)
+    folder = tokenize([f"hf:{rows}"], tmp_path / "out", tmp_path)
+    tokens = open_corpus([str(folder)], tmp_path, 0.0).train.tokens(10**6)
+    assert Bytes().decode(tokens.tolist()) == b"".join(DOCUMENTS)
+
+
+@pytest.mark.parametrize("command", [("tokenize", "--out"), ("train", "--seq-len", "1024", "--cache")])
+def test_an_interrupt_ends_a_tokenisation_at_once(tmp_path, command):
+    """Ctrl-C: one line, no traceback, and what was tokenised is kept."""
+    text = tmp_path / "text.jsonl"
+    with text.open("w") as out:
+        for n in range(200_000):
+            out.write(json.dumps({"text": f"{n} " * 300}) + "\n")
+    name, *options = command
+    data = [str(text)] if name == "tokenize" else ["--data", str(text)]
+    words = [sys.executable, "-m", "longnet_dist", name, *data, *options, str(tmp_path / "out")]
+    job = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not any((tmp_path / "out").glob("**/partial.json")) and time.monotonic() < deadline:
+        time.sleep(0.01)  # Only its files show its progress.
+    began = time.monotonic()
+    job.send_signal(signal.SIGINT)
+    output = job.communicate(timeout=30)[0]
+    assert time.monotonic() - began < 5, "it should take less than a second"
+    assert job.returncode == 130
+    assert "Traceback" not in output
+    assert "longnet-dist: interrupted" in output
+    (partial,) = (tmp_path / "out").glob("**/partial.json")
+    assert json.loads(partial.read_text())["resume"]

@@ -11,41 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from longnet_dist import TrainConfig
 from longnet_dist.cli import app
 from longnet_dist.training.config import RayConfig
-from longnet_dist.training.parallel import ParallelConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.mark.parametrize(
-    ("axes", "batch_size", "ranks", "expected"),
-    [
-        ((1, 1, 0), 1, 3, (1, 1, 0)),  # Any number of ranks can hold a sequence.
-        ((1, 2, 0), 4, 6, (1, 2, 0)),
-        ((1, 2, 0), 4, 3, (1, 1, 3)),
-        ((2, 2, 0), 4, 6, (1, 2, 3)),
-        ((1, 4, 0), 4, 6, (1, 2, 3)),
-        ((1, 3, 0), 3, 4, (1, 1, 4)),
-        ((4, 1, 0), 4, 1, (1, 1, 1)),
-    ],
-)
-def test_every_rank_is_in_use_when_there_are_fewer(axes, batch_size, ranks, expected):
-    from longnet_dist.integrations.ray.train import arrangement
-
-    parallel = arrangement(TrainConfig(batch_size=batch_size, parallel=ParallelConfig(*axes)), ranks)
-    assert parallel == ParallelConfig(*expected)
-    replicate, shard, sp = parallel.degrees(ranks)
-    assert replicate * shard * sp == ranks
-    assert batch_size % (replicate * shard) == 0
-
-
-def test_a_fixed_degree_that_does_not_fit_raises():
-    from longnet_dist.integrations.ray.train import arrangement
-
-    with pytest.raises(ValueError, match="does not make the 3 ranks"):
-        arrangement(TrainConfig(parallel=ParallelConfig(sp=2)), 3)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,26 @@ def num_process_groups():
     return internals.num_process_groups() >= 0
 
 
+def groups_of_their_own(folder):
+    """Without a GPU, check that the device of eager initialisation can be put aside."""
+    device = torch.device("cuda", 0)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/eager", 1), rank=0, world_size=1)
+    try:
+        dist.group.WORLD.bound_device_id = device
+        with internals.groups_of_their_own():
+            inside = dist.group.WORLD.bound_device_id
+        after, dist.group.WORLD.bound_device_id = dist.group.WORLD.bound_device_id, None
+        return inside is None and after == device
+    finally:
+        dist.destroy_process_group()
+
+
+def abort_process_groups(folder):
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/abort", 1), rank=0, world_size=1)
+    internals.abort_process_groups()
+    return not dist.is_initialized()
+
+
 def default_store(folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
     try:
@@ -47,6 +67,10 @@ def flash_attention():
     out, lse = internals.cpu_flash_attention(q, q, q, 0.0, True)
     grads = internals.cpu_flash_attention_backward(q, q, q, q, out, lse, 0.0, True)
     return lse.shape == (1, 1, 2) and len(grads) == 3
+
+
+def cpu_is_fast_in():
+    return internals.cpu_is_fast_in(torch.float32) and internals.cpu_is_fast_in(torch.bfloat16) in (True, False)
 
 
 def cuda_flash_attention():
@@ -165,6 +189,9 @@ CHECKS = {
     ("Python", "the unpickler in Python, and its methods per opcode"): python_unpickler,
     ("torch", "distributed_c10d._world.pg_names"): num_process_groups,
     ("torch", "distributed_c10d._get_default_store"): default_store,
+    ("torch", "ProcessGroup.bound_device_id"): groups_of_their_own,
+    ("torch", "distributed_c10d._abort_process_group"): abort_process_groups,
+    ("torch", "cpu._is_avx512_bf16_supported"): cpu_is_fast_in,
     ("torch", "autograd.forward_ad._current_level"): forward_mode,
     ("torch", "aten._scaled_dot_product_flash_attention_for_cpu, with out and lse, and its backward"): flash_attention,
     ("torch", "aten._flash_attention_forward and its backward"): cuda_flash_attention,

@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from longnet_dist.checkpoints import verification
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
 from longnet_dist.checkpoints.reader import TensorsOnlyReader
-from longnet_dist.training.state import load_model, make_moments, training_state, without_prefixes
+from longnet_dist.training.state import MasterWeights, load_model, make_moments, training_state, without_prefixes
 
 
 def state(value: float) -> dict[str, torch.Tensor]:
@@ -275,16 +275,16 @@ def test_missing_or_stale_moments_raise():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(RuntimeError, match="the optimizer has no step, exp_avg, exp_avg_sq of weight"):
-        training_state(model, optimizer, 0)
+        training_state(MasterWeights(model), optimizer, 0)
     assert not optimizer.state
     make_moments(optimizer)
-    assert_close(training_state(model, optimizer, 0)["optimizer.exp_avg.bias"], torch.zeros(2))
+    assert_close(training_state(MasterWeights(model), optimizer, 0)["optimizer.exp_avg.bias"], torch.zeros(2))
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert training_state(model, optimizer, 0)["optimizer.step.bias"] == 1
+    assert training_state(MasterWeights(model), optimizer, 0)["optimizer.step.bias"] == 1
     optimizer.state[torch.nn.Parameter(torch.zeros(1))] = {}
     with pytest.raises(RuntimeError, match="moments of 3 parameters, and the model 2: those of others are stale"):
-        training_state(model, optimizer, 0)
+        training_state(MasterWeights(model), optimizer, 0)
 
 
 class _Hostile:

@@ -16,7 +16,7 @@ from longnet_dist.checkpoints.checkpoints import CheckpointError
 from longnet_dist.cli import app
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.training.config import TrainConfig
-from longnet_dist.training.job import create_run_folder
+from longnet_dist.training.job import name_run_folder
 from tests.unit.conftest import TINY
 
 
@@ -68,7 +68,7 @@ def test_checkpoints_that_cannot_be_listed_are_not_overwritten_by_a_new_run(conf
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-@pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}])
+@pytest.mark.parametrize("options", [{}, {"async_checkpoints": True}, {"dtype": "bfloat16", "grad_accumulation": 2}])
 def test_a_resumed_run_is_bit_for_bit_one_that_never_stopped(config, options):
     """This includes dropout and the order of the data."""
     model = dataclasses.replace(TINY, dropout=0.1)
@@ -159,8 +159,9 @@ def test_a_new_folder_under_torchrun_has_a_date_and_is_found_again(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "0d03356e-81ba-4d91-9d71-4c029e4b29aa")
     patience = Patience(timedelta(seconds=1))
-    first = create_run_folder(TrainConfig(), patience)
+    first = name_run_folder(TrainConfig(), patience)
+    first.mkdir(parents=True)
     assert re.fullmatch(r"runs/\d{8}-\d{6}-0d03356e", str(first))
-    assert create_run_folder(TrainConfig(), patience) == first
+    assert name_run_folder(TrainConfig(), patience) == first
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my-job")
-    assert str(create_run_folder(TrainConfig(), patience)) == "runs/my-job"
+    assert str(name_run_folder(TrainConfig(), patience)) == "runs/my-job"
