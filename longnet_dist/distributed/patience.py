@@ -19,6 +19,8 @@ from longnet_dist.distributed.waits import mark_wait
 
 MESSAGE_SECONDS = 30.0
 """The interval between two messages of one wait."""
+STORE_SECONDS = 5.0
+"""How long a rank waits for the job's store, which does not answer if the process that holds it is stopped."""
 _MAX_NAMED = 8
 """The largest number of ranks that a message names."""
 
@@ -89,6 +91,8 @@ class Patience:
         except RuntimeError as error:
             late, seconds = self._late_ranks(), time.monotonic() - started
             who = f"{_describe_ranks(late)} did not {what}" if late else f"rank {self.rank} failed to {what}"
+            if late is None:
+                who += ", and the job's store, which rank 0 or torchrun holds, does not answer"
             raise RuntimeError(f"{who}, after {seconds:.1f} s (io_timeout {self.limit:g} s): {error}") from error
         finally:
             ended.set()
@@ -99,7 +103,7 @@ class Patience:
         while not ended.wait(MESSAGE_SECONDS):
             late = self._late_ranks()
             # Rank 0 prints, or rank 1 while rank 0 is among the late.
-            if self.rank == (0 in late) and not ended.is_set():
+            if self.rank == (late is None or 0 in late) and not ended.is_set():
                 who = _describe_ranks(late) if late else "all ranks"
                 print_note(f"waiting for {who} to {what} ({time.monotonic() - started:.0f} s)")
 
@@ -109,14 +113,19 @@ class Patience:
             with contextlib.suppress(RuntimeError):
                 self._store.set(str(self.rank), str(self._count))
 
-    def _late_ranks(self) -> list[int]:
-        """Return the ranks whose count is below this rank's."""
-        ranks = [str(rank) for rank in range(self.size)]
-        try:
-            counts = self._store.multi_get(ranks) if self._store.check(ranks) else []
-        except RuntimeError:
-            return []
-        return [rank for rank, count in enumerate(counts) if int(count) < self._count]
+    def _late_ranks(self) -> list[int] | None:
+        """Return the ranks whose count is below this rank's; None if the store does not answer."""
+        ranks, counts = [str(rank) for rank in range(self.size)], []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                counts.append(self._store.multi_get(ranks) if self._store.check(ranks) else [])
+
+        # A request to a process that is stopped has no time limit.
+        request = threading.Thread(target=ask, name="patience", daemon=True)
+        request.start()
+        request.join(STORE_SECONDS)
+        return [rank for rank, count in enumerate(counts[0]) if int(count) < self._count] if counts else None
 
 
 def _describe_ranks(ranks: list[int]) -> str:

@@ -38,6 +38,23 @@ def test_links_and_paths_exist(document):
             assert any((folder / path).exists() for folder in (ROOT, PACKAGE, ROOT / "launchers")), path
 
 
+@pytest.mark.parametrize(("name", "sections"), [("reliability", slice(1, 5)), ("ray", slice(None))])
+def test_every_promise_names_the_tests_that_prove_it(name, sections):
+    """Each name is that of a test; a promise without a test says that it is unproven."""
+    text = (ROOT / "docs" / f"{name}.md").read_text()
+    parts = (
+        text.split("\n## ")[sections] if name == "reliability" else [text.split("\n## Faults\n")[1].split("\n## ")[0]]
+    )
+    promises = [promise for part in parts for promise in re.findall(r"^- (?:.|\n  )+", part, re.MULTILINE)]
+    assert len(promises) > 10
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    for promise in promises:
+        proofs = re.findall(r"`(test_\w+)`", promise.partition("*Proof:*")[2])
+        assert proofs or "*Unproven.*" in promise, promise
+        for proof in proofs:
+            assert re.search(rf"^def {proof}\(", tests, re.MULTILINE), proof
+
+
 def test_the_readme_lists_every_folder_and_module_of_the_package_and_no_other():
     section = README.split("## How to read the code")[1].split("\n## ")[0]
     listed = re.findall(r"`([\w./]+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
