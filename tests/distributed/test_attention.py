@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import Case, cases
+from tests.cases import Case, cases, output_and_gradients
 from tests.pool import WORLDS
 
 ALIGNED = Pattern((8, 16, 64), (1, 2, 4))
@@ -94,6 +94,37 @@ def test_even_and_uneven_lengths_equal_the_oracle(pool, world, pattern, num_toke
         for keep in (True, False)
     ]
     pool.run(world, check, examples)
+
+
+def check_low_precision(group, cases_and_options, dtype):
+    """Check that errors are at most four times those of one process, and a few times the rounding."""
+    rounding = torch.finfo(dtype).eps
+    for case, mesh_options in cases_and_options:
+        exact = case.oracle()
+        one = output_and_gradients(case, dtype)
+        ranks = distributed(group, case, dtype, **mesh_options)
+        for alone, together, expected in zip(one, ranks, exact, strict=True):
+            if not expected.numel():
+                continue
+            limit = 4 * (alone.double() - expected).abs().max() + 8 * rounding * expected.abs().max().clamp(min=1)
+            error = (together.double() - expected).abs().max()
+            assert error <= limit, (case, mesh_options, error, limit)  # A NaN fails, too.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_drawn_cases_in_low_precision_are_as_near_the_oracle_as_one_process(pool, dtype):
+    examples = []
+
+    @settings(
+        max_examples=60, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(cases_and_options(4))
+    def collect(example):
+        examples.append(example)
+
+    collect()
+    pool.run(4, check_low_precision, examples, dtype)
 
 
 def errors_without_exchanges(group, case, strategy, broken):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,27 @@ def test_torchrun_trains(tmp_path):
     done = start("torchrun.sh", arguments, {"RANKS": "2"})
     assert len(losses(tmp_path / "run")) == 2
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_on_two_machines_trains(tmp_path):
+    """Both are this machine; each has one rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = [str(a) for a in train(tmp_path / "run", "--steps", 2, "--seq-len", 250)[3:]]
+    variables = {"RANKS": "1", "NODES": "2", "JOB": "two", "RENDEZVOUS": rendezvous, "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = ["bash", LAUNCHERS / "torchrun.sh", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    machines = [subprocess.Popen(script, cwd=ROOT, env=environment, **pipes) for _ in range(2)]
+    outputs = [machine.communicate(timeout=120)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], outputs
+    assert any("on 2 ranks" in output for output in outputs)
+    assert len(losses(tmp_path / "run")) == 2
+    refused = subprocess.run(script, cwd=ROOT, env=environment | {"JOB": ""}, capture_output=True, text=True)
+    assert refused.returncode != 0
+    assert "give the same JOB on all machines" in refused.stderr
 
 
 def test_slurm_starts_torchrun_on_each_machine(tmp_path):

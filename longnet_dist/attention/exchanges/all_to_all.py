@@ -251,8 +251,9 @@ def _num_columns(dtype: torch.dtype) -> int:
 
 def _as_columns(lse: Tensor, dtype: torch.dtype) -> Tensor:
     """View lse (..., 1) as elements of another dtype with the same bits, to send it in one buffer with results."""
-    return lse.contiguous().view(dtype)
+    # A copy in one dimension: torch refuses to view some strides of dimensions of size 1, and odd offsets.
+    return lse.flatten().clone().view(dtype).view(*lse.shape[:-1], _num_columns(dtype))
 
 
 def _from_columns(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    return columns.contiguous().view(dtype)
+    return columns.flatten().clone().view(dtype).view(*columns.shape[:-1], 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -12,7 +13,21 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "seq_len", "options"), [(2, 256, ()), (4, 250, ("--keep-kv", "True", "--grad-accumulation", 2))]
+    ("ranks", "seq_len", "options"),
+    [
+        (2, 256, ()),
+        (4, 250, ("--keep-kv", "True", "--grad-accumulation", 2)),
+        *(
+            pytest.param(2, 250, options, marks=pytest.mark.slow)
+            for options in (
+                ("--async-checkpoints", "--checkpoint-every", 2),
+                ("--model.activation-checkpointing", "selective"),
+                ("--model.activation-checkpointing", "full", "--model.offload-activations"),
+                ("--compile",),
+                ("--strategy", "exchange", "--model.num-kv-heads", 1),
+            )
+        ),
+    ],
 )
 def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, options):
     """The seed and the data are the same; the curves are equal within rounding, for even and uneven chunks."""
@@ -39,6 +54,34 @@ def test_bfloat16_over_ranks_is_near_one_process(tmp_path):
             assert done.returncode == 0, done.stderr
         curves.append(losses(folder))
     assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_autocast_over_ranks_is_near_one_process(tmp_path):
+    curves = []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run-{ranks}"
+        command = [*train(folder, "--steps", 6, "--seq-len", 256), "--autocast", "True"]
+        done = forked(ranks, *[("float32" if word == "float64" else word) for word in command])
+        assert done.returncode == 0, done.stderr
+        curves.append(losses(folder))
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+
+
+@pytest.mark.slow
+def test_a_run_with_dropout_over_ranks_resumes_bit_for_bit(tmp_path):
+    """Each rank draws its own dropout, which its checkpoint restores."""
+    curves = []
+    for name, stops in (("whole", (6,)), ("again", (3, 6))):
+        for steps in stops:
+            options = ("--steps", 6, "--seq-len", 256, "--checkpoint-every", 3, "--model.dropout", 0.2)
+            options = (*options, "--keep-checkpoints", 9)
+            done = forked(2, *train(tmp_path / name, *options))
+            assert done.returncode == 0, done.stderr
+            if steps == 3:
+                shutil.rmtree(tmp_path / name / "checkpoints" / "step-00000006")
+        curves.append(losses(tmp_path / name))
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.slow

@@ -233,3 +233,23 @@ def test_kernels_compute_in_float32_inside_autocast():
         actual = output_and_gradients(case, torch.bfloat16)
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 12])
+def test_weights_begin_as_magneto_says(num_layers):
+    """Xavier normal: values, outputs and the feed-forward network have gain sqrt(log 2 M), queries and keys 1."""
+    width, hidden = 96, 160
+    config = LongNetConfig(
+        d_model=width, num_layers=num_layers, num_heads=4, num_kv_heads=2, ffn_dim=hidden, segment_lengths=(8,),
+        dilation_rates=(1,),
+    )  # fmt: skip
+    model = config.build()
+    gain = math.sqrt(math.log(2 * max(num_layers, 2)))
+    for name, weight in model.blocks.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif weight.dim() == 2:
+            factor = 1 if any(part in name for part in ("q_proj", "k_proj")) else gain
+            expected = factor * math.sqrt(2 / sum(weight.shape))
+            assert weight.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(weight.mean().item()) < 0.05 * expected * 3, name

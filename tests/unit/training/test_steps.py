@@ -1,0 +1,51 @@
+"""A failure here means: the learning rate, the weight decay or the compilation of steps is not as documented."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import longnet_dist
+from longnet_dist import LongNetConfig, TrainConfig
+from longnet_dist.training.steps import learning_rate, parameter_groups
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.25), (1, 0.5), (2, 0.75), (3, 1.0), (8, 0.2 + 0.8 * 0.5), (13, 0.2), (20, 0.2)],
+)
+def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(step, expected):
+    """With three steps of warmup, ten of the cosine, and a fifth of the peak at its end."""
+    config = TrainConfig(steps=13, warmup_steps=3, learning_rate=2e-3, final_learning_rate=0.2)
+    assert learning_rate(config, step) == pytest.approx(2e-3 * expected, rel=1e-12)
+
+
+def test_matrices_decay_and_biases_and_norms_do_not():
+    model = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(8,), dilation_rates=(1,)).build()
+    decaying, others = parameter_groups(list(model.parameters()), 0.05)
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.05, 0.0)
+    assert all(p.dim() == 2 for p in decaying["params"])
+    assert all(p.dim() == 1 for p in others["params"])
+    assert len(decaying["params"]) + len(others["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_steps_are_compiled_once(config):
+    """Inductor compiles a block for training and for validation, and not again in later steps."""
+    from torch._dynamo.utils import counters
+
+    graphs = []
+    for steps in (2, 6):
+        torch.compiler.reset()
+        counters.clear()
+        folder = config.run_folder.with_name(f"run-{steps}")
+        longnet_dist.train(
+            dataclasses.replace(
+                config, steps=steps, compile=True, grad_accumulation=2, validate_every=1, run_folder=folder
+            )
+        )
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
