@@ -271,6 +271,15 @@ def test_a_state_that_is_not_finite_displaces_nothing(folder, value, asynchronou
     assert newest(folder) == 5
 
 
+def test_a_slow_save_says_how_far_it_is(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("longnet_dist.distributed.patience.MESSAGE_SECONDS", 0.002)
+    Checkpoints(tmp_path).save(1, {"model.a": torch.zeros(30_000_000)}, {"step": 1})
+    error = capfd.readouterr().err
+    assert re.search(
+        r"writing .*/step-00000001\.tmp-\w+: [\d.]+ \w+ of the 114\.4 MiB that rank 0 writes \(0 s\)", error
+    )
+
+
 def test_missing_or_stale_moments_raise():
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
