@@ -110,9 +110,11 @@ def floor(options: Options, pattern: Pattern, dtype: torch.dtype, device: str) -
     blocks = []
     for branch in pattern.branches:
         w, r = min(branch.segment_length, options.seq_len), branch.dilation_rate
-        phases = min(r, options.heads)
-        shape = (options.seq_len // w * phases, w // r, options.heads // phases, options.head_dim)
-        blocks.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(4)])
+        heads, more = divmod(options.heads, r)  # `more` phases have one head more.
+        for phases, per_phase in ((more, heads + 1), (r - more, heads)):
+            if phases and per_phase:
+                shape = (options.seq_len // w * phases, w // r, per_phase, options.head_dim)
+                blocks.append([torch.randn(shape, dtype=dtype, device=device) for _ in range(4)])
     scale = 1 / math.sqrt(options.head_dim)
 
     def run(backward: bool) -> None:
