@@ -12,6 +12,7 @@ from torch import Tensor
 from longnet_dist.attention.arguments import Options, problem
 from longnet_dist.attention.autograd import attend
 from longnet_dist.attention.bias import PositionBias
+from longnet_dist.attention.documents import to_offsets
 from longnet_dist.distributed.heads import head_shard
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Pattern
@@ -41,6 +42,8 @@ def dilated_attention(
     kernel: str = "auto",
     bias: PositionBias | None = None,
     return_lse: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Any:
     """Compute dilated attention exactly, on one device or over a mesh of ranks.
 
@@ -59,9 +62,15 @@ def dilated_attention(
         bias: a term added to the scores, such as `T5Bias`. Over a mesh, each rank computes the gradient of
             its parameters from its own queries: sum it over ranks, as for any parameter.
         return_lse: whether to return log(sum(exp(scores))) over all branches, too; natural log, differentiable.
+        cu_seqlens: (documents + 1,), int32 or int64, the offsets of documents that each sequence of the batch holds one
+            after the other: the first is 0, the last N. Each document is computed as if it were alone: segments and
+            phases begin anew, and nothing is seen across. It may be empty, and with a mesh cross ranks. Best on the
+            CPU: from a GPU the host waits for it.
+        lengths: (B,), int32 or int64, the number of tokens of each sequence: rows after them are padding, which neither
+            sees nor is seen. Each sequence is then a call of its own. Not together with `cu_seqlens`.
 
     Returns:
-        out, with q's shape, dtype and placement; 0 for rows that no branch covers. With `return_lse`
+        out, with q's shape, dtype and placement; 0 for padding and for rows that no branch covers. With `return_lse`
         (out, lse): lse is (B, N or L, H) in float32 (float64 for float64), -inf for such rows.
 
     Raises:
@@ -100,10 +109,19 @@ def dilated_attention(
         0 if sharded is None else sharded.total,
         0 if mesh is None else mesh.handle,
     )
+    num_tokens = q.shape[1] if mesh is None else mesh.seq_len
+    offsets = to_offsets(cu_seqlens, lengths, len(q), num_tokens, mesh)
     # Over a mesh the operator checks, because there the ranks compare their arguments.
     if mesh is None and (message := problem(q, k, v, bias, options)):
         raise ValueError(message)
-    out, lse = attend(q, k, v, None if bias is None else bias.parameters, options)
+    parameters = None if bias is None else bias.parameters
+    if lengths is None or not len(q):
+        out, lse = attend(q, k, v, parameters, offsets, options)
+    else:
+        assert offsets is not None
+        calls = zip(q.split(1), k.split(1), v.split(1), offsets.unbind(), strict=True)
+        parts = [attend(q_1, k_1, v_1, parameters, of_sequence, options) for q_1, k_1, v_1, of_sequence in calls]
+        out, lse = (torch.cat(results) for results in zip(*parts, strict=True))
     if sharded is not None:
         out, lse = sharded.whole(out), sharded.whole(lse)
     return (out, lse) if return_lse else out

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longnet_dist.attention.bias import PositionBias
 from longnet_dist.attention.kernels import KernelRequest, choose_kernel
+from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import mesh_of
 from longnet_dist.plan.blocks import Plan, make_plan
 from longnet_dist.plan.pattern import Pattern
@@ -39,17 +40,19 @@ class Options(NamedTuple):
         """The branches."""
         return Pattern(tuple(self.segment_lengths), tuple(self.dilation_rates), self.head_phases)
 
-    def plan(self, shard: Shard, num_kv_heads: int, strategies: tuple[str, ...] = ()) -> Plan:
+    def plan(self, shard: Shard, num_kv_heads: int, strategies: tuple[str, ...], documents: tuple[int, ...]) -> Plan:
         """Make the plan of a rank that holds `shard` and this many key/value heads."""
         heads = num_kv_heads, self.causal, self.first_kv_head, self.total_kv_heads
-        return make_plan(self.pattern, shard, *heads, strategies)
+        return make_plan(self.pattern, shard, *heads, strategies, documents)
 
 
 SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hints(Options).items())
 """`Options` as the end of an operator's schema."""
 
 
-def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> None:
+def agree(
+    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, options: Options
+) -> None:
     """Check that every rank of the mesh passes the same valid arguments.
 
     Collective. On NCCL groups it exchanges nothing after the first call with these arguments.
@@ -71,6 +74,7 @@ def agree(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, optio
         "device": q.device.type,
         "position bias": None if bias_parameters is None else [options.bias, *bias_parameters.shape],
         "requires grad": any(x is not None and x.requires_grad for x in tensors),
+        "documents (a digest of their offsets)": None if cu_seqlens is None else digest(cu_seqlens),
     }
     bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
     mesh.agree(facts, problem(q, k, v, bias, options))

@@ -24,9 +24,11 @@ _NO_SECOND_DERIVATIVE = (
 )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor]:
     """Call the forward operator, and return its (out, lse), differentiable once."""
-    out, lse, _ = _differentiable(_Attention, forward_op, q, k, v, bias_parameters, *options)
+    out, lse, _ = _differentiable(_Attention, forward_op, q, k, v, bias_parameters, cu_seqlens, *options)
     return out, lse
 
 
@@ -43,18 +45,18 @@ def _differentiable(function: type[torch.autograd.Function], operator: Any, *arg
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    q, k, v, bias_parameters, *ctx.options = inputs
+    q, k, v, bias_parameters, cu_seqlens, *ctx.options = inputs
     out, lse, retained = output
     ctx.set_materialize_grads(False)
     ctx.mesh = mesh_of(Options(*ctx.options).mesh)  # A reference, so that the handle stays valid in the backward.
-    ctx.save_for_backward(q, k, v, out, lse, bias_parameters, *([] if ctx.mesh is None else [retained]))
+    ctx.save_for_backward(q, k, v, out, lse, bias_parameters, cu_seqlens, *([] if ctx.mesh is None else [retained]))
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    q, k, v, out, lse, bias_parameters, *retained = ctx.saved_tensors
+    q, k, v, out, lse, bias_parameters, cu_seqlens, *retained = ctx.saved_tensors
     grads: list[Tensor] = []
     if dout is not None:
-        args = (dout, q, k, v, out, lse, retained[0] if retained else None, bias_parameters, *ctx.options)
+        args = (dout, q, k, v, out, lse, retained[0] if retained else None, bias_parameters, cu_seqlens, *ctx.options)
         grads += _differentiable(_AttentionBackward, backward_op, *args)
     if dlse is not None:
         # d lse / d score is the softmax weight p. Flash computes p (dout . v - dout . out), which is p dlse for v = 0,
@@ -62,15 +64,15 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None, _: Tensor | No
         unit = torch.zeros_like(q)
         unit[..., 0] = 1
         minus_dlse = -dlse.masked_fill(lse == -torch.inf, 0).unsqueeze(-1).to(q.dtype) * unit
-        args = (unit, q, k, torch.zeros_like(v), minus_dlse, lse, None, bias_parameters, *ctx.options)
+        args = (unit, q, k, torch.zeros_like(v), minus_dlse, lse, None, bias_parameters, cu_seqlens, *ctx.options)
         dq, dk, dv, dbias = _differentiable(_AttentionBackward, backward_op, *args)
         lse_grads = [dq, dk, torch.zeros_like(dv), dbias]
         grads = [a + b for a, b in zip(grads, lse_grads, strict=True)] if grads else lse_grads
     no_gradient = [None] * len(ctx.options)
     if not grads:
-        return None, None, None, None, *no_gradient
+        return None, None, None, None, None, *no_gradient
     dq, dk, dv, dbias = grads
-    return dq, dk, dv, None if bias_parameters is None else dbias.to(bias_parameters.dtype), *no_gradient
+    return dq, dk, dv, None if bias_parameters is None else dbias.to(bias_parameters.dtype), None, *no_gradient
 
 
 class _ReverseOnly(torch.autograd.Function):

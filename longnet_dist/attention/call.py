@@ -46,7 +46,9 @@ class Call:
     num_kv_heads: int
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor, bias_parameters: Tensor | None, options: Options) -> Call:
+    def of(
+        cls, q: Tensor, k: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, options: Options
+    ) -> Call:
         """Look up the plan and the kernel of a call."""
         bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
         request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
@@ -54,7 +56,8 @@ class Call:
         if options.kernel == "auto" and q.is_cuda and q.dtype == torch.float32:
             _warn_of_float32()
         mesh = mesh_of(options.mesh)
-        return cls(plan_of(q, k, options), kernel, mesh, options.causal, options.scale, bias, k.shape[2])
+        plan = plan_of(q, k, options, () if cu_seqlens is None else tuple(cu_seqlens.tolist()))
+        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2])
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""
@@ -95,19 +98,24 @@ def _warn_of_float32() -> None:
     )
 
 
-def plan_of(q: Tensor, k: Tensor, options: Options) -> Plan:
-    """Return the plan of a call; it is empty if all ranks' tensors are."""
+def plan_of(q: Tensor, k: Tensor, options: Options, documents: tuple[int, ...] = ()) -> Plan:
+    """Return the plan of a call; it is empty if all ranks' tensors are. For `documents`, see `make_plan`."""
     batch, num_rows, num_heads, dim = q.shape
     if 0 in (batch, num_heads, dim):
         return Plan((), (), ())
     mesh, layer = mesh_of(options.mesh), _layer_size(q, k, options)
     if mesh is None:
-        return options.plan(Shard(num_rows, max(1, num_rows)), layer.num_kv_heads)
-    return options.plan(mesh.shard, layer.num_kv_heads, mesh.strategies(layer))
+        return options.plan(Shard(num_rows, max(1, num_rows)), layer.num_kv_heads, (), documents)
+    return options.plan(mesh.shard, layer.num_kv_heads, mesh.strategies(layer), documents)
 
 
-def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options) -> list[int | None]:
-    """Return the number of elements that each exchange retains for the backward; None if it sends them again."""
+def retained_sizes(plan: Plan, q: Tensor, k: Tensor, options: Options, cu_seqlens: Tensor | None) -> list[int | None]:
+    """Return the number of elements that each exchange retains for the backward; None if it sends them again.
+
+    With documents all is sent again: a compiled graph, which does not know them, could not know the sizes.
+    """
+    if cu_seqlens is not None:
+        return [None] * len(plan.shared)
     mesh, layer = mesh_of(options.mesh), _layer_size(q, k, options)
     sizes: list[int | None] = []
     for shared in plan.shared:

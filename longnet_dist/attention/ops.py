@@ -40,16 +40,17 @@ def _without_autocast(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[.
 @torch.library.custom_op(
     "longnet_dist::dilated_attention",
     mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias_parameters, {SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor q, Tensor k, Tensor v, Tensor? bias_parameters, Tensor? cu_seqlens, {SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
 )
 @_without_autocast
 def forward_op(
-    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any
+    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, retained); `retained` holds what exchanges keep for the backward, which may be nothing."""
     if Options(*options).mesh:
-        agree(q, k, v, bias_parameters, Options(*options))
-    call = Call.of(q, k, bias_parameters, Options(*options))
+        agree(q, k, v, bias_parameters, cu_seqlens, Options(*options))
+    call = Call.of(q, k, bias_parameters, cu_seqlens, Options(*options))
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)
     merged = MergedRows(q_BLGRD, call.plan.first_shared)
@@ -82,11 +83,8 @@ def forward_op(
     out, lse = merged.result()
     # A kernel may return the strides of its inputs, and the fakes promise contiguous results.
     out, lse = out.to(q.dtype).contiguous(), lse.contiguous()
-    kept = [
-        exchange.retained()
-        for exchange, size in zip(exchanges, retained_sizes(call.plan, q, k, Options(*options)), strict=True)
-        if size is not None
-    ]
+    sizes = retained_sizes(call.plan, q, k, Options(*options), cu_seqlens)
+    kept = [exchange.retained() for exchange, size in zip(exchanges, sizes, strict=True) if size is not None]
     return out.view(q.shape), lse.view(q.shape[:-1]), torch.cat(kept) if kept else q.new_empty(0)
 
 
@@ -94,7 +92,7 @@ def forward_op(
     "longnet_dist::dilated_attention_backward",
     mutates_args=(),
     schema="(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? retained, "
-    f"Tensor? bias_parameters, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? bias_parameters, Tensor? cu_seqlens, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 @_without_autocast
 def backward_op(
@@ -106,19 +104,21 @@ def backward_op(
     lse: Tensor,
     retained: Tensor | None,
     bias_parameters: Tensor | None,
+    cu_seqlens: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (dq, dk, dv, dbias) from the merged out and lse; dbias is empty if there is no bias.
 
     `retained` is what the forward returned; None if the exchanges must send all again.
     """
-    call = Call.of(q, k, bias_parameters, Options(*options))
+    call = Call.of(q, k, bias_parameters, cu_seqlens, Options(*options))
     dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
     dq, dk, dv = (SummedRows(x, call.plan.first_shared) for x in (call.by_kv_head(q), k, v))
     dbias = q.new_zeros(0 if bias_parameters is None else bias_parameters.shape, dtype=accumulation_dtype(q.dtype))
     q_BLGRD, *results = (call.by_kv_head(x) for x in (q, dout, out, lse))
     exchanges = call.exchanges()
-    for exchange, size in zip(exchanges, retained_sizes(call.plan, q, k, Options(*options)), strict=True):
+    sizes = retained_sizes(call.plan, q, k, Options(*options), cu_seqlens)
+    for exchange, size in zip(exchanges, sizes, strict=True):
         if size is not None and retained is not None:
             kept, retained = retained.split([size, retained.numel() - size])
             exchange.restore(kept)
@@ -165,10 +165,13 @@ def backward_op(
 
 
 @forward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, *options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     elements = 0
-    if Options(*options).mesh:  # Without a mesh, sizes may be symbols, of which there is no plan.
-        sizes = retained_sizes(plan_of(q, k, Options(*options)), q, k, Options(*options))
+    # Without a mesh, sizes may be symbols, and documents are unknown: there is no plan of either.
+    if Options(*options).mesh and cu_seqlens is None:
+        sizes = retained_sizes(plan_of(q, k, Options(*options)), q, k, Options(*options), None)
         elements = sum(size or 0 for size in sizes)
     lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
     return q.new_empty(q.shape), lse, q.new_empty(elements)
@@ -184,6 +187,7 @@ def _(
     lse: Tensor,
     retained: Tensor | None,
     bias_parameters: Tensor | None,
+    cu_seqlens: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, ...]:
     shape = 0 if bias_parameters is None else bias_parameters.shape

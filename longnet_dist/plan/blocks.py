@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from longnet_dist.plan.exchange import SharedSegment
 from longnet_dist.plan.pattern import Branch, Pattern
-from longnet_dist.plan.shard import Shard, is_shared, shared_segments, whole_segments
+from longnet_dist.plan.shard import Shard, documents_of, is_shared, shared_segments, whole_segments
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,6 @@ class Plan:
         return min((shared.number for shared in self.shared), default=1 << 30)
 
 
-@lru_cache(maxsize=1024)
 def make_plan(
     pattern: Pattern,
     shard: Shard,
@@ -142,6 +141,7 @@ def make_plan(
     first_kv_head: int = 0,
     total_kv_heads: int = 0,
     strategies: tuple[str, ...] = (),
+    documents: tuple[int, ...] = (),
 ) -> Plan:
     """Make the plan of one rank. Every rank can compute the plan of every other.
 
@@ -154,11 +154,30 @@ def make_plan(
         total_kv_heads: the number of key/value heads on all such ranks; 0 if this rank has all of them.
             The phase of a head depends on its number among all heads.
         strategies: the strategy of each branch, by which shared segments are exchanged; by default
-            "all_gather".
+            "all_gather". With documents it is "exchange": other strategies need groups of ranks that are known before.
+        documents: where each document begins, and the last one ends, in global rows; rows after that belong to none.
+            Without any, the sequence is one document. Segments and phases begin anew with each document, and nothing
+            is seen across.
 
     Returns:
         The plan. Equal arguments give the same, cached object.
     """
+    arguments = pattern, shard, num_kv_heads, causal, first_kv_head, total_kv_heads
+    if documents:
+        return _plan_of_documents(*arguments, ("exchange",) * len(pattern.branches), documents)
+    return _plan_of_sequence(*arguments, strategies, ())
+
+
+def _make_plan(
+    pattern: Pattern,
+    shard: Shard,
+    num_kv_heads: int,
+    causal: bool,
+    first_kv_head: int,
+    total_kv_heads: int,
+    strategies: tuple[str, ...],
+    documents: tuple[int, ...],
+) -> Plan:
     local: list[OwnBlock] = []
     shared: list[SharedBranch] = []
     total = total_kv_heads or num_kv_heads
@@ -166,22 +185,23 @@ def make_plan(
         strategy = strategies[number] if strategies else "all_gather"
         head_runs = _HeadRuns(pattern, number, num_kv_heads, first_kv_head, total)
         phases = tuple(pattern.phase(first_kv_head + head, total, branch) for head in range(num_kv_heads))
-        for lo, hi, segments in whole_segments(branch, shard):
-            local += _own_blocks(head_runs, shard, lo, lo, hi, segments)
-        parts = [
-            _shared_part(
-                head_runs,
-                shard,
-                SharedSegment(branch, number, strategy, lo, hi, shard.chunk, shard.rank, phases, causal),
-            )
-            for lo, hi in shared_segments(branch, shard)
-        ]
+        parts = []
+        for document in documents_of(shard, documents):
+            for lo, hi, segments in whole_segments(branch, shard, *document):
+                local += _own_blocks(head_runs, shard, lo, lo, hi, segments)
+            for lo, hi in shared_segments(branch, shard, *document):
+                segment = SharedSegment(branch, number, strategy, lo, hi, shard.chunk, shard.rank, phases, causal)
+                parts.append(_shared_part(head_runs, shard, segment))
         if strategy != "exchange":
             shared += [SharedBranch(number, branch, strategy, (part,)) for part in parts]
-        elif is_shared(branch, shard):
+        elif is_shared(branch, shard, documents):
             shared.append(SharedBranch(number, branch, strategy, tuple(parts)))
     own = [block for s in shared if s.strategy != "all_to_all" for part in s.parts for block in part.own]
     return Plan(tuple(local), tuple(own), tuple(shared))
+
+
+_plan_of_sequence = lru_cache(maxsize=1024)(_make_plan)
+_plan_of_documents = lru_cache(maxsize=16)(_make_plan)  # Documents change in every step, and their plans are large.
 
 
 class _HeadRuns:

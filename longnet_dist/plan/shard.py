@@ -14,6 +14,7 @@ Of each branch it holds
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd, isqrt, lcm
@@ -57,35 +58,62 @@ class Shard:
         return Shard(self.seq_len, self.chunk, rank, self.num_ranks)
 
 
-def whole_segments(branch: Branch, shard: Shard) -> Iterable[tuple[int, int, int]]:
-    """Yield the segments that lie within the shard: the full ones as one item, then the sequence's ragged tail.
+def documents_of(shard: Shard, offsets: tuple[int, ...]) -> Iterable[tuple[int, int]]:
+    """Yield the documents [first, end) of which this rank holds rows, in global rows.
+
+    Args:
+        shard: the rows of the rank.
+        offsets: where each document begins, and the last one ends. Without any, the sequence is one document.
+    """
+    if not offsets:
+        offsets = (0, shard.seq_len)
+    for number in range(max(0, bisect_right(offsets, shard.start) - 1), len(offsets) - 1):
+        first, end = offsets[number : number + 2]
+        if first >= shard.stop:
+            return
+        if max(first, shard.start) < min(end, shard.stop):
+            yield first, end
+
+
+def whole_segments(branch: Branch, shard: Shard, first: int, end: int) -> Iterable[tuple[int, int, int]]:
+    """Yield the segments of a document [first, end) that lie within the shard: the full ones, then its ragged tail.
 
     Each item is (first row, end of the first segment, number of consecutive segments).
     """
-    w, start, stop = branch.segment_length, shard.start, shard.stop
-    lo = -(-start // w) * w
+    w, start, stop = branch.segment_length, max(shard.start, first), min(shard.stop, end)
+    lo = first + -(-(start - first) // w) * w
     full = max(0, (stop - lo) // w)
     if full:
         yield lo, lo + w, full
     lo += full * w
-    if lo < stop == shard.seq_len:
+    if lo < stop == end:
         yield lo, stop, 1
 
 
-def shared_segments(branch: Branch, shard: Shard) -> Iterable[tuple[int, int]]:
-    """Yield the segments [lo, hi) of which this rank holds some rows and other ranks the rest: at most two."""
-    if shard.num_rows == 0:
+def shared_segments(branch: Branch, shard: Shard, first: int, end: int) -> Iterable[tuple[int, int]]:
+    """Yield the segments [lo, hi) of a document of which this rank holds some rows and other ranks the rest.
+
+    There are at most two, over all documents: one with rows before this rank's, and one with rows after them.
+    """
+    start, stop = max(shard.start, first), min(shard.stop, end)
+    if start >= stop:
         return
     w = branch.segment_length
-    for n in sorted({shard.start // w, (shard.stop - 1) // w}):
-        lo, hi = n * w, min((n + 1) * w, shard.seq_len)
+    for n in sorted({(start - first) // w, (stop - 1 - first) // w}):
+        lo, hi = first + n * w, min(first + (n + 1) * w, end)
         if lo < shard.start or hi > shard.stop:
             yield lo, hi
 
 
-def is_shared(branch: Branch, shard: Shard) -> bool:
-    """Return whether any segment of the branch is shared; the same on every rank."""
-    return shard.chunk < shard.seq_len and shard.chunk % branch.segment_length != 0
+def is_shared(branch: Branch, shard: Shard, offsets: tuple[int, ...] = ()) -> bool:
+    """Return whether any segment of the branch is shared; the same on every rank. For `offsets`, see `documents_of`."""
+    w = branch.segment_length
+    if not offsets:
+        return shard.chunk < shard.seq_len and shard.chunk % w != 0
+    for edge in range(shard.chunk, min(shard.seq_len, offsets[-1]), shard.chunk):
+        if (edge - offsets[bisect_right(offsets, edge) - 1]) % w:
+            return True
+    return False
 
 
 def rank_groups(pattern: Pattern, shard: Shard) -> list[list[tuple[int, int]]]:
@@ -98,7 +126,7 @@ def rank_groups(pattern: Pattern, shard: Shard) -> list[list[tuple[int, int]]]:
         (lo // shard.chunk, (hi - 1) // shard.chunk)
         for branch in dict.fromkeys(pattern.branches)
         for rank in range(shard.num_ranks)
-        for lo, hi in shared_segments(branch, shard.of(rank))
+        for lo, hi in shared_segments(branch, shard.of(rank), 0, shard.seq_len)
     }
     rounds: list[list[tuple[int, int]]] = []
     for first, last in sorted(groups_needed, key=lambda group: (group[1] - group[0], group)):

@@ -172,10 +172,10 @@ def test_operators_pass_torchs_opcheck(device, pattern, kernel, layout):
     options = Options(*branches, "interleaved", True, 0.5, kernel, "", 0, 0, 0)
     operators = torch.ops.longnet_dist
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, *options), test_utils=tests)
+    torch.library.opcheck(operators.dilated_attention.default, (q, k, v, None, None, *options), test_utils=tests)
     with torch.no_grad():
-        out, lse, kept_kv = operators.dilated_attention(q, k, v, None, *options)
-        tensors = (LAYOUTS[layout](torch.randn_like(q)), q, k, v, out, lse, kept_kv, None)
+        out, lse, kept_kv = operators.dilated_attention(q, k, v, None, None, *options)
+        tensors = (LAYOUTS[layout](torch.randn_like(q)), q, k, v, out, lse, kept_kv, None, None)
         arguments = (*(x if x is None else x.detach() for x in tensors), *options)
     torch.library.opcheck(
         operators.dilated_attention_backward.default, arguments, test_utils=("test_schema", "test_faketensor")

@@ -1,0 +1,71 @@
+"""Documents that share a sequence, and padding: the offsets by which callers describe them."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
+
+_DTYPES = (torch.int32, torch.int64)
+
+
+def to_offsets(
+    cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_tokens: int, mesh: SequenceMesh | None
+) -> Tensor | None:
+    """Return the offsets of documents as the operators take them: int64, on the CPU; None without documents.
+
+    Args:
+        cu_seqlens, lengths: see `dilated_attention`.
+        batch: B.
+        num_tokens: N, over all ranks.
+        mesh: the ranks that hold the sequence.
+
+    Returns:
+        (documents + 1,) for `cu_seqlens`; (B, 2) for `lengths`, one document for each sequence.
+
+    Raises:
+        ValueError: on every rank, if the offsets or lengths cannot be those of such sequences.
+    """
+    if problem := _problem(cu_seqlens, lengths, batch, num_tokens):
+        refuse(problem, mesh)
+    if cu_seqlens is not None:
+        return cu_seqlens.to("cpu", torch.int64)
+    if lengths is not None:
+        return torch.stack([torch.zeros_like(lengths), lengths], dim=1).to("cpu", torch.int64)
+    return None
+
+
+def _problem(cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_tokens: int) -> str | None:
+    if cu_seqlens is not None and lengths is not None:
+        return "cu_seqlens and lengths do not go together: give each sequence's documents in a call of its own"
+    if cu_seqlens is not None:
+        return _problem_of_offsets(cu_seqlens, num_tokens)
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in _DTYPES:
+        return f"lengths is {_describe(lengths)}; it must be int32 or int64, of shape (B,) = ({batch},)"
+    if torch.compiler.is_compiling() or all(0 <= length <= num_tokens for length in lengths.tolist()):
+        return None
+    return f"lengths is {lengths.tolist()}; each must be between 0 and N = {num_tokens}"
+
+
+def _problem_of_offsets(cu_seqlens: Tensor, num_tokens: int) -> str | None:
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _DTYPES:
+        return f"cu_seqlens is {_describe(cu_seqlens)}; it must be int32 or int64, of shape (documents + 1,)"
+    if torch.compiler.is_compiling():
+        return None
+    offsets = cu_seqlens.tolist()
+    if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens:
+        found = f"begins with {offsets[0]} and ends with {offsets[-1]}" if offsets else "is empty"
+        return f"cu_seqlens {found}; its first offset must be 0, and its last one N = {num_tokens}"
+    for a, b in itertools.pairwise(offsets):
+        if a > b:
+            return f"cu_seqlens has {b} after {a}; no document may end before it begins"
+    return None
+
+
+def _describe(x: object) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"

@@ -1,0 +1,161 @@
+"""A failure here means: documents that share a sequence see each other, or padding is seen."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from longnet_dist import Pattern, SequenceMesh, dense_reference, dilated_attention
+from longnet_dist.plan.exchange import STRATEGIES
+from tests.cases import Case, cases
+from tests.pool import WORLDS
+
+
+def results(case, mesh=None, dtype=torch.float64, **documents):
+    """Return the output, and the gradient of every input, joined over the ranks of a mesh."""
+    inputs = case.tensors(dtype)
+    split = (lambda x: x) if mesh is None else mesh.split
+    local = {name: split(x) if name in "qkv" else x for name, x in inputs.items()}
+    out, lse = dilated_attention(**case.arguments(local), mesh=mesh, return_lse=True, **documents)
+    if mesh is not None:
+        out, lse = mesh.join(out), mesh.join(lse)
+    grads = list(torch.autograd.grad(out, list(inputs.values()), case.dout(dtype)))
+    if case.biased and mesh is not None:
+        grads[3] = mesh.sum(grads[3])
+    return [out.detach(), lse.detach(), *grads]
+
+
+def alone(case, documents):
+    """Return what the oracle computes for each document alone; `documents` are (sequence, first, end)."""
+    inputs = case.tensors()
+    out = torch.zeros(case.B, case.N, case.H, case.D, dtype=torch.float64)
+    lse = torch.full((case.B, case.N, case.H), -torch.inf, dtype=torch.float64)
+    for sequence, first, end in documents:
+        if first < end:
+            parts = {n: x[sequence, first:end][None] if n in "qkv" else x for n, x in inputs.items()}
+            part, part_lse = dense_reference(**case.arguments(parts), return_lse=True)
+            out = out.index_put((torch.tensor(sequence), torch.arange(first, end)), part[0])
+            lse[sequence, first:end] = part_lse[0].detach()
+    if not out.requires_grad:  # No document has a token.
+        return [out, lse, *map(torch.zeros_like, inputs.values())]
+    grads = torch.autograd.grad(out, list(inputs.values()), case.dout(), allow_unused=True, materialize_grads=True)
+    return [out.detach(), lse, *grads]
+
+
+def check(group, examples, tolerance=1e-12):
+    for case, offsets, lengths, options in examples:
+        mesh = None if group is None else SequenceMesh(group, case.pattern, case.N, **options)
+        of_sequences = [(b, *pair) for b in range(case.B) for pair in itertools.pairwise(offsets)]
+        kinds = [({"cu_seqlens": torch.tensor(offsets, dtype=torch.int32)}, of_sequences)]
+        kinds += [({"lengths": torch.tensor(lengths)}, [(b, 0, length) for b, length in enumerate(lengths)])]
+        for arguments, documents in kinds:
+            for actual, exact in zip(results(case, mesh, **arguments), alone(case, documents), strict=True):
+                message = f"{case}, {arguments}, {options}"
+                torch.testing.assert_close(actual, exact, rtol=0, atol=tolerance, msg=message)
+
+
+@st.composite
+def documents(draw, world: int):
+    """Draw a case, offsets of documents (empty ones and single tokens among them), lengths, and a mesh's options."""
+    case = draw(cases(longest=60))
+    inner = draw(st.lists(st.integers(0, case.N), max_size=8))
+    lengths = draw(st.lists(st.integers(0, case.N), min_size=case.B, max_size=case.B))
+    chunk = draw(st.none() | st.integers(0, 5).map(lambda extra: max(1, -(-case.N // world)) + extra))
+    options = {
+        "chunk": chunk,
+        "keep_kv": draw(st.none() | st.booleans()),
+        "strategy": draw(st.sampled_from(STRATEGIES)),
+    }
+    return case, [0, *sorted(inner), case.N], lengths, options
+
+
+@pytest.mark.parametrize("world", [0, *WORLDS])
+def test_documents_equal_each_document_alone(pool, world):
+    """On one device without a mesh (0), and over ranks, whose edges cut documents anywhere."""
+    examples = []
+
+    @settings(
+        max_examples=80, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(documents(max(1, world)))
+    def collect(example):
+        examples.append(example)
+
+    collect()
+    if world:
+        pool.run(world, check, examples)
+    else:
+        check(None, examples)
+
+
+def test_a_document_longer_than_many_ranks(pool):
+    case = Case(Pattern((8, 32, 200), (1, 3, 5)), N=200, H=4, G=2, B=2, D=8, causal=True)
+    pool.run(8, check, [(case, [0, 3, 3, 171, 172, 200], [200, 13], {})])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cu_seqlens": torch.tensor([0, 5, 3, 20])}, "cu_seqlens has 3 after 5; no document may end before it begins"),
+        ({"cu_seqlens": torch.tensor([0, 5, 19])}, "ends with 19; its first offset must be 0, and its last one N = 20"),
+        ({"cu_seqlens": torch.tensor([1, 20])}, "cu_seqlens begins with 1 and ends with 20"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens is empty"),
+        ({"cu_seqlens": torch.tensor([0.0, 20.0])}, r"cu_seqlens is torch.float32 of shape \(2,\); it must be int32"),
+        ({"cu_seqlens": torch.tensor([[0, 20]])}, r"cu_seqlens is torch.int64 of shape \(1, 2\)"),
+        ({"cu_seqlens": [0, 20]}, "cu_seqlens is a list; it must be int32 or int64"),
+        ({"lengths": torch.tensor([3])}, r"lengths is torch.int64 of shape \(1,\); .* of shape \(B,\) = \(2,\)"),
+        ({"lengths": torch.tensor([3, 21])}, r"lengths is \[3, 21\]; each must be between 0 and N = 20"),
+        ({"lengths": torch.tensor([3, -1])}, r"lengths is \[3, -1\]"),
+        ({"lengths": torch.tensor([3, 4]), "cu_seqlens": torch.tensor([0, 20])}, "do not go together"),
+    ],
+)
+def test_offsets_that_cannot_be_are_an_error(arguments, message):
+    q = torch.randn(2, 20, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        dilated_attention(q, q, q, Pattern((4,), (1,)), **arguments)
+
+
+def error_with_offsets(group, offsets_of_rank):
+    mesh = SequenceMesh(group, Pattern((4, 20), (1, 2)), 20)
+    q = mesh.split(torch.randn(2, 20, 2, 4))
+    try:
+        dilated_attention(q, q, q, mesh.pattern, mesh=mesh, cu_seqlens=torch.tensor(offsets_of_rank[mesh.rank]))
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("offsets", "message"),
+    [
+        (([0, 5, 20], [0, 6, 20]), "documents (a digest of their offsets)"),
+        (([0, 5, 20], [0, 5, 19]), "rank 1: cu_seqlens begins with 0 and ends with 19"),
+    ],
+)
+def test_ranks_with_other_documents_all_get_the_error(pool, offsets, message):
+    for error in pool.run(2, error_with_offsets, offsets):
+        assert message in error
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_documents_change_without_another_compilation(dynamic):
+    pattern = Pattern((8, 40), (1, 3))
+
+    def call(q, offsets):
+        return dilated_attention(q, q, q, pattern, causal=True, cu_seqlens=offsets) * 2
+
+    torch.compiler.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    q = torch.randn(1, 40, 3, 8, dtype=torch.float64, requires_grad=True)
+    for number, offsets in enumerate(([0, 13, 40], [0, 40, 40], [0, 1, 40])):
+        offsets = torch.tensor(offsets)
+        with torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            out = compiled(q, offsets)
+        expected = call(q, offsets)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), q) for x in (out, expected)))
