@@ -22,6 +22,8 @@ def scaled_dot_product_dilated_attention(
     *,
     mesh: SequenceMesh | None = None,
     kernel: str = "auto",
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Compute `dilated_attention` with the names and the layout of `scaled_dot_product_attention`.
 
@@ -34,7 +36,7 @@ def scaled_dot_product_dilated_attention(
         is_causal: whether a query sees only keys at or before it.
         scale: the factor of the scores; 1 / sqrt(D) by default.
         enable_gqa: whether there may be fewer key/value heads than query heads.
-        mesh, kernel: as for `dilated_attention`.
+        mesh, kernel, cu_seqlens, lengths: as for `dilated_attention`.
 
     Returns:
         (B, H, N or L, D).
@@ -51,7 +53,7 @@ def scaled_dot_product_dilated_attention(
     if attn_mask is not None:
         refuse(
             "attn_mask must be None: the pattern decides which keys a query sees. Padding at the end of causal "
-            "sequences needs no mask, because no token sees what comes after it; leave the padding out of the loss",
+            "sequences needs no mask, because no token sees what comes after it; `lengths` leaves padding out of any",
             mesh,
         )
     if dropout_p:
@@ -65,5 +67,6 @@ def scaled_dot_product_dilated_attention(
     if not enable_gqa and key.shape[1] != query.shape[1]:
         refuse(f"there are {query.shape[1]} query heads and {key.shape[1]} key heads: pass enable_gqa=True", mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out: Tensor = dilated_attention(q, k, v, pattern, causal=is_causal, scale=scale, mesh=mesh, kernel=kernel)
+    options = {"mesh": mesh, "kernel": kernel, "cu_seqlens": cu_seqlens, "lengths": lengths}
+    out: Tensor = dilated_attention(q, k, v, pattern, causal=is_causal, scale=scale, **options)  # type: ignore[arg-type]
     return out.transpose(1, 2)

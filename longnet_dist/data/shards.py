@@ -153,6 +153,15 @@ class TokenStream:
         ids = torch.from_numpy(self._read_range(begin + first, begin + last + (last > first)).astype(np.int64))
         return ids[: last - first], ids[1:]
 
+    def documents(self, window: int, seq_len: int) -> Tensor:
+        """Return the offsets of the documents in a window, as `cu_seqlens` of `dilated_attention`: int64.
+
+        It ends twice with `seq_len` if the window ends with a document, whose last token then predicts nothing.
+        """
+        begin = self.start + window * seq_len
+        ends = np.flatnonzero(self._read_range(begin, begin + seq_len) == self.index.end_of_document) + 1
+        return torch.from_numpy(np.concatenate(([0], ends, [seq_len])).astype(np.int64))
+
     def tokens(self, limit: int) -> np.ndarray:
         """Read the first tokens of the stream, at most `limit`, in the dtype on disk."""
         return self._read_range(self.start, min(self.stop, self.start + limit))

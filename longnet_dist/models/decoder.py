@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from longnet_dist.data.tokenizers import load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.config import LongNetConfig, read_exported_config
-from longnet_dist.models.loss import check_targets, linear_token_loss
+from longnet_dist.models.loss import check_targets, linear_token_loss, within_documents
 from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
@@ -89,7 +89,14 @@ class LongNet(nn.Module):
             assert isinstance(block, Block)
             block.reset_parameters(self.config.num_layers)
 
-    def forward(self, tokens: Tensor, mesh: SequenceMesh | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        mesh: SequenceMesh | None = None,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Compute the logits of the next token, or the loss if there are targets.
 
         Args:
@@ -97,6 +104,8 @@ class LongNet(nn.Module):
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
             targets: the token after each of `tokens`, of their shape: `next_token_labels(tokens)`, and with a mesh
                 `mesh.split(next_token_labels(tokens))`. They are not shifted again.
+            cu_seqlens, lengths: the documents in each sequence, or the number of its tokens; see `dilated_attention`.
+                Positions begin anew with each document, and no token is predicted from another document or padding.
 
         Returns:
             Logits, (B, N or L, vocab_size). With `targets`, the mean loss of `token_loss`; the logits then never exist
@@ -107,16 +116,26 @@ class LongNet(nn.Module):
                 ranks of a mesh have different sequences.
         """
         if targets is None:
-            return self.output(self.features(tokens, mesh))
+            return self.output(self.features(tokens, mesh, cu_seqlens, lengths))
         check_targets(tokens, targets, mesh)
-        return linear_token_loss(self.features(tokens, mesh), self.output.weight, targets, mesh)
+        features = self.features(tokens, mesh, cu_seqlens, lengths)
+        if cu_seqlens is not None or lengths is not None:
+            targets = within_documents(targets, mesh, cu_seqlens, lengths)
+        return linear_token_loss(features, self.output.weight, targets, mesh)
 
-    def features(self, tokens: Tensor, mesh: SequenceMesh | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        mesh: SequenceMesh | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Compute the features that the output projection takes.
 
         Args:
             tokens: (B, N), int64; with a mesh (B, L), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
+            cu_seqlens, lengths: see `forward`.
 
         Returns:
             The features after the final norm, (B, N or L, d_model).
@@ -131,8 +150,10 @@ class LongNet(nn.Module):
         with saved_tensors_hooks(_to_cpu, _from_cpu) if self.config.offload_activations else nullcontext():
             for block in self.blocks:
                 assert isinstance(block, Block)
-                rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x))
-                x = self._with_checkpointing(block)(x, mesh, rotation)
+                rotation = rotation or block.attention.rotation(
+                    x.shape[1], mesh, x.device, _compute_dtype(x), cu_seqlens
+                )
+                x = self._with_checkpointing(block)(x, mesh, rotation, cu_seqlens, lengths)
         return self.norm(x)
 
     def score(self, text_or_ids: str | bytes | Tensor, mesh: SequenceMesh | None = None) -> Tensor:

@@ -42,6 +42,32 @@ def next_token_labels(tokens: Tensor, ignore_index: int = IGNORED) -> Tensor:
     return torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], ignore_index)), dim=1)
 
 
+def within_documents(
+    targets: Tensor, mesh: SequenceMesh | None = None, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+) -> Tensor:
+    """Return targets without those that are in another document than their token, or in padding.
+
+    Args:
+        targets: (B, N), the token after each token; with a mesh (B, L), those of this rank's rows.
+        mesh: the ranks that hold the sequences.
+        cu_seqlens, lengths: see `dilated_attention`.
+
+    Returns:
+        The targets, with `IGNORED` in place of the others.
+
+    Example:
+        >>> within_documents(torch.tensor([[1, 2, 3, 4]]), cu_seqlens=torch.tensor([0, 3, 4]))
+        tensor([[   1,    2, -100,    4]])
+    """
+    device = targets.device
+    positions = torch.arange(targets.shape[1], device=device) if mesh is None else mesh.positions(device)
+    if cu_seqlens is not None:
+        targets = targets.masked_fill(torch.isin(positions + 1, cu_seqlens[1:-1].to(device)), IGNORED)
+    if lengths is not None:
+        targets = targets.masked_fill(positions + 1 >= lengths.to(device)[:, None], IGNORED)
+    return targets
+
+
 def check_targets(tokens: Tensor, targets: Tensor, mesh: SequenceMesh | None = None) -> None:
     """Check that targets are the tokens that follow, and that the ranks of a mesh hold parts of the same sequences.
 

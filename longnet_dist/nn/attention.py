@@ -14,7 +14,7 @@ from longnet_dist.attention.api import dilated_attention
 from longnet_dist.attention.bias import T5Bias, t5_problem
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.nn.rotary import Rotation
+from longnet_dist.nn.rotary import Rotation, positions_in_documents
 from longnet_dist.plan.pattern import Pattern
 
 
@@ -126,7 +126,14 @@ class DilatedAttention(nn.Module):
             **options,
         )
 
-    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mesh: SequenceMesh | None = None,
+        rotation: Rotation | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
         """Project x to queries, keys and values, attend, and project the result.
 
         Args:
@@ -134,6 +141,8 @@ class DilatedAttention(nn.Module):
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
             rotation: the result of `self.rotation(...)`, which the layers of a model can share; computed here by
                 default.
+            cu_seqlens, lengths: the documents in each sequence, or the number of its tokens; see `dilated_attention`.
+                Positions begin anew with each document.
 
         Returns:
             A tensor of x's shape.
@@ -157,7 +166,7 @@ class DilatedAttention(nn.Module):
                 mesh,
             )
         q, k = self.q_norm(q), self.k_norm(k)
-        rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype)
+        rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype, cu_seqlens)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
         if self.head_mesh is not None:
@@ -171,21 +180,29 @@ class DilatedAttention(nn.Module):
             mesh=mesh,
             kernel=self.kernel,
             bias=None if self.rel_pos_bias is None else T5Bias(self.rel_pos_bias, self.rel_pos_max_distance),
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
         )
         if isinstance(out, DTensor):
             out = out.to_local()
         return self.dropout(self.out_proj(self.inner_norm(out.flatten(2))))
 
     def rotation(
-        self, num_rows: int, mesh: SequenceMesh | None, device: torch.device, dtype: torch.dtype
+        self,
+        num_rows: int,
+        mesh: SequenceMesh | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        cu_seqlens: Tensor | None = None,
     ) -> Rotation | None:
-        """Return the rotation of this rank's rows, by their global positions.
+        """Return the rotation of this rank's rows, by their global positions, or by those in their documents.
 
         Args:
             num_rows: N; with a mesh L, the number of this rank's rows.
             mesh: the ranks that hold the sequence, or None.
             device: device of the queries and keys.
             dtype: dtype of the attention.
+            cu_seqlens: the documents; see `forward`.
 
         Returns:
             The rotation; None if the layer uses neither xPos nor RoPE.
@@ -197,6 +214,10 @@ class DilatedAttention(nn.Module):
             return None
         positions = torch.arange(num_rows, device=device) if mesh is None else mesh.positions(device)
         length = num_rows if mesh is None else mesh.seq_len
+        if cu_seqlens is not None:
+            positions = positions_in_documents(positions, cu_seqlens)
+            if self.use_xpos and len(cu_seqlens) > 1:
+                length = int(cu_seqlens.diff().max())
         return Rotation.at(
             positions,
             self.head_dim,

@@ -79,9 +79,16 @@ class Block(nn.Module):
         self.ffn_norm = nn.LayerNorm(attention.d_model, device=device, dtype=dtype)
         self.ffn = FeedForward(attention.d_model, ffn_dim, dropout, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor, mesh: SequenceMesh | None = None, rotation: Rotation | None = None) -> Tensor:
-        """Apply the block, (B, L, E) -> (B, L, E); `mesh` and `rotation` are those of `DilatedAttention.forward`."""
-        x = x + self.attention(self.attention_norm(x), mesh, rotation)
+    def forward(
+        self,
+        x: Tensor,
+        mesh: SequenceMesh | None = None,
+        rotation: Rotation | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Apply the block, (B, L, E) -> (B, L, E); the other arguments are those of `DilatedAttention.forward`."""
+        x = x + self.attention(self.attention_norm(x), mesh, rotation, cu_seqlens, lengths)
         return x + self.ffn(self.ffn_norm(x))
 
     @torch.no_grad()

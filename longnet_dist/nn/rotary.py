@@ -88,6 +88,26 @@ class Rotation:
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
 
 
+def positions_in_documents(positions: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Return the position of each row in its document.
+
+    Args:
+        positions: global positions, (L,), int64.
+        cu_seqlens: the offsets of documents, (documents + 1,); see `dilated_attention`.
+
+    Returns:
+        (L,), int64.
+
+    Example:
+        >>> positions_in_documents(torch.arange(6), torch.tensor([0, 2, 2, 6]))
+        tensor([0, 1, 0, 1, 2, 3])
+    """
+    offsets = cu_seqlens.to(positions.device, torch.int64)
+    if len(offsets) < 2:
+        return positions
+    return positions - offsets[torch.searchsorted(offsets[:-1], positions, right=True) - 1]
+
+
 def _check_xpos_range(length: int, dtype: torch.dtype, scale_base: float) -> None:
     """Raise ValueError if xPos at this length would scale values beyond the range of `dtype`.
 

@@ -46,6 +46,8 @@ class TrainConfig:
     """Also take files that hold NUL bytes, which text does not have, as the bytes they are."""
     seq_len: int = DEFAULT_LENGTH
     """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
+    documents: Literal["joined", "separate"] = "joined"
+    """Whether a token sees the documents before its own in a sequence (joined, as in the paper), or its own alone."""
     batch_size: int = 1
     """Sequences per forward, over all data-parallel ranks together."""
     grad_accumulation: int = 1
@@ -140,6 +142,8 @@ class TrainConfig:
             raise ValueError(f"betas is {self.betas}; both must be at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
+        if self.documents not in ("joined", "separate"):
+            raise ValueError(f"documents is {self.documents!r}; it must be joined or separate")
         if self.dtype not in ("float32", "float64", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be one of float32, float64, bfloat16")
 

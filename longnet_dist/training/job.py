@@ -88,6 +88,27 @@ def fit_to_ranks(config: TrainConfig, folder: Path, num_ranks: int, patience: Pa
     return dataclasses.replace(config, parallel=parallel)
 
 
+def num_data_ranks(config: TrainConfig, num_ranks: int) -> int:
+    """Return the number of data-parallel ranks, each of which has sequences of its own.
+
+    Raises:
+        ValueError: if the sequences of a forward cannot be divided among them.
+    """
+    replicate, shard, _ = config.parallel.degrees(num_ranks)
+    if config.batch_size % (replicate * shard):
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of the {replicate * shard} data-parallel ranks "
+            "(dp_replicate x dp_shard) that share it"
+        )
+    if config.documents == "separate" and config.batch_size > replicate * shard:
+        raise ValueError(
+            f"batch_size is {config.batch_size}, and with --documents separate a forward takes one sequence on each of "
+            f"the {replicate * shard} data-parallel ranks, because sequences have other documents: give --batch-size "
+            f"{replicate * shard}, and --grad-accumulation for more"
+        )
+    return replicate * shard
+
+
 def _run_name() -> str:
     """Return a name for a new run folder, by which a job that torchrun restarts finds its folder again."""
     job, now = os.environ.get("TORCHELASTIC_RUN_ID", "none"), datetime.now(UTC)

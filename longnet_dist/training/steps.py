@@ -166,8 +166,11 @@ class StepRunner:
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
+        documents = None
+        if self.config.documents == "separate":
+            documents = stream.documents(windows[0], self.config.seq_len)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
-            return self.model(tokens, mesh=self.mesh, targets=labels)
+            return self.model(tokens, mesh=self.mesh, targets=labels, cu_seqlens=documents)
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))

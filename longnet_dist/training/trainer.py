@@ -35,6 +35,7 @@ from longnet_dist.training.job import (
     local_run_files,
     lock_run_folder,
     name_run_folder,
+    num_data_ranks,
 )
 from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
@@ -133,7 +134,7 @@ class _Trainer:
         self.folder = name_run_folder(config, self.patience)
         self.config = config = fit_to_ranks(config, self.folder, self.num_ranks, self.patience)
         device_mesh = make_device_mesh(config.parallel, device.type)
-        data_ranks = _num_data_ranks(config, self.num_ranks)
+        data_ranks = num_data_ranks(config, self.num_ranks)
         group = None if device_mesh is None else device_mesh["sp"].get_group()
         self.mesh = SequenceMesh(
             group,
@@ -334,13 +335,3 @@ class _Trainer:
         restore_random_state(state, self.rank)
         log.print_line(f"resuming from {path}, of step {facts['step']} on {facts['ranks']} ranks")
         return int(facts["step"])
-
-
-def _num_data_ranks(config: TrainConfig, num_ranks: int) -> int:
-    replicate, shard, _ = config.parallel.degrees(num_ranks)
-    if config.batch_size % (replicate * shard):
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of the {replicate * shard} data-parallel ranks "
-            "(dp_replicate x dp_shard) that share it"
-        )
-    return replicate * shard

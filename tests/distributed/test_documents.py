@@ -9,7 +9,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from longnet_dist import Pattern, SequenceMesh, dense_reference, dilated_attention
+from longnet_dist import (
+    DilatedAttention,
+    LongNetConfig,
+    Pattern,
+    SequenceMesh,
+    dense_reference,
+    dilated_attention,
+    next_token_labels,
+)
+from longnet_dist.functional import scaled_dot_product_dilated_attention
 from longnet_dist.plan.exchange import STRATEGIES
 from tests.cases import Case, cases
 from tests.pool import WORLDS
@@ -140,6 +149,77 @@ def error_with_offsets(group, offsets_of_rank):
 def test_ranks_with_other_documents_all_get_the_error(pool, offsets, message):
     for error in pool.run(2, error_with_offsets, offsets):
         assert message in error
+
+
+DOCUMENTS = [0, 7, 7, 8, 41, 60]
+
+
+def model_of(**options):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 30}
+    config = LongNetConfig(**sizes, segment_lengths=(8, 60), dilation_rates=(1, 3), **options)
+    return config.build(dtype=torch.float64)
+
+
+def loss_and_gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def losses_of_documents(group, kind):
+    """Return loss and gradients of documents in one sequence or of padded ones, and of each document alone."""
+    model, generator = model_of(), torch.Generator().manual_seed(1)
+    tokens = torch.randint(30, (1 if kind == "cu_seqlens" else 3, 60), generator=generator)
+    if kind == "cu_seqlens":
+        arguments = {"cu_seqlens": torch.tensor(DOCUMENTS)}
+        alone = [tokens[:, a:b] for a, b in itertools.pairwise(DOCUMENTS) if b > a]
+    else:
+        arguments = {"lengths": torch.tensor([60, 0, 17])}
+        alone = [tokens[:1], tokens[2:, :17]]
+    mesh = None if group is None else SequenceMesh(group, model.config.pattern, 60)
+    split = (lambda x: x) if mesh is None else mesh.split
+    targets = next_token_labels(tokens)
+    loss = model(split(tokens), mesh, split(targets), **arguments)
+    packed = loss_and_gradients(model, loss)
+    if mesh is not None:
+        packed[1:] = [mesh.sum(grad) for grad in packed[1:]]
+    sums = [model(x, targets=next_token_labels(x)) * (x.shape[1] - 1) for x in alone]
+    count = sum(x.shape[1] - 1 for x in alone)
+    return packed, loss_and_gradients(model, sum(sums) / count)
+
+
+@pytest.mark.parametrize("kind", ["cu_seqlens", "lengths"])
+@pytest.mark.parametrize("world", [0, 2, 4])
+def test_a_model_learns_from_each_document_as_if_it_were_alone(pool, world, kind):
+    """Positions begin anew, and no token is predicted from another document or from padding."""
+    every = pool.run(world, losses_of_documents, kind) if world else [losses_of_documents(None, kind)]
+    for packed, alone in every:
+        for actual, expected in zip(packed, alone, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{"use_xpos": True}, {"use_rotary": True}, {"use_rel_pos_bias": True}])
+@pytest.mark.parametrize("causal", [True, False])
+def test_positions_of_a_layer_begin_anew(options, causal):
+    layer = DilatedAttention(32, 4, (1, 3), (8, 60), causal=causal, **options).double()
+    if layer.rel_pos_bias is not None:
+        torch.nn.init.normal_(layer.rel_pos_bias)
+    x = torch.randn(2, 60, 32, dtype=torch.float64)
+    out = layer(x, cu_seqlens=torch.tensor(DOCUMENTS))
+    alone = torch.cat([layer(x[:, a:b]) for a, b in itertools.pairwise(DOCUMENTS)], dim=1)
+    torch.testing.assert_close(out, alone, rtol=0, atol=1e-12)
+    padded = layer(x, lengths=torch.tensor([60, 11]))
+    torch.testing.assert_close(padded[0], layer(x)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(padded[1, :11], layer(x[1:, :11])[0], rtol=0, atol=1e-12)
+
+
+def test_the_functional_door_takes_documents():
+    pattern, q = Pattern((8, 60), (1, 3)), torch.randn(1, 4, 60, 8, dtype=torch.float64)
+    out = scaled_dot_product_dilated_attention(q, q, q, pattern, cu_seqlens=torch.tensor(DOCUMENTS))
+    parts = [q[:, :, a:b] for a, b in itertools.pairwise(DOCUMENTS)]
+    alone = [scaled_dot_product_dilated_attention(x, x, x, pattern) for x in parts]
+    torch.testing.assert_close(out, torch.cat(alone, dim=2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

@@ -57,6 +57,22 @@ def test_bfloat16_over_ranks_is_near_one_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_separate_documents_over_ranks_are_those_of_one_process(tmp_path):
+    """Lines are documents; some cross ranks. The losses are not those of joined documents."""
+    lines = "".join(json.dumps({"text": f"document {n} " * (n % 9)}) + "\n" for n in range(400))
+    (tmp_path / "text.jsonl").write_text(lines)
+    curves = {}
+    for ranks, kind in ((1, "separate"), (2, "separate"), (1, "joined")):
+        folder = tmp_path / f"run-{ranks}-{kind}"
+        options = ("--data", tmp_path / "text.jsonl", "--steps", 6, "--seq-len", 250, "--grad-accumulation", 2)
+        done = forked(ranks, *train(folder, *options, "--documents", kind))
+        assert done.returncode == 0, done.stderr
+        curves[ranks, kind] = losses(folder)
+    assert curves[2, "separate"] == pytest.approx(curves[1, "separate"], rel=1e-10)
+    assert curves[1, "joined"] != pytest.approx(curves[1, "separate"], rel=1e-3)
+
+
+@pytest.mark.slow
 def test_autocast_over_ranks_is_near_one_process(tmp_path):
     curves = []
     for ranks in (1, 2):

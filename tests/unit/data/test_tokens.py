@@ -101,6 +101,8 @@ def test_a_window_is_read_across_shards(tmp_path, monkeypatch):
         tokens, labels = stream.read(window, 100, 20, 90)
         assert tokens.tolist() == all_tokens[window * 100 + 20 : window * 100 + 90].tolist()
         assert labels.tolist() == all_tokens[window * 100 + 21 : window * 100 + 91].tolist()
+        ends = [n + 1 for n, token in enumerate(all_tokens[window * 100 : window * 100 + 100]) if token == 256]
+        assert stream.documents(window, 100).tolist() == [0, *ends, 100]
 
 
 def files_in(folder):
