@@ -28,6 +28,7 @@ from longnet_dist import internals
 from longnet_dist.distributed.collectives import Communicator, gather_objects
 from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.integrations._transformers_batches import PACKING
 from longnet_dist.integrations.transformers import NAME, problem_of_batch, split_checked_batch
 from longnet_dist.models.loss import IGNORED
 
@@ -263,13 +264,15 @@ def _problem_of_model(model: Any, mesh: SequenceMesh | None) -> str | None:
 
 def _problem_of_batch(batch: dict[str, Any], mesh: SequenceMesh | None) -> str | None:
     """Return why a batch, as the collator made it, cannot be split; None if it can."""
-    if not {"input_ids", "labels"} <= set(batch) <= {"input_ids", "labels", "attention_mask", "position_ids"}:
+    known = {"input_ids", "labels", "attention_mask", "position_ids", *PACKING}
+    if not {"input_ids", "labels"} <= set(batch) <= known:
         return (
             f"the collator returned {', '.join(batch)}; it must return input_ids and labels, whole and not shifted, "
-            "and may return attention_mask: for example DataCollatorForLanguageModeling(tokenizer, mlm=False). Packed "
-            "documents (padding_free) are not supported"
+            "and may return attention_mask, position_ids and cu_seq_lens_q: for example "
+            "DataCollatorForLanguageModeling(tokenizer, mlm=False), or DataCollatorWithFlattening()"
         )
-    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in batch.items()}
+    tensors = {name: x for name, x in batch.items() if name not in PACKING}
+    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in tensors.items()}
     if len(set(shapes.values())) > 1 or len(shapes["input_ids"]) != 2:
         return f"the collator returned {shapes}; each must be a tensor, (B, N)"
     return problem_of_batch(batch, mesh)

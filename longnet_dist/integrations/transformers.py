@@ -6,7 +6,7 @@
 
 What cannot be exact raises a ValueError with the reason:
 
-- padding before tokens, and packed documents;
+- padding before tokens, and documents that are packed differently into the sequences of a batch;
 - sliding windows, soft caps, attention sinks and attention dropout;
 - a cache of past keys, and generate on a model with a mesh;
 - rotary frequencies that were cast with the model, and values of another head dim;
@@ -15,11 +15,9 @@ What cannot be exact raises a ValueError with the reason:
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -28,8 +26,9 @@ from longnet_dist import internals
 from longnet_dist.attention.api import dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.integrations._transformers_batches import (
-    PADDED_BEFORE,
-    pads_before_tokens,
+    OFFSETS,
+    PACKING,
+    CheckInputs,
     problem_of_batch,
     split_batch,
     split_checked_batch,
@@ -49,17 +48,18 @@ _UNSUPPORTED = {
 """Options of a model's attention that raise, with the reason."""
 _HARMLESS = {
     "position_ids", "cache_position", "use_cache", "shift_labels", "num_items_in_batch", "output_attentions",
-    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "is_causal",
+    "output_hidden_states", "output_router_logits", "return_dict", "logits_to_keep", "is_causal", *PACKING,
 }  # fmt: skip
 """Options of a model's attention that do not change its result. Any other may be a mask under another name."""
 
 
 @dataclass(frozen=True)
 class _Stamp:
-    """The pattern and mesh of an attention module."""
+    """The pattern and mesh of an attention module, and the hook of its model."""
 
     pattern: Pattern
     mesh: SequenceMesh | None
+    inputs: CheckInputs
 
 
 def register() -> None:
@@ -100,9 +100,10 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
     model.set_attn_implementation(NAME)
     if internals.attention_implementation(model.config) != NAME:
         raise ValueError(f"{type(model).__name__} does not call transformers' attention interface")
+    inputs = CheckInputs(pattern, mesh)
     for module in attentions:
         # Not through nn.Module's own __setattr__, as the mesh is neither a parameter nor a submodule.
-        object.__setattr__(module, "_longnet_dist", _Stamp(pattern, mesh))
+        object.__setattr__(module, "_longnet_dist", _Stamp(pattern, mesh, inputs))
     setattr(model.config, NAME, asdict(pattern))
     # transformers does not save the implementation that is in use, and a reload would attend by another.
     model.config.attn_implementation = NAME
@@ -112,7 +113,7 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
         vars(model).pop("generate", None)
     if previous := vars(model).get("_longnet_dist_hook"):
         previous.remove()
-    hook = model.base_model.register_forward_pre_hook(_CheckInputs(pattern, mesh), with_kwargs=True)
+    hook = model.base_model.register_forward_pre_hook(inputs, with_kwargs=True)
     object.__setattr__(model, "_longnet_dist_hook", hook)
     model.loss_function = _Loss(mesh)
     return model
@@ -212,10 +213,13 @@ def _attention(
             f"{query.shape[2]} new tokens and {key.shape[2]} keys: decoding with a cache of past keys is not supported "
             "yet; call generate(..., use_cache=False), which is exact"
         )
+    offsets = options.get(OFFSETS)
+    if problem is None and (offsets is not None) != stamp.inputs.packed:
+        problem = f"{type(module).__name__} is not told of packed documents, which would see each other"
     if problem:
         refuse(problem, stamp.mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = dilated_attention(q, k, v, stamp.pattern, causal=True, scale=scaling, mesh=stamp.mesh)
+    out = dilated_attention(q, k, v, stamp.pattern, causal=True, scale=scaling, mesh=stamp.mesh, cu_seqlens=offsets)
     return out, None
 
 
@@ -242,68 +246,12 @@ def _mask(
     attention_mask: Tensor | None = None,
     **_: Any,
 ) -> None:
-    """Return None for plain causal attention, and raise for any other mask. `_CheckInputs` has checked the padding."""
+    """Return None for plain causal attention, and raise for any other mask. `CheckInputs` has checked the padding."""
     if mask_function is not causal_mask_function:
         raise ValueError(
-            "the model asks for more than a causal mask (packed documents, a sliding window, blocks): pack none "
-            "(position_ids must not restart), and use a config without windows. Compiled as a whole it asks for one "
-            "whatever the positions are: compile its layers instead"
+            "the model asks for more than a causal mask (a sliding window, blocks): use a config without windows. "
+            "Compiled as a whole it asks for one whatever the positions are: compile its layers instead"
         )
-
-
-class _CheckInputs:
-    """A hook before the model's forward, which adds global positions and raises for silently wrong inputs."""
-
-    def __init__(self, pattern: Pattern, mesh: SequenceMesh | None) -> None:
-        self.pattern, self.mesh = pattern, mesh
-        self.warned = False
-
-    def __call__(
-        self, module: nn.Module, arguments: tuple[Any, ...], inputs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        tokens = inputs.get("input_ids", arguments[0] if arguments else None)
-        rows = tokens if tokens is not None else inputs.get("inputs_embeds")
-        if rows is None:
-            return arguments, inputs
-        mesh, reach = self.mesh, self.pattern.reach(rows.shape[1])
-        if mesh is None and reach < rows.shape[1] and not self.warned:  # A mesh has warned when it was made.
-            self.warned = True
-            warnings.warn(
-                f"no token sees further than {reach:,} tokens, and sequences have {rows.shape[1]:,}: give apply a "
-                "pattern with a longer segment",
-                stacklevel=2,
-            )
-        if mesh is not None and rows.shape[1] != mesh.shard.num_rows:
-            refuse(mesh.wrong_rows("the batch", rows.shape[1]) + " (split_batch does)", mesh)
-        self._check_padding(inputs)
-        start = 0 if mesh is None else mesh.shard.start
-        expected = torch.arange(start, start + rows.shape[1], device=rows.device)[None]
-        positions = inputs.get("position_ids")
-        if mesh is None and (positions is None or rows.shape[1] == 1):
-            return arguments, inputs
-        if positions is not None and not torch.equal(positions, expected.expand_as(positions)):
-            refuse(
-                f"position_ids must be global and without restarts, {start} to {start + rows.shape[1] - 1} here: leave "
-                "them out, and they are; packed documents are not supported",
-                mesh,
-            )
-        return arguments, inputs | {"position_ids": expected if positions is None else positions}
-
-    def _check_padding(self, inputs: dict[str, Any]) -> None:
-        """Remove a mask of padding at the end, which no token sees; raise for padding elsewhere."""
-        mask = inputs.get("attention_mask")
-        if mask is None:
-            return
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            refuse(
-                "attention_mask must be (B, N), 1 for tokens and 0 for padding: the pattern says which keys a query "
-                "sees",
-                self.mesh,
-            )
-        whole = mask.to(torch.uint8) if self.mesh is None else self.mesh.join(mask.to(torch.uint8).contiguous())
-        if pads_before_tokens(whole):
-            raise ValueError(PADDED_BEFORE)
-        inputs["attention_mask"] = None
 
 
 class _Loss:

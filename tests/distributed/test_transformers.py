@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -102,8 +103,10 @@ def errors(group):
     wrong_on_one_rank = mesh.positions()[None] + int(mesh.rank == 0)
     cases = [
         (batch, "split_batch"),  # Not split.
-        (local | {"position_ids": wrong_on_one_rank}, "must be global and without restarts"),
-        (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "must be global and without restarts"),
+        (local | {"position_ids": wrong_on_one_rank}, "position_ids must be those of split_batch"),
+        (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "position_ids must be those of split"),
+        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 40])}, "position_ids must be those of split_batch"),
+        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 20])}, "must rise from 0 to the 40 tokens"),
         (local | {"attention_mask": mesh.split(left["attention_mask"])}, "padding before tokens"),
         ({name: x for name, x in local.items() if name != "shift_labels"}, "shifted before they are split"),
         (local | {"attention_mask": torch.ones(2, 1, 40, 40)}, r"must be \(B, N\)"),
@@ -113,15 +116,18 @@ def errors(group):
             model(**inputs)
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         make_model("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
-    restarts = {"position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
+    restarts = {"position_ids": torch.stack([torch.arange(20).repeat(2), torch.arange(40)])}
     of_another_rank = {"input_ids": batch["input_ids"] + int(mesh.rank == 1)}
     for wrong_batch, message in (
-        (batch | restarts, "position_ids restart"),
-        (batch | (restarts if mesh.rank == 0 else {}), "position_ids restart"),
+        (batch | restarts, "begin anew with each packed document, in all sequences"),
+        (batch | (restarts if mesh.rank == 0 else {}), "begin anew with each packed document, in all sequences"),
         (batch | of_another_rank, "the ranks of one sequence disagree.*the batch"),
         (left, "padding before tokens"),
         (draw(41), "the batch is of 41 tokens, and the mesh of seq_len = 40"),
-        (batch | {"cu_seq_lens_q": torch.tensor([0, 40])}, "cu_seq_lens_q: packed documents"),
+        (batch | {"cu_seq_lens_q": torch.tensor([0, 39])}, "must rise from 0 to the 40 tokens of a sequence"),
+        (batch | {"cu_seq_lens_q": torch.tensor([0.0, 40.0])}, "a tensor of integers"),
+        (batch | {"cu_seq_lens_q": torch.tensor([0, 40]), "cu_seq_lens_k": torch.tensor([0, 9, 40])}, "differ"),
+        (batch | {"seq_idx": torch.zeros(2, 40)}, "seq_idx, which is not supported"),
     ):
         with pytest.raises(ValueError, match=message):
             split_batch(wrong_batch, mesh)
@@ -196,15 +202,15 @@ def test_wrong_uses_raise_on_one_process():
     from longnet_dist.integrations.transformers import apply, register
 
     batch = draw(40)
-    packed = {"input_ids": batch["input_ids"], "position_ids": torch.arange(20).repeat(2)[None].expand(2, -1)}
-    with pytest.raises(ValueError, match="without restarts"):
-        make_model("llama")(**packed)
+    positions = torch.stack([torch.arange(20).repeat(2), torch.arange(40)])
+    with pytest.raises(ValueError, match="at the same places in all sequences"):
+        make_model("llama")(batch["input_ids"], position_ids=positions)
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     mistral = transformers.MistralConfig(**sizes, vocab_size=50, num_hidden_layers=1, sliding_window=8)
     with pytest.raises(ValueError, match="sliding window"):
         apply(transformers.MistralForCausalLM(mistral), PATTERN)(batch["input_ids"])
-    with pytest.raises(ValueError, match=r"cu_seq_lens_q, .*not known here"):
-        make_model("llama")(batch["input_ids"], cu_seq_lens_q=torch.tensor([0, 20, 40]), max_length_q=20)
+    with pytest.raises(ValueError, match=r"block_tables, which is not known here"):
+        make_model("llama")(batch["input_ids"], block_tables=torch.zeros(2))
     falcon = transformers.FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=4)
     with pytest.raises(ValueError, match="does not call transformers' attention interface"):
         apply(transformers.FalconForCausalLM(falcon), PATTERN)
@@ -313,3 +319,71 @@ def test_sequences_that_are_longer_than_every_segment_are_said_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(**draw(40))
+
+
+DOCUMENTS = [0, 13, 14, 40]
+
+
+def pack(rows=40):
+    """A batch as transformers' DataCollatorWithFlattening makes it, and its documents alone."""
+    from transformers import DataCollatorWithFlattening
+
+    tokens = draw(rows)["input_ids"][0]
+    alone = [tokens[a:b] for a, b in itertools.pairwise(DOCUMENTS)]
+    features = [{"input_ids": document.tolist(), "labels": document.tolist()} for document in alone]
+    return DataCollatorWithFlattening(return_flash_attn_kwargs=True)(features), alone
+
+
+def logits_of_packed(group, family, described_by):
+    """Return logits, loss and gradients of packed documents, and those of each document alone."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    batch, alone = pack()
+    kept = {"positions": ("position_ids",), "offsets": ("cu_seq_lens_q",), "both": batch.keys()}[described_by]
+    batch = {name: x for name, x in batch.items() if name in ("input_ids", "labels", *kept)}
+    mesh = None if group is None else SequenceMesh(group, PATTERN, 40)
+    model = make_model(family, PATTERN, mesh)
+    result = model(**split_batch(batch, mesh))
+    result.loss.backward()
+    join, add = (lambda x: x, lambda x: x) if mesh is None else (mesh.join, mesh.sum)
+    packed = [join(result.logits).detach(), result.loss.detach(), *(add(p.grad) for p in model.parameters())]
+    reference = make_model(family)
+    logits = torch.cat([reference(document[None]).logits for document in alone], dim=1)
+    targets = torch.cat([torch.cat([document[1:], torch.tensor([-100])]) for document in alone])
+    loss = torch.nn.functional.cross_entropy(logits[0], targets)
+    loss.backward()
+    return packed, [logits.detach(), loss.detach(), *(p.grad for p in reference.parameters())]
+
+
+@pytest.mark.parametrize("described_by", ["positions", "offsets", "both"])
+@pytest.mark.parametrize(("world", "family"), [(0, "llama"), (0, "gpt_neox"), (2, "qwen3"), (4, "llama")])
+def test_packed_documents_are_attended_each_alone(pool, world, family, described_by):
+    results = [logits_of_packed(None, family, described_by)]
+    if world:
+        results = pool.run(world, logits_of_packed, family, described_by)
+    for packed, alone in results:
+        for actual, expected in zip(packed, alone, strict=True):
+            assert_close(actual.detach(), expected, rtol=0, atol=1e-11)
+
+
+def test_packed_documents_without_split_batch():
+    """On one process the model takes what the collator makes; the stock Trainer passes it like that."""
+    batch, alone = pack()
+    model = make_model("llama")
+    expected = torch.cat([model(document[None]).logits for document in alone], dim=1)
+    for names in (("position_ids",), ("cu_seq_lens_q",), batch.keys()):
+        inputs = {name: x for name, x in batch.items() if name in names and name not in ("input_ids", "labels")}
+        assert_close(model(batch["input_ids"], **inputs).logits, expected, rtol=0, atol=1e-11)
+    assert_close(model(alone[2][None]).logits, expected[:, 14:], rtol=0, atol=1e-11)
+
+
+def test_a_model_that_does_not_pass_the_documents_on_raises(monkeypatch):
+    batch, _ = pack()
+    model = make_model("llama")
+    for layer in model.model.layers:
+        forward = layer.forward
+        monkeypatch.setattr(
+            layer, "forward", lambda *a, forward=forward, **o: forward(*a, **(o | {"cu_seq_lens_q": None}))
+        )
+    with pytest.raises(ValueError, match="is not told of packed documents"):
+        model(batch["input_ids"], position_ids=batch["position_ids"])

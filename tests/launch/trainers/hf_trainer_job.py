@@ -82,6 +82,23 @@ def losses_in_float32(folder, mesh, trainer_class=DilatedTrainer, **options):
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
 
+def losses_of_packed(folder, mesh):
+    """Return the losses of documents of 4 to 26 tokens, three of which a collator packs into each sequence of 45."""
+    from transformers import DataCollatorWithFlattening
+
+    generator = torch.Generator().manual_seed(5)
+    samples = []
+    for _ in range(8):
+        for length in (4, 15, 26):
+            tokens = torch.randint(50, (length,), generator=generator).tolist()
+            samples.append({"input_ids": tokens, "labels": tokens})
+    options = {"per_device_train_batch_size": 3, "train_sampling_strategy": "sequential", "eval_strategy": "no"}
+    trainer = make_trainer(folder, mesh, **options)
+    trainer.train_dataset, trainer.data_collator = samples, DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
 def errors(folder, mesh):
     """Return the error of each wrong use by the expected message. Every rank must raise, and none may hang."""
     rank = dist.get_rank()
@@ -135,6 +152,7 @@ def main():
         "one mesh": train(folder / "one", whole),
         "two meshes": train(folder / "two", half, num_meshes=2, num_sequences=12),
         "bfloat16": losses_in_float32(folder / "bfloat16", whole, bf16=True),
+        "packed": losses_of_packed(folder / "packed", whole),
         "errors": errors(folder / "errors", whole),
     }
     torch.save(results, folder / f"{dist.get_rank()}.pt")

@@ -59,6 +59,15 @@ def test_bfloat16_is_near_float32_on_one_rank_and_on_several(job_results, tmp_pa
 
 
 @pytest.mark.slow
+def test_packed_documents_have_the_losses_of_one_process(job_results, tmp_path):
+    from tests.launch.trainers.hf_trainer_job import losses_of_packed
+
+    expected = losses_of_packed(tmp_path, None)
+    for results in job_results:
+        assert results["packed"] == pytest.approx(expected, abs=5e-7)
+
+
+@pytest.mark.slow
 def test_what_would_be_wrong_raises_on_every_rank(job_results):
     for rank, results in enumerate(job_results):
         for expected, message in results["errors"].items():

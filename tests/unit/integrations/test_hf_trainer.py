@@ -96,7 +96,8 @@ def make_batch(job, **changes):
     [
         ({"labels": None}, "the collator returned input_ids; it must return input_ids and labels"),
         ({"input_ids": None}, "it must return input_ids and labels"),
-        ({"cu_seq_lens_q": torch.zeros(3)}, "cu_seq_lens_q; it must return .*padding_free"),
+        ({"seq_idx": torch.zeros(3)}, "seq_idx; it must return .*DataCollatorWithFlattening"),
+        ({"cu_seq_lens_q": torch.tensor([0, 44])}, "must rise from 0 to the 45 tokens of a sequence"),
         (
             {"shift_labels": torch.zeros(2, 45)},
             "shift_labels; it must return input_ids and labels, whole and not shifted",
@@ -104,7 +105,10 @@ def make_batch(job, **changes):
         ({"attention_mask": torch.ones(2, 1, 45, 45)}, r"each must be a tensor, \(B, N\)"),
         ({"labels": torch.zeros(2, 44).long()}, r"'labels': \(2, 44\)\}; each must be a tensor"),
         ({"input_ids": [[1] * 45] * 2}, r"'input_ids': 'list'"),
-        ({"position_ids": torch.arange(45).remainder(20).expand(2, -1)}, "position_ids restart"),
+        (
+            {"position_ids": torch.stack([torch.arange(45), torch.arange(45) % 20])},
+            "begin anew with each packed document, in all sequences",
+        ),
         ({"input_ids": torch.ones(2, 46).long(), "labels": torch.ones(2, 46).long()}, "of 46 tokens.* pad .* or pack"),
     ],
 )
