@@ -19,8 +19,9 @@ def on_pre_build(config: Any) -> None:
     shown = set(re.findall(r"^::: (\S+)$", (Path(config.docs_dir) / "reference.md").read_text(), re.MULTILINE))
     problems = [f"{name} has no docstring" for name, has_docstring in _public(package) if not has_docstring]
     needed = [*_exports(package), "longnet_dist.functional"]
-    for module in package["integrations"].modules.values():
-        needed += _exports(module) or [module.path]
+    for name, module in package["integrations"].modules.items():
+        if not name.startswith("_") and module.path not in shown:
+            needed += _exports(module) or [module.path]
     problems += [f"{name} is not in docs/reference.md" for name in needed if name not in shown]
     if problems:
         raise PluginError("\n".join(problems))

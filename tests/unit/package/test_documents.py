@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +55,13 @@ def test_every_promise_names_the_tests_that_prove_it(name, sections):
         assert proofs or "*Unproven.*" in promise, promise
         for proof in proofs:
             assert re.search(rf"^def {proof}\(", tests, re.MULTILINE), proof
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_api_reference_is_complete():
+    """`make docs` checks it, too, and fails."""
+    script = runpy.run_path(str(ROOT / "docs" / "check_reference.py"))
+    script["on_pre_build"](SimpleNamespace(docs_dir=ROOT / "docs"))
 
 
 def test_the_readme_lists_every_folder_and_module_of_the_package_and_no_other():
