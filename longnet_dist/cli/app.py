@@ -29,7 +29,7 @@ from longnet_dist.cli.draw import run_draw
 from longnet_dist.cli.evaluate import run_eval
 from longnet_dist.cli.export import run_export
 from longnet_dist.cli.options import PathError, check_values, path_registry
-from longnet_dist.cli.plan import run_plan
+from longnet_dist.cli.plan import run_calibrate, run_plan
 from longnet_dist.cli.report import run_report
 from longnet_dist.cli.score import run_score
 from longnet_dist.cli.tokenize import run_tokenize
@@ -44,6 +44,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "report": run_report,
     "draw": run_draw,
     "plan": run_plan,
+    "calibrate": run_calibrate,
     "doctor": run_doctor,
 }
 _DESCRIPTION = """Train, evaluate and inspect LongNet models on very long sequences.

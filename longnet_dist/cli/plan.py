@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 from longnet_dist.cli.options import check_positive
+from longnet_dist.paths import write_whole
 from longnet_dist.plan.cost import (
     FORWARDS_PER_STEP,
     LayerSize,
@@ -15,7 +18,7 @@ from longnet_dist.plan.cost import (
     choose_strategies,
     rank_flops,
 )
-from longnet_dist.plan.hardware import HARDWARE
+from longnet_dist.plan.hardware import Hardware
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, is_shared
 from longnet_dist.units import format_bytes, format_flops
@@ -36,7 +39,7 @@ def run_plan(
     strategy: Literal["auto", "all_gather", "all_to_all", "exchange"] = "auto",
     keep_kv: bool | None = None,
     causal: bool = True,
-    hardware: Literal["cpu", "a100", "h100", "h200", "b200"] = "h100",
+    hardware: str = "h100",
     as_json: bool = False,
 ) -> None:
     """Print what a model costs over many ranks: rows, received bytes and operations, by branch and in all.
@@ -56,7 +59,8 @@ def run_plan(
         strategy: How queries meet the keys of other ranks; auto takes the fastest for each branch.
         keep_kv: Whether to keep what other ranks sent for the backward; by default if that is little.
         causal: Whether a query sees only keys at or before its own position.
-        hardware: The speed of a rank, by which times are estimated.
+        hardware: Speed of a rank, by which times are estimated: cpu, a100, h100, h200, b200, or a file that
+            `longnet-dist calibrate` wrote.
         as_json: Print one JSON object.
     """
     kv_heads = heads if kv_heads is None else kv_heads
@@ -71,17 +75,58 @@ def run_plan(
     else:
         pattern = Pattern(segment_lengths, dilation_rates)
     layer = LayerSize(heads, kv_heads, head_dim, element_size, causal)
-    plan = _plan(pattern, seq_len, ranks, layer, strategy, keep_kv, hardware)
+    plan = _plan(pattern, seq_len, ranks, layer, strategy, keep_kv, Hardware.read(hardware))
     plan |= _whole_model(plan, layers, vocab_size, heads * head_dim, kv_heads * head_dim, seq_len)
     print(json.dumps(plan, indent=2) if as_json else _describe(plan))
 
 
+def run_calibrate(
+    out: Path = Path("hardware.json"),
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    heads: int = 8,
+    head_dim: int = 64,
+    rows: int = 4096,
+) -> None:
+    """Measure how fast this machine, or the ranks that torchrun started, compute attention and communicate.
+
+    The file is for `longnet-dist plan --hardware FILE` and `longnet-dist train --hardware FILE`.
+
+    Args:
+        out: File to write, .json.
+        dtype: Dtype of the attention; by default float32 on CPUs and bfloat16 on GPUs.
+        heads: Number of heads.
+        head_dim: Number of dimensions per head.
+        rows: Number of tokens of the attention that is measured.
+    """
+    import torch
+    import torch.distributed as dist
+
+    from longnet_dist.attention.calibration import calibrate
+    from longnet_dist.training.config import TrainConfig
+    from longnet_dist.training.processes import init_processes
+
+    if out.suffix != ".json":
+        raise ValueError(f"--out is {out}; its name must end in .json")
+    check_positive({"heads": heads, "head-dim": head_dim, "rows": rows})
+    with init_processes(TrainConfig()) as device:
+        group = dist.group.WORLD if dist.is_initialized() else None
+        name = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        sizes = {"num_heads": heads, "head_dim": head_dim, "rows": rows}
+        hardware = calibrate(group, dtype=getattr(torch, name), name=out.stem, **sizes)
+        if group is None or dist.get_rank(group) == 0:
+            write_whole(out, json.dumps(dataclasses.asdict(hardware), indent=1) + "\n")
+            speeds = (
+                f"{format_flops(hardware.flops)}/s in attention ({name}), {format_bytes(hardware.bandwidth)}/s received"
+            )
+            print(f"{speeds}, {hardware.latency * 1e6:,.0f} microseconds a collective: {out}")
+
+
 def _plan(
-    pattern: Pattern, seq_len: int, ranks: int, layer: LayerSize, strategy: str, keep_kv: bool | None, hardware: str
+    pattern: Pattern, seq_len: int, ranks: int, layer: LayerSize, strategy: str, keep_kv: bool | None, speed: Hardware
 ) -> dict[str, Any]:
     """Return the costs of one layer, forward and backward, of the rank that has most of each."""
     chunk = choose_chunk(pattern, seq_len, ranks)
-    shard, speed = Shard(seq_len, chunk, 0, ranks), HARDWARE[hardware]
+    shard = Shard(seq_len, chunk, 0, ranks)
     strategies = (strategy,) * len(pattern.branches)
     if strategy == "auto":
         strategies = choose_strategies(pattern, shard, layer, speed, keep_kv)
@@ -116,7 +161,7 @@ def _plan(
         "received_bytes": max(map(sum, received)),
         "forward_flops": flops,
         "imbalance": max(rank_flops(pattern, s, layer, strategies) for s in shards) * busy / max(1, flops),
-        "hardware": hardware,
+        "hardware": speed.name,
         "seconds": sum(branch["seconds"] for branch in branches),
         "others_received_bytes": _others(pattern, seq_len, busy, chunk, layer),
     }

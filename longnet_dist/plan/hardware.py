@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,27 @@ class Hardware:
         for field in ("flops", "bandwidth", "latency"):
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field} of the hardware {self.name} is {getattr(self, field)}; it must be above 0")
+
+    @classmethod
+    def read(cls, name_or_file: str | Path) -> Self:
+        """Return hardware of `HARDWARE` by its name, or that of a file which `longnet-dist calibrate` wrote.
+
+        Raises:
+            ValueError: for an unknown name, or a file that does not hold hardware.
+        """
+        if str(name_or_file) in HARDWARE:
+            return cls(**asdict(HARDWARE[str(name_or_file)]))
+        path = Path(name_or_file).expanduser()
+        if not path.is_file():
+            raise ValueError(
+                f"hardware is {str(name_or_file)!r}; it must be one of {', '.join(HARDWARE)}, or a file that "
+                "`longnet-dist calibrate` wrote"
+            )
+        try:
+            content = json.loads(path.read_text())
+            return cls(**{field.name: content[field.name] for field in fields(cls)})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} does not hold what `longnet-dist calibrate` writes: {error!r}") from None
 
 
 HARDWARE = {

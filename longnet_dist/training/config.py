@@ -98,6 +98,9 @@ class TrainConfig:
     """Folder for tokenised data, which later runs reuse."""
     strategy: str = "auto"
     """How queries meet the keys of other ranks: all_gather, all_to_all, exchange, or auto."""
+    hardware: str = ""
+    """Speed of a rank, by which the strategy auto compares: cpu, a100, h100, h200, b200, or a file that `longnet-dist
+    calibrate` wrote. The default is an estimate for CPUs, or for an H100."""
     keep_kv: bool | None = None
     """Keep what other ranks sent for the backward, instead of sending it again; by default if that is little."""
     wandb: str = ""

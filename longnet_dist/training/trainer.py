@@ -26,6 +26,7 @@ from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.plan.hardware import Hardware
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
     create_run_folder,
@@ -141,6 +142,7 @@ class _Trainer:
             config.model.pattern,
             config.seq_len,
             strategy=config.strategy,
+            hardware=Hardware.read(config.hardware) if config.hardware else None,
             keep_kv=config.keep_kv,
             timeout=limit,
         )

@@ -57,6 +57,21 @@ def test_bfloat16_over_ranks_is_near_one_process(tmp_path):
 
 
 @pytest.mark.slow
+def test_measured_hardware_chooses_strategies(tmp_path):
+    """Ranks measure together, and one writes the file, which a run and a plan read."""
+    path = tmp_path / "measured.json"
+    done = forked(2, "-m", "longnet_dist", "calibrate", "--out", path, "--rows", 256)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("microseconds a collective") == 1
+    assert json.loads(path.read_text()).keys() == {"name", "flops", "bandwidth", "latency"}
+    done = forked(2, *train(tmp_path / "run", "--steps", 2, "--seq-len", 250, "--hardware", path))
+    assert done.returncode == 0, done.stderr
+    assert len(losses(tmp_path / "run")) == 2
+    done = forked(1, "-m", "longnet_dist", "plan", "--hardware", path)
+    assert "on measured: an estimate" in done.stdout
+
+
+@pytest.mark.slow
 def test_separate_documents_over_ranks_are_those_of_one_process(tmp_path):
     """Lines are documents; some cross ranks. The losses are not those of joined documents."""
     lines = "".join(json.dumps({"text": f"document {n} " * (n % 9)}) + "\n" for n in range(400))

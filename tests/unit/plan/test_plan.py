@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 
 import pytest
@@ -12,6 +14,7 @@ from longnet_dist import Pattern
 from longnet_dist.attention.reference import branch_counts
 from longnet_dist.plan.blocks import Rows, make_plan
 from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
+from longnet_dist.plan.hardware import HARDWARE, Hardware
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 from tests.cases import patterns
 
@@ -150,3 +153,17 @@ def test_planning_for_4096_ranks_takes_seconds():
     rank_groups(pattern, Shard(4096 * 16384, 16384, 0, 4096))
     make_plan(pattern, Shard(4096 * 16384, 16384, 1000, 4096), 32, True)
     assert time.process_time() - start < 10
+
+
+def test_hardware_is_read_by_name_or_from_a_file(tmp_path):
+    assert Hardware.read("h100") == HARDWARE["h100"]
+    measured = Hardware("mine", 1e10, 2e9, 3e-5)
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(dataclasses.asdict(measured)))
+    assert Hardware.read(path) == measured
+    with pytest.raises(ValueError, match=r"hardware is 'h9'; it must be one of cpu, .* or a file"):
+        Hardware.read("h9")
+    for content in ("{", "[]", '{"name": "x", "flops": 0, "bandwidth": 1, "latency": 1}', '{"name": "x"}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"mine.json does not hold what `longnet-dist calibrate` writes"):
+            Hardware.read(path)
