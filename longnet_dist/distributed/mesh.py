@@ -242,8 +242,8 @@ class SequenceMesh:
         integers on a CPU. Another disagreement is a timeout there.
 
         Args:
-            facts: a small dict of what must be the same on every rank, by its name in errors. "device" names the type
-                of device on which the call computes, if that may differ from the group's.
+            facts: a small dict of what must be the same on every rank, by its name in errors. "device" is the type of
+                the call's device, if that may differ from the group's.
             problem: what is wrong on this rank, or None.
             always: whether to compare in every call, on GPUs too.
 
@@ -257,8 +257,7 @@ class SequenceMesh:
             if problem:
                 raise ValueError(problem)
             return False
-        key = tuple((name, str(value)) for name, value in facts.items())
-        split = vars(self._batch).get("split")
+        key, split = str(facts), vars(self._batch).get("split")
         if problem is None and key in self._agreed and not split:
             return False
         if split:
@@ -267,6 +266,7 @@ class SequenceMesh:
         of_mesh = {f"the mesh's {name}": value for name, value in self._facts.items()}
         self.everyone.agree(of_mesh | getattr(self._batch, "facts", {}) | facts, problem)
         if not always and "cuda" in (facts.get("device"), self.everyone.device.type):
+            self._agreed = self._agreed if len(self._agreed) < 4096 else set()  # Documents are new in every step.
             self._agreed.add(key)
         return True
 
