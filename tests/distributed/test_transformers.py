@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 
 import pytest
@@ -190,7 +191,8 @@ def test_unsupported_options_of_an_attention_raise(name, options, message, monke
         sizes |= {"layer_types": ["full_attention"] * 2}
     config = getattr(transformers, f"{name}Config")(**(sizes | options))
     model = getattr(transformers, f"{name}ForCausalLM")(config)
-    monkeypatch.setattr("longnet_dist.integrations.transformers._mask", lambda *_, **__: None)
+    module = importlib.import_module("longnet_dist.integrations.transformers")
+    monkeypatch.setattr(module, "_mask", lambda *_, **__: None)
     with pytest.raises(ValueError, match=message):
         apply(model, PATTERN)(draw(40)["input_ids"])
 

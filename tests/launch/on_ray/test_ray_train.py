@@ -162,6 +162,7 @@ def test_a_run_shrinks_when_a_node_is_lost_and_grows_when_one_joins(ray_nodes, s
     assert losses(tmp_path / "run")[:last] == pytest.approx(plain_losses(tmp_path / "plain", 1, last), rel=1e-9)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_that_moves_to_a_spare_node_has_the_losses_of_an_undisturbed_one(ray_nodes, start_job, tmp_path):
     """A node of two is lost, and there is a third: the run has two ranks again, so the losses are identical."""

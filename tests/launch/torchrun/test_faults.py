@@ -17,11 +17,10 @@ EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 @pytest.mark.parametrize(
     ("where", "rank"),
     [
-        ("forward", 0),
         ("save", 1),
         *(
             pytest.param(*case, marks=EXHAUSTIVE)
-            for case in (("forward", 1), ("backward", 0), ("backward", 1), ("save", 0))
+            for case in (("forward", 0), ("forward", 1), ("backward", 0), ("backward", 1), ("save", 0))
         ),
     ],
 )

@@ -17,13 +17,13 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
     [
         (2, 256, ()),
         (4, 250, ("--keep-kv", "True", "--grad-accumulation", 2)),
+        pytest.param(2, 250, ("--compile",), marks=(pytest.mark.slow, pytest.mark.exhaustive)),
         *(
             pytest.param(2, 250, options, marks=pytest.mark.slow)
             for options in (
                 ("--async-checkpoints", "--checkpoint-every", 2),
                 ("--model.activation-checkpointing", "selective"),
                 ("--model.activation-checkpointing", "full", "--model.offload-activations"),
-                ("--compile",),
                 ("--strategy", "exchange", "--model.num-kv-heads", 1),
             )
         ),
