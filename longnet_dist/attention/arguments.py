@@ -51,7 +51,13 @@ SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hi
 
 
 def agree(
-    q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, options: Options
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias_parameters: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: Options,
+    problem_of_offsets: str | None,
 ) -> None:
     """Check that every rank of the mesh passes the same valid arguments.
 
@@ -77,7 +83,21 @@ def agree(
         "documents (a digest of their offsets)": None if cu_seqlens is None else digest(cu_seqlens),
     }
     bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
-    mesh.agree(facts, problem(q, k, v, bias, options))
+    mesh.agree(facts, problem(q, k, v, bias, options) or problem_of_offsets)
+
+
+def offsets_problem(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> str | None:
+    """Describe why offsets cannot be those of documents, which a compiled call does not know before; None if they can.
+
+    The last document may end before the sequence does.
+    """
+    if cu_seqlens is None:
+        return None
+    mesh, offsets = mesh_of(options.mesh), cu_seqlens.tolist()
+    num_tokens = q.shape[1] if mesh is None else mesh.seq_len
+    if offsets and offsets[0] == 0 and offsets[-1] <= num_tokens and offsets == sorted(offsets):
+        return None
+    return f"the offsets of documents must rise from 0 to at most N = {num_tokens}, and are {offsets[:8]}"
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options) -> str | None:

@@ -46,8 +46,11 @@ def calibrate(
     Returns:
         The hardware, the same on every rank; for `SequenceMesh(hardware=...)` and `longnet-dist plan --hardware FILE`.
     """
-    device = torch.device("cpu") if group is None else Communicator(group, timedelta(minutes=10), 0).device
-    if group is None and torch.cuda.is_available():
+    types = ["cuda" if torch.cuda.is_available() else "cpu"]
+    if group is not None:
+        types = Communicator(group, timedelta(minutes=10), 0).device_types
+    device = torch.device("cpu")
+    if types == ["cuda"]:
         device = torch.device("cuda", torch.cuda.current_device())
     shape, pattern = (3, 1, rows, num_heads, head_dim), Pattern((rows,), (1,))
     q, k, v = (x.requires_grad_() for x in torch.randn(shape, device=device, dtype=dtype).unbind())

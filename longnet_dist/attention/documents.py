@@ -7,6 +7,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 
 _DTYPES = (torch.int32, torch.int64)
@@ -31,6 +32,8 @@ def to_offsets(
     """
     if problem := _problem(cu_seqlens, lengths, batch, num_tokens):
         refuse(problem, mesh)
+    if mesh is not None and lengths is not None and not torch.compiler.is_compiling():
+        mesh.agree({"call": "lengths", "lengths (a digest)": digest(lengths), "device": lengths.device.type})
     if cu_seqlens is not None:
         return cu_seqlens.to("cpu", torch.int64)
     if lengths is not None:

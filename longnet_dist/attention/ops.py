@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.arguments import SCHEMA, Options, agree
+from longnet_dist.attention.arguments import SCHEMA, Options, agree, offsets_problem
 from longnet_dist.attention.call import Call, HeadTable, plan_of, retained_sizes, unit_stride
 from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dtype, as_keys, as_queries, rectangle
 from longnet_dist.plan.blocks import OwnBlock, Rows
@@ -48,8 +48,11 @@ def forward_op(
     q: Tensor, k: Tensor, v: Tensor, bias_parameters: Tensor | None, cu_seqlens: Tensor | None, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (out, lse, retained); `retained` holds what exchanges keep for the backward, which may be nothing."""
+    problem = offsets_problem(q, cu_seqlens, Options(*options))
     if Options(*options).mesh:
-        agree(q, k, v, bias_parameters, cu_seqlens, Options(*options))
+        agree(q, k, v, bias_parameters, cu_seqlens, Options(*options), problem)
+    elif problem:
+        raise ValueError(problem)
     call = Call.of(q, k, bias_parameters, cu_seqlens, Options(*options))
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)

@@ -100,12 +100,6 @@ def num_data_ranks(config: TrainConfig, num_ranks: int) -> int:
             f"batch_size {config.batch_size} is not a multiple of the {replicate * shard} data-parallel ranks "
             "(dp_replicate x dp_shard) that share it"
         )
-    if config.documents == "separate" and config.batch_size > replicate * shard:
-        raise ValueError(
-            f"batch_size is {config.batch_size}, and with --documents separate a forward takes one sequence on each of "
-            f"the {replicate * shard} data-parallel ranks, because sequences have other documents: give --batch-size "
-            f"{replicate * shard}, and --grad-accumulation for more"
-        )
     return replicate * shard
 
 

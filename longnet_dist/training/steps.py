@@ -166,11 +166,14 @@ class StepRunner:
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
-        documents = None
-        if self.config.documents == "separate":
-            documents = stream.documents(windows[0], self.config.seq_len)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
-            return self.model(tokens, mesh=self.mesh, targets=labels, cu_seqlens=documents)
+            if self.config.documents == "joined":
+                return self.model(tokens, mesh=self.mesh, targets=labels)
+            # Sequences have other documents, so each is a call of its own.
+            documents = [stream.documents(window, self.config.seq_len) for window in windows]
+            sequences = zip(tokens.split(1), labels.split(1), documents, strict=True)
+            losses = [self.model(x, mesh=self.mesh, targets=y, cu_seqlens=offsets) for x, y, offsets in sequences]
+            return torch.stack(losses).mean()
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))

@@ -80,6 +80,7 @@ def test_separate_documents_over_ranks_are_those_of_one_process(tmp_path):
     for ranks, kind in ((1, "separate"), (2, "separate"), (1, "joined")):
         folder = tmp_path / f"run-{ranks}-{kind}"
         options = ("--data", tmp_path / "text.jsonl", "--steps", 6, "--seq-len", 250, "--grad-accumulation", 2)
+        options += ("--batch-size", 2)
         done = forked(ranks, *train(folder, *options, "--documents", kind))
         assert done.returncode == 0, done.stderr
         curves[ranks, kind] = losses(folder)

@@ -78,7 +78,6 @@ def test_training_learns(config):
         ({"seq_len": 10**6}, "one sequence with the token after it is 1000001"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"documents": "apart"}, "documents is 'apart'; it must be joined or separate"),
-        ({"documents": "separate", "batch_size": 2}, "one sequence on each of the 1 data-parallel ranks"),
         ({"validation_fraction": 1.5}, "must lie between 0 and 1"),
         ({"clip_norm": -1.0}, "clip_norm is -1.0; it must be at least 0"),
         ({"warmup_steps": -1}, "warmup_steps is -1"),
