@@ -120,7 +120,7 @@ class _Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file:
-            if kind is not None:
+            if kind is not None and not self._file.closed:
                 self.save()
         if not self.shard.documents:
             self._path.unlink()
@@ -179,6 +179,8 @@ class _Writer:
             _check_source(self.folder, partial, new.source)
         if partial.source != new.source or saved is None:
             return None
+        if not isinstance(saved, dict) or not {"shard", "position", "shard_position"} <= saved.keys():
+            raise ValueError(f"{path} cannot be read: remove {self.folder}, and tokenise the data again")
         self.index, self._shard_position = partial, saved["shard_position"]
         self.position = self._shard_position
         self.shard = self._new_shard()
@@ -186,7 +188,10 @@ class _Writer:
 
     def _resume(self, saved: dict[str, Any]) -> bool:
         """Take over an unfinished shard if its file holds what was saved; return whether it does."""
-        shard = TokenShard(**saved["shard"])
+        try:
+            shard = TokenShard(**saved["shard"])
+        except TypeError:
+            return False
         size = shard.tokens * self._item_bytes
         if shard.name != self.shard.name or not self._path.is_file() or self._path.stat().st_size < size:
             return False

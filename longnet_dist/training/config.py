@@ -16,6 +16,7 @@ from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.data.hugging_face import HUGGING_FACE
 from longnet_dist.models.config import DEFAULT_LENGTH, LongNetConfig
 from longnet_dist.paths import local_path
+from longnet_dist.plan.hardware import HARDWARE
 from longnet_dist.plan.pattern import MAX_SIZE
 from longnet_dist.training.parallel import ParallelConfig
 
@@ -100,7 +101,7 @@ class TrainConfig:
     """How queries meet the keys of other ranks: all_gather, all_to_all, exchange, or auto."""
     hardware: str = ""
     """Speed of a rank, by which the strategy auto compares: cpu, a100, h100, h200, b200, or a file that `longnet-dist
-    calibrate` wrote. The default is an estimate for CPUs, or for an H100."""
+    calibrate` wrote and every rank can read. The default is an estimate for CPUs, or for an H100."""
     keep_kv: bool | None = None
     """Keep what other ranks sent for the backward, instead of sending it again; by default if that is little."""
     wandb: str = ""
@@ -160,7 +161,11 @@ class TrainConfig:
         if isinstance(folder, Path):  # Not in a store.
             folder = Path(os.path.abspath(folder))  # Without `..`, because launchers use its name.
         tokenizer = None if self.tokenizer is None else self.tokenizer.absolute()
-        return replace(self, data=tuple(data), tokenizer=tokenizer, cache=self.cache.absolute(), run_folder=folder)
+        hardware = self.hardware
+        if hardware and hardware not in HARDWARE:
+            hardware = str(local_path(hardware).absolute())
+        paths = {"tokenizer": tokenizer, "cache": self.cache.absolute(), "run_folder": folder, "hardware": hardware}
+        return replace(self, data=tuple(data), **paths)  # type: ignore[arg-type]
 
 
 def _check_number(name: str, value: object) -> None:

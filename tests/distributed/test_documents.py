@@ -239,3 +239,24 @@ def test_compiled_documents_change_without_another_compilation(dynamic):
         expected = call(q, offsets)
         torch.testing.assert_close(out, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x.square().sum(), q) for x in (out, expected)))
+
+
+@pytest.mark.parametrize("offsets", [[0, 30], [5, 20], [0, 15, 10, 20]])
+def test_offsets_of_a_compiled_call_are_checked_when_they_are_known(offsets):
+    q = torch.randn(1, 20, 2, 4)
+    call = torch.compile(
+        lambda q, offsets: dilated_attention(q, q, q, Pattern((4,), (1,)), cu_seqlens=offsets), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="the offsets of documents must rise from 0 to at most N = 20"):
+        call(q, torch.tensor(offsets))
+
+
+def error_with_lengths(group):
+    mesh = SequenceMesh(group, Pattern((4, 20), (1, 2)), 20)
+    q = mesh.split(torch.randn(2 + mesh.rank, 20, 2, 4))
+    with pytest.raises(ValueError, match=r"lengths \(a digest\)"):
+        dilated_attention(q, q, q, mesh.pattern, mesh=mesh, lengths=torch.full((len(q),), 20))
+
+
+def test_ranks_with_other_batches_of_lengths_all_get_the_error(pool):
+    pool.run(2, error_with_lengths)

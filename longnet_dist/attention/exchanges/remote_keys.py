@@ -146,7 +146,7 @@ class RemoteKeys(ABC):
         return _key_index(part.segment, block, *self._layout(part), self._keys().device)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _key_index(
     segment: SharedSegment,
     block: RemoteBlock,

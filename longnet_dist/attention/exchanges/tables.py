@@ -78,7 +78,7 @@ class KeptRows(NamedTuple):
         return batch_inside[self.rows, self.heads]
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def kept_rows(segment: SharedSegment, device: torch.device) -> KeptRows:
     """Return the rows of this rank in the order in which they are packed."""
     layout = Layout(segment, [segment.rank], range(len(segment.phases)))
@@ -89,7 +89,7 @@ def kept_rows(segment: SharedSegment, device: torch.device) -> KeptRows:
     return KeptRows(rows.to(device), heads.to(device))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def packed_index(segment: SharedSegment, heads: Heads, rows: Rows, device: torch.device) -> Tensor:
     """Return where the rows of a rectangle of this rank lie among its packed rows: int64, (F, I, M)."""
     layout = Layout(segment, [segment.rank], range(len(segment.phases)))
