@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from longnet_dist.attention.api import dilated_attention
-from longnet_dist.distributed.collectives import Communicator, gather_objects
+from longnet_dist.distributed.collectives import Communicator, gather_objects, uses_nccl
 from longnet_dist.plan.cost import FORWARDS_PER_STEP, attention_flops
 from longnet_dist.plan.hardware import Hardware
 from longnet_dist.plan.pattern import Pattern
@@ -46,12 +46,8 @@ def calibrate(
     Returns:
         The hardware, the same on every rank; for `SequenceMesh(hardware=...)` and `longnet-dist plan --hardware FILE`.
     """
-    types = ["cuda" if torch.cuda.is_available() else "cpu"]
-    if group is not None:
-        types = Communicator(group, timedelta(minutes=10), 0).device_types
-    device = torch.device("cpu")
-    if types == ["cuda"]:
-        device = torch.device("cuda", torch.cuda.current_device())
+    on_gpu = torch.cuda.is_available() if group is None else uses_nccl(group)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
     shape, pattern = (3, 1, rows, num_heads, head_dim), Pattern((rows,), (1,))
     q, k, v = (x.requires_grad_() for x in torch.randn(shape, device=device, dtype=dtype).unbind())
 

@@ -67,6 +67,16 @@ def scaled_dot_product_dilated_attention(
     if not enable_gqa and key.shape[1] != query.shape[1]:
         refuse(f"there are {query.shape[1]} query heads and {key.shape[1]} key heads: pass enable_gqa=True", mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options = {"mesh": mesh, "kernel": kernel, "cu_seqlens": cu_seqlens, "lengths": lengths}
-    out: Tensor = dilated_attention(q, k, v, pattern, causal=is_causal, scale=scale, **options)  # type: ignore[arg-type]
+    out: Tensor = dilated_attention(
+        q,
+        k,
+        v,
+        pattern,
+        causal=is_causal,
+        scale=scale,
+        mesh=mesh,
+        kernel=kernel,
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+    )
     return out.transpose(1, 2)

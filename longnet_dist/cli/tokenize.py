@@ -21,7 +21,7 @@ def run_tokenize(
 ) -> None:
     """Tokenise data into a folder of memory-mapped shards, for `longnet-dist train --data FOLDER`.
 
-    After an interruption, run the same command again: it goes on from at most a minute before.
+    After an interruption, run the same command again: it goes on from at most a minute and a batch before.
 
     Args:
         data: Files, folders, globs and hf: datasets, as for train.

@@ -198,8 +198,9 @@ def open_corpus(
     if token_folders:
         folder = token_folders[0].resolve()
     else:
-        options = {"text_field": text_field, "seed": seed, "allow_binary": allow_binary}
-        folder = tokenize(data, None, cache, tokenizer=tokenizer, **options)  # type: ignore[arg-type]
+        folder = tokenize(
+            data, None, cache, tokenizer=tokenizer, text_field=text_field, seed=seed, allow_binary=allow_binary
+        )
     index = read_index(folder)
     if token_folders and tokenizer is not None and load_tokenizer(tokenizer).name != index.tokenizer:
         raise ValueError(

@@ -117,10 +117,10 @@ def check_tokens(folder: Path, index: Index) -> None:
                 at = first + int(np.argmax(part >= index.vocab_size))
                 raise ValueError(
                     f"{folder / shard.name}, byte {at * tokens.itemsize}: token id {tokens[at]}, and the vocabulary "
-                    f"of {index.tokenizer} has {index.vocab_size} ids; {_remedy(folder)}"
+                    f"of {index.tokenizer} has {index.vocab_size} ids; {remedy(folder)}"
                 )
         if digest.hexdigest() != shard.sha256:
-            raise ValueError(f"{folder / shard.name} has changed since it was written; {_remedy(folder)}")
+            raise ValueError(f"{folder / shard.name} has changed since it was written; {remedy(folder)}")
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def read_and_check_sizes(path: Path) -> Index:
         index = Index(**{**content, "shards": tuple(TokenShard(**shard) for shard in content["shards"])})
         _check_fields(index)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); {_remedy(folder)}") from None
+        raise ValueError(f"{path} cannot be read ({error!r}); {remedy(folder)}") from None
     for shard in index.shards:
         file = folder / shard.name
         if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
@@ -201,7 +201,7 @@ def read_and_check_sizes(path: Path) -> Index:
         expected = shard.tokens * np.dtype(index.dtype).itemsize
         if size != expected:
             problem = "is missing" if size is None else f"ends at byte {size}"
-            raise ValueError(f"{file} {problem}, and {path} records {expected} bytes; {_remedy(folder)}")
+            raise ValueError(f"{file} {problem}, and {path} records {expected} bytes; {remedy(folder)}")
     return index
 
 
@@ -221,5 +221,6 @@ def _check_fields(index: Index) -> None:
         raise ValueError(f"it names the shard {foreign[0]!r}, and only files tokens-NNNNN.bin of its folder are read")
 
 
-def _remedy(folder: Path) -> str:
+def remedy(folder: Path) -> str:
+    """Return what helps if a folder of tokens is damaged, as the end of a message."""
     return f"remove {folder}, and tokenise the data again"

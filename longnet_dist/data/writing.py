@@ -1,4 +1,4 @@
-"""Writing tokens to disk, so that an interruption at any moment costs at most a minute of work.
+"""Writing tokens to disk, so that an interruption costs at most a minute of work and the batch in progress.
 
 `index.json` is written last. Until then `partial.json` lists the complete shards, and says how much of the next one is
 on disk and where the next document begins. An interrupted tokenisation resumes there, and ends with the same files as
@@ -20,12 +20,21 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from longnet_dist.data.shards import INDEX, PARTIAL, SHARD_TOKENS, Index, TokenShard, read_and_check_sizes, read_index
+from longnet_dist.data.shards import (
+    INDEX,
+    PARTIAL,
+    SHARD_TOKENS,
+    Index,
+    TokenShard,
+    read_and_check_sizes,
+    read_index,
+    remedy,
+)
 from longnet_dist.data.tokenizers import Tokenizer
 from longnet_dist.paths import write_whole
 
 SAVE_SECONDS = 60.0
-"""The most seconds of work that an interruption costs."""
+"""How often a shard in progress is saved, in seconds; only between batches."""
 _BATCH_BYTES, _BATCH_DOCUMENTS = 1 << 22, 1024
 _READ_BYTES = 1 << 24
 
@@ -112,7 +121,7 @@ class _Writer:
             if leftover != kept:
                 leftover.unlink()
         self._file = self._path.open("r+b" if kept else "w+b")
-        self._file.seek(self._num_bytes_on_disk)
+        self._file.seek(0, os.SEEK_END)
         self.save()
 
     def __enter__(self) -> _Writer:
@@ -123,7 +132,7 @@ class _Writer:
             if kind is not None and not self._file.closed:
                 self.save()
         if not self.shard.documents:
-            self._path.unlink()
+            self._path.unlink(missing_ok=True)
 
     @property
     def num_bytes(self) -> int:
@@ -148,8 +157,7 @@ class _Writer:
 
     def save(self) -> None:
         """Write to disk what was added since the last complete shard."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._flush()
         shard = asdict(replace(self.shard, sha256=self._hash.hexdigest()))
         resume = {"shard": shard, "position": self.position, "shard_position": self._shard_position}
         write_whole(self.folder / PARTIAL, json.dumps(asdict(self.index) | {"resume": resume}, indent=1))
@@ -157,8 +165,7 @@ class _Writer:
 
     def end_shard(self) -> None:
         """Complete the shard, and begin the next one."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._flush()
         self._file.close()
         os.chmod(self._path, 0o644)
         os.replace(self._path, self.folder / self.shard.name)
@@ -167,6 +174,10 @@ class _Writer:
         self.shard, self._hash, self._shard_position = self._new_shard(), hashlib.sha256(), self.position
         self._file = self._path.open("w+b")
         self.save()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def _read_partial(self, new: Index) -> dict[str, Any] | None:
         """Read what an earlier writer of the same source saved, and its index; None if there is nothing to resume."""
@@ -180,11 +191,10 @@ class _Writer:
         if partial.source != new.source or saved is None:
             return None
         if not isinstance(saved, dict) or not {"shard", "position", "shard_position"} <= saved.keys():
-            raise ValueError(f"{path} cannot be read: remove {self.folder}, and tokenise the data again")
+            raise ValueError(f"{path} cannot be read; {remedy(self.folder)}")
         self.index, self._shard_position = partial, saved["shard_position"]
-        self.position = self._shard_position
-        self.shard = self._new_shard()
-        return dict(saved)
+        self.position, self.shard = self._shard_position, self._new_shard()
+        return saved
 
     def _resume(self, saved: dict[str, Any]) -> bool:
         """Take over an unfinished shard if its file holds what was saved; return whether it does."""
@@ -215,10 +225,6 @@ class _Writer:
     @property
     def _item_bytes(self) -> int:
         return np.dtype(self.index.dtype).itemsize
-
-    @property
-    def _num_bytes_on_disk(self) -> int:
-        return self.shard.tokens * self._item_bytes
 
 
 def _batches(documents: Iterable[bytes]) -> Iterator[list[bytes]]:

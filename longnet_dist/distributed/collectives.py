@@ -118,8 +118,9 @@ class Communicator:
     @property
     def device_types(self) -> list[str]:
         """The types of device whose rows the ranks of a mesh can exchange; see `communicators`."""
-        config = str(dist.get_backend_config(self.group))
-        return ["cuda"] if "cuda:nccl" in config else [part.partition(":")[0] for part in config.split(",")]
+        if uses_nccl(self.group):
+            return ["cuda"]
+        return [part.partition(":")[0] for part in str(dist.get_backend_config(self.group)).split(",")]
 
     def _start(self, what: str, result: Tensor, launch: Callable[[], dist.Work]) -> Pending:
         pending = Pending(self, what, result)
@@ -193,7 +194,7 @@ def communicators(
     cache = _COMMUNICATORS.setdefault(group, {})
     ranks = dist.get_process_group_ranks(group)
     me = dist.get_rank(group)
-    backend = "nccl" if "cuda:nccl" in str(dist.get_backend_config(group)) else None
+    backend = "nccl" if uses_nccl(group) else None
     for groups in rounds:
         missing = [(a, b) for a, b in groups if (a, b, timeout) not in cache]
         if not missing:
@@ -201,12 +202,17 @@ def communicators(
         first, last = next(((a, b) for a, b in missing if a <= me <= b), (me, me))
         with mark_wait("while creating the process groups of a sequence"):
             subgroup = _new_group(ranks[first : last + 1], timeout=timeout, backend=backend)
-            if backend == "nccl":
+            if backend is not None:
                 dist.all_reduce(torch.zeros(1, device="cuda"), group=subgroup)
         for a, b in missing:
             cache[a, b, timeout] = Communicator(subgroup, timeout, me) if (a, b) == (first, last) else None
     all_groups = {(a, b): cache[a, b, timeout] for groups in rounds for a, b in groups}
     return {ranks: communicator for ranks, communicator in all_groups.items() if communicator is not None}
+
+
+def uses_nccl(group: ProcessGroup) -> bool:
+    """Return whether a group exchanges rows on GPUs by NCCL; it may have gloo beside it."""
+    return "cuda:nccl" in str(dist.get_backend_config(group))
 
 
 def pad_process_groups(count: int) -> None:

@@ -99,7 +99,7 @@ class SequenceMesh:
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.everyone = None if self.group is None else collectives.Communicator(self.group, timeout, self.rank)
-        on_gpu = self.everyone is not None and self.everyone.device_types == ["cuda"]
+        on_gpu = self.group is not None and collectives.uses_nccl(self.group)
         self.hardware = hardware or HARDWARE["h100" if on_gpu else "cpu"]
         self._agreed: set[Any] = set()
         self._batch = threading.local()  # A thread that prefetches is ahead of the thread that trains.

@@ -43,14 +43,21 @@ def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, op
     assert curves[ranks] == pytest.approx(curves[1], rel=1e-10)
 
 
-def test_bfloat16_over_ranks_is_near_one_process(tmp_path):
-    """FSDP sums gradients in float32; a second start resumes from the float32 weights."""
+@pytest.mark.parametrize(
+    ("dtype", "stops", "options"),
+    [
+        ("bfloat16", (3, 6), ("--grad-accumulation", 2)),
+        pytest.param("float32", (6,), ("--autocast", "True"), marks=pytest.mark.slow),
+    ],
+)
+def test_low_precision_over_ranks_is_near_one_process(tmp_path, dtype, stops, options):
+    """With bfloat16 parameters, FSDP sums gradients in float32; a second start resumes from the float32 weights."""
     curves = []
     for ranks in (1, 2):
-        folder, options = tmp_path / f"run-{ranks}", ("--seq-len", 256, "--grad-accumulation", 2)
-        for steps in (3, 6):
-            command = train(folder, "--steps", steps, *options)
-            done = forked(ranks, *[("bfloat16" if word == "float64" else word) for word in command])
+        folder = tmp_path / f"run-{ranks}"
+        for steps in stops:
+            command = train(folder, "--steps", steps, "--seq-len", 256, *options)
+            done = forked(ranks, *[(dtype if word == "float64" else word) for word in command])
             assert done.returncode == 0, done.stderr
         curves.append(losses(folder))
     assert curves[1] == pytest.approx(curves[0], rel=0.01)
@@ -86,18 +93,6 @@ def test_separate_documents_over_ranks_are_those_of_one_process(tmp_path):
         curves[ranks, kind] = losses(folder)
     assert curves[2, "separate"] == pytest.approx(curves[1, "separate"], rel=1e-10)
     assert curves[1, "joined"] != pytest.approx(curves[1, "separate"], rel=1e-3)
-
-
-@pytest.mark.slow
-def test_autocast_over_ranks_is_near_one_process(tmp_path):
-    curves = []
-    for ranks in (1, 2):
-        folder = tmp_path / f"run-{ranks}"
-        command = [*train(folder, "--steps", 6, "--seq-len", 256), "--autocast", "True"]
-        done = forked(ranks, *[("float32" if word == "float64" else word) for word in command])
-        assert done.returncode == 0, done.stderr
-        curves.append(losses(folder))
-    assert curves[1] == pytest.approx(curves[0], rel=0.01)
 
 
 @pytest.mark.slow
