@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.models.config import LongNetConfig
     from longnet_dist.models.decoder import LongNet
+    from longnet_dist.models.encoder import LongNetEncoder
     from longnet_dist.models.loss import next_token_labels, token_loss
     from longnet_dist.nn.attention import DilatedAttention
     from longnet_dist.plan.pattern import Branch, Pattern
@@ -30,6 +31,7 @@ __all__ = [
     "DilatedAttention",
     "LongNet",
     "LongNetConfig",
+    "LongNetEncoder",
     "Pattern",
     "SequenceMesh",
     "T5Bias",
@@ -49,6 +51,7 @@ _MODULES = {
     "DilatedAttention": "nn.attention",
     "LongNet": "models.decoder",
     "LongNetConfig": "models.config",
+    "LongNetEncoder": "models.encoder",
     "Pattern": "plan.pattern",
     "SequenceMesh": "distributed.mesh",
     "T5Bias": "attention.bias",

@@ -19,6 +19,7 @@ DEFAULT_LENGTH = 16384
 """The length of the sequences for which branches are chosen if nothing else says it, in tokens."""
 _CHOICES = {
     "head_phases": HEAD_PHASES,
+    "padding": ("none", "torchscale"),
     "position": ("rotary", "xpos", "none"),
     "activation_checkpointing": ("none", "selective", "full"),
 }
@@ -56,6 +57,8 @@ class LongNetConfig:
     """Dilation rate of each branch; by default 1, 4, ..., in proportion to the segment lengths."""
     head_phases: Literal["interleaved", "blocked"] = "interleaved"
     """Which rows each head keeps: the paper's rule (interleaved), or that of torchscale's weights (blocked)."""
+    padding: Literal["none", "torchscale"] = "none"
+    """What fills a segment's last rows: nothing (none), or zero rows that are attended, for torchscale's weights."""
     position: Literal["rotary", "xpos", "none"] = "rotary"
     """Position encoding, by global position."""
     qk_norm: bool = False

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longnet_dist.data.tokenizers import load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.models.blocks import build_blocks, run_blocks
 from longnet_dist.models.config import LongNetConfig, read_exported_config
 from longnet_dist.models.loss import check_targets, linear_token_loss, within_documents
 from longnet_dist.models.scoring import log_likelihoods
-from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
-from longnet_dist.nn.rotary import Rotation
 from longnet_dist.paths import write_whole
 
 
@@ -52,32 +46,12 @@ class LongNet(nn.Module):
         """The file of the tokenizer that the model was trained with, as `from_pretrained` found it."""
         E = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(self._block(device, dtype) for _ in range(config.num_layers))
+        self.blocks = build_blocks(config, causal=True, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(E, device=device, dtype=dtype)
         self.output = nn.Linear(E, config.vocab_size, bias=False, device=device, dtype=dtype)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
         self.reset_parameters()
-
-    def _block(self, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
-        config = self.config
-        attention = DilatedAttention.from_pattern(
-            config.d_model,
-            config.num_heads,
-            config.pattern,
-            dropout=config.dropout,
-            causal=True,
-            use_xpos=config.position == "xpos",
-            use_rotary=config.position == "rotary",
-            num_kv_heads=config.num_kv_heads,
-            qk_norm=config.qk_norm,
-            inner_norm=True,
-            kernel=config.kernel,
-            device=device,
-            dtype=dtype,
-        )
-        ffn_dim = config.ffn_dim or 4 * config.d_model
-        return Block(attention, ffn_dim, config.dropout, device=device, dtype=dtype)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -146,14 +120,7 @@ class LongNet(nn.Module):
         if tokens.dim() != 2:
             refuse(f"tokens is {tuple(tokens.shape)}; it must be (B, N)", mesh)
         x = self.embedding(tokens) * self.config.d_model**0.5
-        rotation: Rotation | None = None
-        with saved_tensors_hooks(_to_cpu, _from_cpu) if self.config.offload_activations else nullcontext():
-            for block in self.blocks:
-                assert isinstance(block, Block)
-                rotation = rotation or block.attention.rotation(
-                    x.shape[1], mesh, x.device, _compute_dtype(x), cu_seqlens
-                )
-                x = self._with_checkpointing(block)(x, mesh, rotation, cu_seqlens, lengths)
+        x = run_blocks(self.blocks, x, self.config, mesh, cu_seqlens, lengths)
         return self.norm(x)
 
     def score(self, text_or_ids: str | bytes | Tensor, mesh: SequenceMesh | None = None) -> Tensor:
@@ -239,32 +206,3 @@ class LongNet(nn.Module):
                 parameter.copy_(tensors[name])
         model.tokenizer_file = tokenizer_file
         return model.eval()
-
-    def _with_checkpointing(self, block: Block) -> Callable[..., Tensor]:
-        """Wrap a block in the configured activation checkpointing."""
-        mode = self.config.activation_checkpointing
-        if mode == "none" or not torch.is_grad_enabled():
-            return block
-        if mode == "full":
-            return partial(checkpoint, block, use_reentrant=False)
-        retained_ops = [torch.ops.longnet_dist.dilated_attention.default]
-        contexts = partial(create_selective_checkpoint_contexts, retained_ops)
-        return partial(checkpoint, block, use_reentrant=False, context_fn=contexts)
-
-
-def _to_cpu(x: Tensor) -> Tensor | tuple[Tensor, torch.device]:
-    """Copy a saved CUDA tensor to the CPU, but no parameter: it stays in the GPU's memory in any case."""
-    if isinstance(x, nn.Parameter) or not x.is_cuda:
-        return x
-    copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return copy.copy_(x, non_blocking=True), x.device
-
-
-def _from_cpu(saved: Tensor | tuple[Tensor, torch.device]) -> Tensor:
-    return saved if isinstance(saved, Tensor) else saved[0].to(saved[1], non_blocking=True)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of the attention, whose range limits xPos: autocast's, or that of x."""
-    device_type = x.device.type
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

@@ -15,6 +15,7 @@ from longnet_dist.attention.bias import T5Bias, t5_problem
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.nn.rotary import Rotation, positions_in_documents
+from longnet_dist.nn.zero_rows import zero_row_attention
 from longnet_dist.plan.pattern import Pattern
 
 
@@ -40,6 +41,7 @@ class DilatedAttention(nn.Module):
         rel_pos_buckets: the number of buckets of the relative position bias; see `T5Bias`.
         rel_pos_max_distance: a distance in tokens; all keys at least that far share the last bucket.
         kernel: see `dilated_attention`.
+        padding: "none", or "torchscale" for weights that were trained with its zero rows; see `zero_row_attention`.
         device, dtype: device and dtype of the parameters.
 
     Raises:
@@ -72,17 +74,22 @@ class DilatedAttention(nn.Module):
         rel_pos_buckets: int = 32,
         rel_pos_max_distance: int = 128,
         kernel: str = "auto",
+        padding: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if padding == "torchscale" and use_rel_pos_bias:
+            raise ValueError(
+                "padding='torchscale' allows no relative position bias: its keys of zeros have no position"
+            )
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_heads(d_model, num_heads, num_kv_heads, rotary=use_xpos or use_rotary)
         if use_rel_pos_bias and (problem := t5_problem(rel_pos_buckets, rel_pos_max_distance, causal)):
             raise ValueError(problem)
         self.pattern = Pattern(_per_branch(segment_size), _per_branch(dilation_rate), head_phases)
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
-        self.d_model, self.causal, self.kernel = d_model, causal, kernel
+        self.d_model, self.causal, self.kernel, self.padding = d_model, causal, kernel, padding
         self.use_xpos, self.use_rotary, self.xpos_scale_base = use_xpos, use_rotary, xpos_scale_base
         self.rel_pos_max_distance = rel_pos_max_distance
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -171,21 +178,27 @@ class DilatedAttention(nn.Module):
             q, k = rotation.queries(q), rotation.keys(k)
         if self.head_mesh is not None:
             q, k, v = (heads_of(x, self.head_mesh) for x in (q, k, v))
-        out = dilated_attention(
-            q,
-            k,
-            v,
-            self.pattern,
-            causal=self.causal,
-            mesh=mesh,
-            kernel=self.kernel,
-            bias=None if self.rel_pos_bias is None else T5Bias(self.rel_pos_bias, self.rel_pos_max_distance),
-            cu_seqlens=cu_seqlens,
-            lengths=lengths,
-        )
+        out = self._attend(q, k, v, mesh, cu_seqlens, lengths)
         if isinstance(out, DTensor):
             out = out.to_local()
         return self.dropout(self.out_proj(self.inner_norm(out.flatten(2))))
+
+    def _attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mesh: SequenceMesh | None,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+    ) -> Tensor:
+        options: dict[str, Any] = {"causal": self.causal, "mesh": mesh, "kernel": self.kernel, "lengths": lengths}
+        if self.padding == "none":
+            bias = None if self.rel_pos_bias is None else T5Bias(self.rel_pos_bias, self.rel_pos_max_distance)
+            return dilated_attention(q, k, v, self.pattern, bias=bias, cu_seqlens=cu_seqlens, **options)
+        if cu_seqlens is not None or isinstance(q, DTensor):
+            refuse("padding='torchscale' allows neither cu_seqlens nor tensor parallelism; use lengths", mesh)
+        return zero_row_attention(q, k, v, self.pattern, **options)
 
     def rotation(
         self,

@@ -1,0 +1,230 @@
+"""LongNetEncoder: a bidirectional encoder of tokens or feature vectors, on one device or sequence-parallel."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.models.blocks import build_blocks, run_blocks
+from longnet_dist.models.config import LongNetConfig
+from longnet_dist.nn.block import Block
+
+Pooling = Literal["class", "mean"] | None
+
+
+class LongNetEncoder(nn.Module):
+    """Bidirectional encoder with dilated attention (LongNet), pre-norm and sub-LayerNorm (Magneto).
+
+    Args:
+        config: the architecture. `vocab_size` and `tie_embeddings` do not count if there is an `input_dim`.
+        input_dim: the width of inputs that are feature vectors, which a linear layer projects; None for token ids.
+        class_token: whether a learned token stands before the inputs. It is row 0 of N + 1.
+        final_norm: whether a LayerNorm follows the last block.
+        device, dtype: device and dtype of the parameters.
+
+    Raises:
+        ValueError: if the sizes do not fit each other.
+
+    Example:
+        >>> config = LongNetConfig(d_model=32, num_layers=1, segment_lengths=(8, 32), dilation_rates=(1, 4))
+        >>> encoder = LongNetEncoder(config, input_dim=12, class_token=True)
+        >>> encoder(torch.randn(2, 100, 12), pooling="class").shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(
+        self,
+        config: LongNetConfig,
+        *,
+        input_dim: int | None = None,
+        class_token: bool = False,
+        final_norm: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if input_dim is not None and input_dim < 1:
+            raise ValueError(f"input_dim is {input_dim}; it must be the width of the inputs, or None for token ids")
+        self.config, self.input_dim = config, input_dim
+        E = config.d_model
+        self.embedding: nn.Module = (
+            nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
+            if input_dim is None
+            else nn.Linear(input_dim, E, device=device, dtype=dtype)
+        )
+        self.class_token = nn.Parameter(torch.empty(E, device=device, dtype=dtype)) if class_token else None
+        self.blocks = build_blocks(config, causal=False, device=device, dtype=dtype)
+        self.norm = nn.LayerNorm(E, device=device, dtype=dtype) if final_norm else nn.Identity()
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the parameters as Magneto does."""
+        if isinstance(self.embedding, nn.Linear):
+            nn.init.xavier_uniform_(self.embedding.weight)
+            nn.init.zeros_(self.embedding.bias)
+        elif isinstance(self.embedding, nn.Embedding):
+            nn.init.normal_(self.embedding.weight, std=self.config.d_model**-0.5)
+        if self.class_token is not None:
+            nn.init.normal_(self.class_token, std=0.02)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters(self.config.num_layers)
+
+    def forward(
+        self,
+        inputs: Tensor,
+        mesh: SequenceMesh | None = None,
+        lengths: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        pooling: Pooling = None,
+    ) -> Tensor:
+        """Compute the features of each row after the final norm, or pool them.
+
+        Args:
+            inputs: token ids, (B, N), or with `input_dim` feature vectors, (B, N, input_dim). With a mesh, this rank's
+                rows: `encoder.split(inputs, mesh)`.
+            mesh: the ranks that hold the sequence of N rows, or of N + 1 with a class token; then the call is
+                collective over the mesh's group.
+            lengths: (B,), the number of inputs of each sequence, without the class token; those after it are padding.
+            positions: position embeddings that are added to the embedded inputs, of shape (B or 1, N, d_model). With a
+                mesh, this rank's, as `inputs`.
+            pooling: "class" for the features of the class token, "mean" for the mean over the inputs that are not
+                padding (0 if there is none), None for the features of each row, the class token's first.
+
+        Returns:
+            (B, d_model) with pooling, the same on every rank; without, (B, rows, d_model), one row for each of the
+            sequence, or of this rank's part.
+
+        Raises:
+            ValueError: if a shape is wrong, the mesh has another pattern or length, or there is no class token to pool.
+        """
+        self._check_pooling(pooling, mesh)
+        x = self.norm(self._run(inputs, mesh, lengths, positions, None))
+        return x if pooling is None else self.pool(x, pooling, mesh, lengths)
+
+    def hidden_states(
+        self,
+        inputs: Tensor,
+        mesh: SequenceMesh | None = None,
+        lengths: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Compute the embedded inputs and the output of every block, before the final norm.
+
+        Args:
+            inputs, mesh, lengths, positions: see `forward`.
+
+        Returns:
+            num_layers + 1 tensors, each (B, rows, d_model).
+
+        Raises:
+            ValueError: as `forward` does.
+        """
+        states: list[Tensor] = []
+        self._run(inputs, mesh, lengths, positions, states)
+        return states
+
+    def pool(
+        self,
+        features: Tensor,
+        pooling: Literal["class", "mean"],
+        mesh: SequenceMesh | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Pool the features of rows to one vector per sequence.
+
+        With a mesh every rank gets the result, and the gradient of each rank is that of its own rows, as that of
+        `SequenceMesh.sum`.
+
+        Args:
+            features: (B, rows, d_model), as `forward` and `hidden_states` return them.
+            pooling: see `forward`.
+            mesh: the ranks that hold the sequence; the call is then collective.
+            lengths: see `forward`.
+
+        Returns:
+            (B, d_model).
+
+        Raises:
+            ValueError: if there is no class token to pool, or `pooling` is unknown.
+        """
+        self._check_pooling(pooling, mesh)
+        first = 0 if mesh is None else mesh.shard.start
+        num_rows = features.shape[1] if mesh is None else mesh.seq_len
+        rows = torch.arange(first, first + features.shape[1], device=features.device)
+        num_class = int(self.class_token is not None)
+        if pooling == "class":
+            selected = (rows == 0)[None]
+            count = torch.ones((), device=features.device)
+        else:
+            real = torch.full((len(features),), num_rows - num_class) if lengths is None else lengths
+            count = real.to(features.device).clamp(min=1)[:, None]
+            selected = (rows >= num_class) & (rows < real.to(features.device)[:, None] + num_class)
+        # In at least float32: a long sequence has too many rows for a sum in bfloat16.
+        wide = features.to(torch.promote_types(features.dtype, torch.float32))
+        total = torch.where(selected[..., None], wide, 0).sum(1)
+        return ((total if mesh is None else mesh.sum(total)) / count).to(features.dtype)
+
+    def split(self, inputs: Tensor, mesh: SequenceMesh) -> Tensor:
+        """Take this rank's part of inputs that every rank holds whole.
+
+        Args:
+            inputs: (B, N) or (B, N, ...).
+            mesh: the ranks that hold the sequence of N rows, or of N + 1 with a class token, which rank 0 holds.
+
+        Raises:
+            ValueError: if the mesh is for another number of rows.
+        """
+        num_class = int(self.class_token is not None)
+        if inputs.shape[1] + num_class != mesh.seq_len:
+            raise ValueError(
+                f"the mesh is for {mesh.seq_len} rows, and {inputs.shape[1]} inputs have {inputs.shape[1] + num_class}"
+                + (": the class token is one" if num_class else "")
+            )
+        return inputs[:, max(0, mesh.shard.start - num_class) : max(0, mesh.shard.stop - num_class)]
+
+    def _run(
+        self,
+        inputs: Tensor,
+        mesh: SequenceMesh | None,
+        lengths: Tensor | None,
+        positions: Tensor | None,
+        states: list[Tensor] | None,
+    ) -> Tensor:
+        """Run the blocks, and put the embedded inputs and each block's output into `states`."""
+        x = self._embed(inputs, mesh, positions)
+        if states is not None:
+            states.append(x)
+        if lengths is not None and self.class_token is not None:
+            lengths = lengths + 1
+        return run_blocks(self.blocks, x, self.config, mesh, lengths=lengths, outputs=states)
+
+    def _embed(self, inputs: Tensor, mesh: SequenceMesh | None, positions: Tensor | None) -> Tensor:
+        if self.input_dim is None and (inputs.dim() != 2 or inputs.is_floating_point()):
+            refuse(f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be token ids, (B, N)", mesh)
+        if self.input_dim is not None and (inputs.dim() != 3 or inputs.shape[-1] != self.input_dim):
+            refuse(f"inputs is {tuple(inputs.shape)}; it must be (B, N, input_dim) = (B, N, {self.input_dim})", mesh)
+        x = self.embedding(inputs)
+        if self.input_dim is None:
+            x = x * self.config.d_model**0.5
+        if positions is not None:
+            if positions.dim() != 3 or positions.shape[1:] != x.shape[1:] or positions.shape[0] not in (1, len(x)):
+                refuse(f"positions is {tuple(positions.shape)}; it must be (B or 1, N, E) of {tuple(x.shape)}", mesh)
+            x = x + positions.to(x.dtype)
+        if self.class_token is not None and (mesh is None or mesh.shard.start == 0 < mesh.shard.num_rows):
+            x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        if mesh is not None and x.shape[1] != mesh.shard.num_rows:
+            refuse(mesh.wrong_rows("the input", x.shape[1]) + "; see LongNetEncoder.split", mesh)
+        return x
+
+    def _check_pooling(self, pooling: Pooling, mesh: SequenceMesh | None) -> None:
+        if pooling not in ("class", "mean", None):
+            refuse(f"pooling is {pooling!r}; it must be 'class', 'mean' or None", mesh)
+        if pooling == "class" and self.class_token is None:
+            refuse("pooling is 'class', and this encoder has no class token; use 'mean', or class_token=True", mesh)
