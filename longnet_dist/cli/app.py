@@ -31,7 +31,7 @@ from longnet_dist.cli.export import run_export
 from longnet_dist.cli.options import PathError, check_values, path_registry
 from longnet_dist.cli.plan import run_calibrate, run_plan
 from longnet_dist.cli.report import run_report
-from longnet_dist.cli.score import run_score
+from longnet_dist.cli.score import run_embed_slides, run_score
 from longnet_dist.cli.tokenize import run_tokenize
 from longnet_dist.cli.train import resumed, run_train
 
@@ -40,6 +40,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": run_tokenize,
     "eval": run_eval,
     "score": run_score,
+    "embed-slides": run_embed_slides,
     "export": run_export,
     "report": run_report,
     "draw": run_draw,

@@ -54,7 +54,7 @@ def encoder_from_state_dict(
         ValueError: if weights are missing, unexpected, or of a wrong shape; the message lists all of them.
     """
     weights = dict(state_dict)
-    config = _config(weights, num_heads, segment_lengths, dilation_rates, padding)
+    config = read_config(weights, num_heads, segment_lengths, dilation_rates, padding)
     embedding = weights.get("embed_tokens.weight")
     encoder = LongNetEncoder(
         config if embedding is None else replace(config, vocab_size=len(embedding)),
@@ -62,7 +62,7 @@ def encoder_from_state_dict(
         final_norm=any(name.startswith("layer_norm.") for name in weights),
         dtype=_dtype(weights),
     )
-    given = _by_our_names(weights, config, scale_embedding)
+    given = rename_weights(weights, config, scale_embedding)
     if embedding is None:
         E, dtype = config.d_model, _dtype(weights)
         given |= {"embedding.weight": torch.eye(E, dtype=dtype), "embedding.bias": torch.zeros(E, dtype=dtype)}
@@ -91,10 +91,10 @@ def decoder_from_state_dict(
         ValueError: if weights are missing, unexpected, or of a wrong shape; the message lists all of them.
     """
     weights = dict(state_dict)
-    config = _config(weights, num_heads, segment_lengths, dilation_rates, padding)
+    config = read_config(weights, num_heads, segment_lengths, dilation_rates, padding)
     vocab_size = len(weights["embed_tokens.weight"]) if "embed_tokens.weight" in weights else config.vocab_size
     model = LongNet(replace(config, vocab_size=vocab_size, tie_embeddings=False), dtype=_dtype(weights))
-    load_all(model, _by_our_names(weights, config, scale_embedding), "torchscale's decoder")
+    load_all(model, rename_weights(weights, config, scale_embedding), "torchscale's decoder")
     return model.eval()
 
 
@@ -124,10 +124,18 @@ def load_all(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None
             parameter.copy_(weights[name])
 
 
-def _config(
+def read_config(
     weights: Mapping[str, Tensor], num_heads: int, segment_lengths: Sequence[int], rates: Sequence[int], padding: Any
 ) -> LongNetConfig:
-    """Read the sizes of the model from its weights."""
+    """Read the architecture of a model from its weights.
+
+    Args:
+        weights: the weights by torchscale's names.
+        num_heads, segment_lengths, rates, padding: see `encoder_from_state_dict`.
+
+    Raises:
+        ValueError: if there are no layers, or one is missing.
+    """
     if any(".A." in name or ".B." in name for name in weights):
         raise ValueError("these are multiway weights, of two kinds of tokens; pass the half of them that you need")
     layers = {
@@ -156,8 +164,14 @@ def _dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
     return weights["layers.0.ffn.fc1.weight"].dtype
 
 
-def _by_our_names(weights: Mapping[str, Tensor], config: LongNetConfig, scale_embedding: bool) -> dict[str, Tensor]:
-    """Rename torchscale's weights; names that are not its own stay, so that `load_all` lists them."""
+def rename_weights(weights: Mapping[str, Tensor], config: LongNetConfig, scale_embedding: bool) -> dict[str, Tensor]:
+    """Rename torchscale's weights; names that are not its own stay, so that `load_all` lists them.
+
+    Args:
+        weights: the weights by torchscale's names.
+        config: the result of `read_config`.
+        scale_embedding: see `encoder_from_state_dict`.
+    """
     names = {"embed_tokens.weight": "embedding.weight", "output_projection.weight": "output.weight"}
     names |= {f"layer_norm.{end}": f"norm.{end}" for end in ("weight", "bias")}
     for i in range(config.num_layers):

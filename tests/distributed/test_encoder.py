@@ -53,7 +53,8 @@ def encode_over_ranks(group, config, num_inputs, lengths):
 
 @pytest.mark.parametrize("config", [CONFIG, TORCHSCALE], ids=["exact", "torchscale"])
 @pytest.mark.parametrize(
-    ("world", "num_inputs", "lengths"), [(1, 61, None), (2, 61, [30, 61]), (4, 90, None), (8, 5, [5, 0])]
+    ("world", "num_inputs", "lengths"),
+    [(2, 61, [30, 61]), (4, 90, None), (4, 2, [2, 0]), pytest.param(8, 61, None, marks=pytest.mark.slow)],
 )
 def test_results_do_not_depend_on_the_number_of_ranks(pool, config, world, num_inputs, lengths):
     """Chunks are even, uneven or empty; the class token is row 0."""

@@ -12,7 +12,7 @@ import pytest
 
 import longnet_dist
 
-COMMANDS = ("train", "tokenize", "eval", "score", "export", "report", "draw", "plan", "doctor")
+COMMANDS = ("train", "tokenize", "eval", "score", "embed-slides", "export", "report", "draw", "plan", "doctor")
 
 
 def test_public_names_are_what_their_modules_define():
