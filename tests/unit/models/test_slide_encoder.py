@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +152,10 @@ def test_an_h5_file(tmp_path, weights_file, capsys):
         file["features"], file["coords"] = np.zeros((3, 12), np.float32), np.zeros((3, 2), np.int64)
     assert main(command) == 0
     assert (tmp_path / "a.npz").exists()
+
+
+def test_the_example_runs(monkeypatch, capsys):
+    script = Path(__file__).parents[3] / "examples" / "slides.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    assert "slide-2: 96 numbers, norm" in capsys.readouterr().out

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "longnet_dist"
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS_WITH_CODE = README + "".join(
-    (ROOT / "docs" / f"{name}.md").read_text() for name in ("index", "integrations", "pattern", "guides/documents")
+    (ROOT / "docs" / f"{name}.md").read_text()
+    for name in ("index", "integrations", "pattern", "guides/documents", "guides/torchscale")
 )
 
 SUFFIXES = "py|sh|sbatch|yaml|toml|md"
