@@ -202,6 +202,9 @@ class LongNetEncoder(nn.Module):
         if states is not None:
             states.append(x)
         if lengths is not None and self.class_token is not None:
+            most = (x.shape[1] if mesh is None else mesh.seq_len) - 1
+            if lengths.shape != x.shape[:1] or not all(0 <= length <= most for length in lengths.tolist()):
+                refuse(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(x)},), each from 0 to {most}", mesh)
             lengths = lengths + 1
         return run_blocks(self.blocks, x, self.config, mesh, lengths=lengths, outputs=states)
 

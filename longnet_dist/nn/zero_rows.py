@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.api import dilated_attention
+from longnet_dist.attention.api import as_autocast, dilated_attention
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Branch, Pattern
 
@@ -54,6 +54,7 @@ def zero_row_attention(
         >>> zero_row_attention(q, k, v, Pattern((4, 8), (1, 2), "blocked")).shape
         torch.Size([1, 10, 4, 8])
     """
+    q, k, v = as_autocast((q, k, v))
     if k.shape[2] != q.shape[2]:
         refuse(f"torchscale's padding needs as many key/value heads as query heads, not {k.shape[2]} of them", mesh)
     if mesh is not None:
@@ -130,6 +131,7 @@ def _shifted(out: Tensor, lse: Tensor, v: Tensor, w: int, r: int, phases: Tensor
     keeps_zero = offset[:, None] % r == phases
     zero_lse = torch.where(keeps_zero, lse.new_tensor(math.log(kept)), lse.new_tensor(-math.inf))
     zero_out = means[:, segment.clamp(max=means.shape[1] - 1)] * keeps_zero[..., None]
+    zero_out = zero_out.to(out.dtype)
     return torch.where(is_zero[..., None], zero_out, out[:, source]), torch.where(is_zero, zero_lse, lse[:, source])
 
 
@@ -171,5 +173,11 @@ def _over_ranks(
 
 
 def _check_lengths(lengths: Tensor, q: Tensor) -> None:
-    if lengths.shape != (len(q),) or bool(((lengths < 0) | (lengths > q.shape[1])).any()):
-        raise ValueError(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(q)},), each from 0 to {q.shape[1]}")
+    if (
+        lengths.shape != (len(q),)
+        or lengths.is_floating_point()
+        or bool(((lengths < 0) | (lengths > q.shape[1])).any())
+    ):
+        raise ValueError(
+            f"lengths is {lengths.tolist()}; it must be (B,) = ({len(q)},) integers, each from 0 to {q.shape[1]}"
+        )

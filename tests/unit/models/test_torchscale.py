@@ -99,8 +99,17 @@ def test_each_sequence_of_a_ragged_batch_is_as_if_alone():
     assert_close(out[2:, :21], zero_row_attention(*(x[2:, :21] for x in (q, k, v)), pattern), rtol=0, atol=1e-12)
     assert not out[1].any()
     assert not out[2, 21:].any()
-    with pytest.raises(ValueError, match=r"it must be \(B,\) = \(3,\), each from 0 to 40"):
+    with pytest.raises(ValueError, match=r"it must be \(B,\) = \(3,\) integers, each from 0 to 40"):
         zero_row_attention(q, k, v, pattern, lengths=torch.tensor([41, 0, 21]))
+
+
+def test_autocast():
+    q, k, v = torch.randn(3, 1, 40, 3, 8).unbind()
+    pattern = Pattern((9, 30), (2, 4), "blocked")  # Rows move.
+    with torch.autocast("cpu", torch.bfloat16):
+        out = zero_row_attention(q, k, v, pattern)
+    assert out.dtype == torch.bfloat16
+    assert_close(out.float(), zero_row_attention(q, k, v, pattern), rtol=0, atol=0.04)
 
 
 def weights_of_torchscale(num_layers=2, E=24, F=40, *, xpos_of=None, vocab_size=None, final_norm=True):
