@@ -6,7 +6,9 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import re
 from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated
@@ -21,6 +23,37 @@ Run = tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="RUN")]]
 _LIST_OPTIONS = ("--data", "--edges", "--ray.labels", "--ray.resources")
 """Options that accept any number of values, so tyro would accept them without a value."""
 _MAY_BE_EMPTY = ("--wandb",)
+
+
+def parse_count(text: str) -> int:
+    """Read a whole number: 65536, 1e9, 2^30, or 64K, 1M and 1G, which are multiples of 1024, as contexts are named.
+
+    Raises:
+        ValueError: If the text is none of these.
+    """
+    if power := re.fullmatch(r"(\d{1,3})\^(\d{1,2})", text):
+        return int(power[1]) ** int(power[2])
+    if scaled := re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([KMG]?)", text):
+        count = Fraction(scaled[1]) * 1024 ** " KMG".index(scaled[2] or " ")
+        if count.denominator == 1:
+            return int(count)
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number; write it as 65536, 1e9, 2^30, 64K, 1M or 1G") from None
+
+
+Count = Annotated[
+    int,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="COUNT",
+        instance_from_str=lambda values: parse_count(values[0]),
+        is_instance=lambda x: isinstance(x, int),
+        str_from_instance=lambda count: [str(count)],
+    ),
+]
+"""An option whose value `parse_count` reads."""
 
 
 class PathError(Exception):

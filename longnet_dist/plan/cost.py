@@ -1,8 +1,9 @@
-"""What attention costs a rank: bytes received and floating-point operations, from integers alone."""
+"""What attention costs a rank: bytes that move and stay, and floating-point operations, from integers alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from longnet_dist.plan.blocks import make_plan
 from longnet_dist.plan.exchange import STRATEGIES, SharedSegment
@@ -33,18 +34,47 @@ class LayerSize:
     causal: bool
 
 
-def bytes_received(
+class Traffic(NamedTuple):
+    """What a branch of a layer takes of a rank to communicate, in bytes, for one sequence of a batch.
+
+    Args:
+        peers: the other ranks of the segments that this rank shares.
+        received: bytes from other ranks, forward and backward together.
+        sent: bytes to other ranks, likewise. A gather counts as sent to each of its ranks.
+        retained: what arrived in the forward and stays in memory until the backward.
+        forward_buffers: the inputs and outputs of all collectives of the forward. Exchanges of all branches overlap,
+            so this bounds the memory that they take for a short time. What kernels need is not counted.
+        backward_buffers: those of the backward.
+    """
+
+    peers: int = 0
+    received: int = 0
+    sent: int = 0
+    retained: int = 0
+    forward_buffers: int = 0
+    backward_buffers: int = 0
+
+
+class _Collective(NamedTuple):
+    """One collective on one rank: bytes from others, bytes to others, and bytes of its input and output."""
+
+    received: int
+    sent: int
+    buffers: int
+
+
+def branch_traffic(
     pattern: Pattern,
     shard: Shard,
     layer: LayerSize,
     strategies: tuple[str, ...] = (),
     keep_kv: bool | None = None,
     reduce_size: int = 4,
-) -> tuple[int, ...]:
-    """The bytes that this rank receives for each branch of a layer, forward and backward together.
+) -> tuple[Traffic, ...]:
+    """Return what this rank communicates for each branch of a layer.
 
-    The bytes are those of one sequence of a batch. With the strategy "all_gather", if segments align with
-    chunks, K and V are kept, and every element has b bytes, they are 4 (w - chunk) / r G D b.
+    With the strategy "all_gather", if segments align with chunks, K and V are kept, and every element has
+    b bytes, a rank receives 4 (w - chunk) / r G D b.
 
     Args:
         pattern: the branches.
@@ -53,56 +83,104 @@ def bytes_received(
         strategies: the strategy of each branch; by default those that `choose_strategies` chooses.
         keep_kv: whether what arrives is kept for the backward; see `SequenceMesh`.
         reduce_size: bytes per element of the sums of dK and dV in transit; at least `element_size`.
-
-    Returns:
-        One number per branch.
     """
-    totals = [0] * len(pattern.branches)
+    traffic = [Traffic() for _ in pattern.branches]
     strategies = strategies or choose_strategies(pattern, shard, layer)
     for shared in make_plan(pattern, shard, layer.num_kv_heads, layer.causal, strategies=strategies).shared:
-        inputs = 1 if keeps_arrivals(shared.branch, shared.strategy, shard, layer, keep_kv) else 2
+        keeps = keeps_arrivals(shared.branch, shared.strategy, shard, layer, keep_kv)
+        queries, keys = shared.arriving_rows
+        row = layer.head_dim * layer.element_size
+        retained = row * (queries * (layer.num_heads // layer.num_kv_heads) + 2 * keys) if keeps else 0
+        totals = Traffic(retained=traffic[shared.number].retained + retained)
         for part in shared.parts:
-            totals[shared.number] += _segment_bytes(part.segment, layer, inputs, reduce_size)
-    return tuple(totals)
+            forward, backward = _collectives(part.segment, layer, keeps, reduce_size)
+            totals = Traffic(
+                totals.peers + part.segment.num_ranks - 1,
+                totals.received + sum(c.received for c in (*forward, *backward)),
+                totals.sent + sum(c.sent for c in (*forward, *backward)),
+                totals.retained,
+                totals.forward_buffers + sum(c.buffers for c in forward),
+                totals.backward_buffers + sum(c.buffers for c in backward),
+            )
+        before = traffic[shared.number]._replace(retained=0)
+        traffic[shared.number] = Traffic(*(x + y for x, y in zip(before, totals, strict=True)))
+    return tuple(traffic)
 
 
-def _segment_bytes(segment: SharedSegment, layer: LayerSize, inputs: int, reduce_size: int) -> int:
-    """The bytes that this rank receives for a segment, if q, k and v are sent `inputs` times."""
+def bytes_received(
+    pattern: Pattern,
+    shard: Shard,
+    layer: LayerSize,
+    strategies: tuple[str, ...] = (),
+    keep_kv: bool | None = None,
+    reduce_size: int = 4,
+) -> tuple[int, ...]:
+    """Return the bytes that this rank receives for each branch of a layer; see `branch_traffic`."""
+    traffic = branch_traffic(pattern, shard, layer, strategies, keep_kv, reduce_size)
+    return tuple(branch.received for branch in traffic)
+
+
+def saved_bytes(shard: Shard, layer: LayerSize) -> int:
+    """The bytes of q, k, v, out and lse of this rank, which autograd saves of a layer for any number of branches."""
+    vectors = 2 * (layer.num_heads + layer.num_kv_heads) * layer.head_dim * layer.element_size
+    return shard.num_rows * (vectors + layer.num_heads * max(4, layer.element_size))
+
+
+def _collectives(
+    segment: SharedSegment, layer: LayerSize, keeps: bool, reduce_size: int
+) -> tuple[list[_Collective], list[_Collective]]:
+    """The collectives of a segment on this rank in a forward, and in a backward."""
     size, row = layer.element_size, layer.head_dim * layer.element_size
     if segment.strategy == "all_gather":
-        elements = 2 * (segment.num_ranks - 1) * segment.gathered_rows * layer.head_dim
-        return elements * (inputs * size + max(size, reduce_size))
-    keys = _from_others(segment, segment.key_sources, segment.received_keys)
-    key_grads = _from_others(segment, segment.key_targets, segment.sent_keys)
-    total = 2 * row * (inputs * keys + key_grads)
-    if segment.strategy == "all_to_all":
-        team, shared_by, lse = list(segment.team_of(segment.rank)), layer.num_heads // layer.num_kv_heads, max(4, size)
-        queries = _from_others(segment, team, segment.received_queries)
-        results = _from_others(segment, team, segment.sent_queries)
-        # q; dout, out and lse; then out and lse, and dq, on their way back.
-        total += shared_by * (queries * (inputs * row + 2 * row + lse) + results * (row + lse + row))
-    return total
+
+        def gather(element_size: int) -> _Collective:
+            part, others = 2 * segment.gathered_rows * layer.head_dim * element_size, segment.num_ranks - 1
+            return _Collective(others * part, others * part, (others + 2) * part)
+
+        inputs, key_grads = [gather(size)], gather(max(size, reduce_size))
+        return inputs, [*([] if keeps else inputs), key_grads]
+
+    def trade(size: int, sources: _Rows, targets: _Rows) -> _Collective:
+        buffers = size * (sum(sources[1]) + sum(targets[1]))
+        return _Collective(size * _others(segment, *sources), size * _others(segment, *targets), buffers)
+
+    sources, targets = (segment.key_sources, segment.received_keys), (segment.key_targets, segment.sent_keys)
+    inputs, key_grads = [trade(2 * row, sources, targets)], trade(2 * row, targets, sources)
+    if segment.strategy == "exchange":
+        return inputs, [*([] if keeps else inputs), key_grads]
+    members, lse = list(segment.team_of(segment.rank)), max(4, size)
+    attended, own = (members, segment.received_queries), (members, segment.sent_queries)
+    shared_by = layer.num_heads // layer.num_kv_heads
+    inputs.append(trade(shared_by * row, attended, own))
+    results = trade(shared_by * (row + lse), own, attended)
+    gradients = trade(shared_by * (2 * row + lse), attended, own), trade(shared_by * row, own, attended)
+    return [*inputs, results], [*([] if keeps else inputs), *gradients, key_grads]
 
 
-def _from_others(segment: SharedSegment, ranks: list[int], counts: list[int]) -> int:
+_Rows = tuple[list[int], list[int]]
+"""Ranks, and the number of rows from or to each."""
+
+
+def _others(segment: SharedSegment, ranks: list[int], counts: list[int]) -> int:
     return sum(count for rank, count in zip(ranks, counts, strict=True) if rank != segment.rank)
 
 
-def rank_flops(pattern: Pattern, shard: Shard, layer: LayerSize, strategies: tuple[str, ...] = ()) -> int:
-    """The floating-point operations of one forward on this rank alone; see `attention_flops`."""
+def rank_flops(pattern: Pattern, shard: Shard, layer: LayerSize, strategies: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """The floating-point operations of one forward on this rank alone, for each branch; see `attention_flops`."""
     strategies = strategies or choose_strategies(pattern, shard, layer)
     plan = make_plan(pattern, shard, layer.num_kv_heads, layer.causal, strategies=strategies)
 
     def square(count: int) -> int:
         return count * (count + 1) // 2 if layer.causal else count * count
 
-    pairs = 0
+    pairs = [0] * len(pattern.branches)
     for block in (*plan.local, *plan.own):
-        pairs += block.heads.phases * block.heads.per_phase * block.rows.segments * square(block.rows.count)
-    for part in (part for shared in plan.shared for part in shared.parts):
+        heads = block.heads.phases * block.heads.per_phase
+        pairs[block.branch] += heads * block.rows.segments * square(block.rows.count)
+    for number, part in ((shared.number, part) for shared in plan.shared for part in shared.parts):
         for remote in part.remote:
             keys = sum(rows.count for rows in remote.key_rows)
-            pairs += remote.heads.phases * remote.heads.per_phase * remote.rows.count * keys
+            pairs[number] += remote.heads.phases * remote.heads.per_phase * remote.rows.count * keys
         if part.segment.strategy == "all_to_all":
             lo, hi = part.segment.rows_of(part.segment.team_of(part.segment.rank))
             for head in part.segment.heads_of(part.segment.rank):
@@ -110,8 +188,8 @@ def rank_flops(pattern: Pattern, shard: Shard, layer: LayerSize, strategies: tup
                     part.segment.kept(head, *rows)[1]
                     for rows in ((lo, hi), (part.segment.start, lo), (hi, part.segment.stop))
                 )
-                pairs += square(inside) + inside * (before + (0 if layer.causal else after))
-    return 4 * layer.head_dim * pairs * (layer.num_heads // layer.num_kv_heads)
+                pairs[number] += square(inside) + inside * (before + (0 if layer.causal else after))
+    return tuple(4 * layer.head_dim * count * (layer.num_heads // layer.num_kv_heads) for count in pairs)
 
 
 def keeps_arrivals(branch: Branch, strategy: str, shard: Shard, layer: LayerSize, keep_kv: bool | None) -> bool:
@@ -144,27 +222,42 @@ def choose_strategies(
         keep_kv: see `SequenceMesh`.
     """
     return tuple(
-        min(STRATEGIES, key=lambda name: branch_seconds(branch, name, shard, layer, hardware, keep_kv))
+        min(STRATEGIES, key=lambda name: model_branch(branch, name, shard, layer, hardware, keep_kv))
         for branch in pattern.branches
     )
 
 
-def branch_seconds(
-    branch: Branch, strategy: str, shard: Shard, layer: LayerSize, hardware: Hardware, keep_kv: bool | None = None
-) -> float:
-    """Model the time of a branch on its slowest rank, forward and backward, by one strategy, in seconds.
+class BranchModel(NamedTuple):
+    """A branch on its slowest rank, by a model without ragged edges: see `model_branch`.
 
-    It is that of a segment over all its ranks: received bytes over the bandwidth, a latency for each
+    Args:
+        seconds: the time of a forward and a backward.
+        received: bytes from other ranks.
+        retained: bytes that arrived and stay in memory until the backward.
+    """
+
+    seconds: float
+    received: float
+    retained: float
+
+
+def model_branch(
+    branch: Branch, strategy: str, shard: Shard, layer: LayerSize, hardware: Hardware, keep_kv: bool | None = None
+) -> BranchModel:
+    """Model a branch on its slowest rank, forward and backward, by one strategy, in a time independent of the ranks.
+
+    The time is that of a segment over all its ranks: received bytes over the bandwidth, a latency for each
     collective, and the operations of the rank that has most. What hides behind computation is not modelled.
     """
     segment = _TypicalSegment.of(branch, strategy, shard, layer)
     ranks, teams = segment.num_ranks, segment.num_teams
     kept, own, causal = segment.kept_rows, segment.rows_per_rank, layer.causal
-    inputs = 1 if keeps_arrivals(branch, strategy, shard, layer, keep_kv) else 2
+    keeps = keeps_arrivals(branch, strategy, shard, layer, keep_kv)
+    inputs = 1 if keeps else 2
     pairs = own * (kept - (kept / teams if strategy == "all_to_all" else own) / 2 if causal else kept)
     seconds = FORWARDS_PER_STEP * 4 * pairs * layer.num_heads * layer.head_dim / hardware.flops
     if ranks == 1:
-        return seconds
+        return BranchModel(seconds, 0, 0)
     row = layer.head_dim * layer.element_size
     if strategy == "all_gather":
         sizes = inputs * layer.element_size + max(4, layer.element_size)
@@ -173,11 +266,14 @@ def branch_seconds(
         # If causal, the last rank gets all keys and no gradient, and the first the other way round.
         times = inputs if causal and (strategy == "exchange" or teams > 1) else inputs + 1
         received, collectives = 2.0 * segment.key_rows * layer.num_kv_heads * row * times, inputs + 1
+    retained = 2.0 * segment.key_rows * layer.num_kv_heads * row
     if strategy == "all_to_all":
         members = ranks / teams
         received += own * (1 - 1 / members) * layer.num_heads * row * (inputs + 4)
+        retained += own * layer.num_heads * row
         collectives += inputs + 3
-    return seconds + received / hardware.bandwidth + collectives * hardware.latency
+    seconds += received / hardware.bandwidth + collectives * hardware.latency
+    return BranchModel(seconds, received, retained if keeps else 0)
 
 
 @dataclass(frozen=True)
@@ -225,4 +321,4 @@ def attention_flops(
         num_kv_heads: G; H by default.
     """
     layer = LayerSize(num_heads, num_kv_heads or num_heads, head_dim, 2, causal)
-    return rank_flops(pattern, Shard(seq_len, max(seq_len, 1)), layer)
+    return sum(rank_flops(pattern, Shard(seq_len, max(seq_len, 1)), layer))

@@ -150,8 +150,8 @@ def test_plan(capsys):
     pattern = ["--segment-lengths", "2048", "8192", "32768", "--dilation-rates", "1", "4", "16"]
     assert app.main(["plan", "--ranks", "4", *pattern, "--strategy", "all_gather", "--keep-kv", "False"]) == 0
     costs = capsys.readouterr().out
-    assert re.search(r"8,192 +4 +100.00% +1 +local +nothing", costs)
-    assert re.search(r"32,768 +16 +50.00% +4 +all_gather +12.0 MiB", costs)
+    assert re.search(r"8,192 +4 +100.00% +0 +local +nothing +nothing", costs)
+    assert re.search(r"32,768 +16 +50.00% +3 +all_gather +12.0 MiB +12.0 MiB", costs)
     assert "90.2 GFLOP" in costs
 
 
@@ -161,7 +161,7 @@ def test_a_plan_of_a_million_tokens_reaches_all_and_names_idle_ranks(capsys):
     assert "a token sees at most 1,048,576 tokens\nrank 64 is idle" in costs
     assert app.main(["plan", "--seq-len", "1048576", "--segment-lengths", "2048", "--dilation-rates", "1"]) == 0
     assert "no token sees the whole sequence" in capsys.readouterr().out
-    assert app.main(["plan", "--as-json"]) == 0
+    assert app.main(["plan", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["reach"] == 32768
 
 
