@@ -7,6 +7,7 @@ from typing import NamedTuple, get_type_hints
 from torch import Tensor
 
 from longnet_dist.attention.bias import PositionBias
+from longnet_dist.attention.documents import problem_of_offsets
 from longnet_dist.attention.kernels import KernelRequest, choose_kernel
 from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import mesh_of
@@ -93,11 +94,9 @@ def offsets_problem(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> s
     """
     if cu_seqlens is None:
         return None
-    mesh, offsets = mesh_of(options.mesh), cu_seqlens.tolist()
+    mesh = mesh_of(options.mesh)
     num_tokens = q.shape[1] if mesh is None else mesh.seq_len
-    if offsets and offsets[0] == 0 and offsets[-1] <= num_tokens and offsets == sorted(offsets):
-        return None
-    return f"the offsets of documents must rise from 0 to at most N = {num_tokens}, and are {offsets[:8]}"
+    return problem_of_offsets("cu_seqlens", cu_seqlens.tolist(), num_tokens, may_end_before=True)
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options) -> str | None:

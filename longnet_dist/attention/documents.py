@@ -45,7 +45,7 @@ def _problem(cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_
     if cu_seqlens is not None and lengths is not None:
         return "cu_seqlens and lengths do not go together: give each sequence's documents in a call of its own"
     if cu_seqlens is not None:
-        return _problem_of_offsets(cu_seqlens, num_tokens)
+        return _problem_of_cu_seqlens(cu_seqlens, num_tokens)
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in _DTYPES:
@@ -55,18 +55,30 @@ def _problem(cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_
     return f"lengths is {lengths.tolist()}; each must be between 0 and N = {num_tokens}"
 
 
-def _problem_of_offsets(cu_seqlens: Tensor, num_tokens: int) -> str | None:
+def _problem_of_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> str | None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _DTYPES:
         return f"cu_seqlens is {_describe(cu_seqlens)}; it must be int32 or int64, of shape (documents + 1,)"
     if torch.compiler.is_compiling():
         return None
-    offsets = cu_seqlens.tolist()
-    if not offsets or offsets[0] != 0 or offsets[-1] != num_tokens:
+    return problem_of_offsets("cu_seqlens", cu_seqlens.tolist(), num_tokens)
+
+
+def problem_of_offsets(name: str, offsets: list[int], num_tokens: int, *, may_end_before: bool = False) -> str | None:
+    """Describe why offsets cannot be those of documents that fill a sequence; None if they can.
+
+    Args:
+        name: what the caller calls the offsets, for the error.
+        offsets: where each document begins, and the last one ends.
+        num_tokens: N.
+        may_end_before: whether the last document may end before the sequence does.
+    """
+    if not offsets or offsets[0] != 0 or offsets[-1] > num_tokens or (offsets[-1] < num_tokens and not may_end_before):
         found = f"begins with {offsets[0]} and ends with {offsets[-1]}" if offsets else "is empty"
-        return f"cu_seqlens {found}; its first offset must be 0, and its last one N = {num_tokens}"
+        end = "its last one at most" if may_end_before else "its last one"
+        return f"{name} {found}; its first offset must be 0, and {end} N = {num_tokens}"
     for a, b in itertools.pairwise(offsets):
         if a > b:
-            return f"cu_seqlens has {b} after {a}; no document may end before it begins"
+            return f"{name} has {b} after {a}; no document may end before it begins"
     return None
 
 

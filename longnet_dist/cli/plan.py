@@ -90,11 +90,9 @@ def run_plan(
     plan |= report_model(plan, layer, layers, vocab_size, speed)
     proposals: list[Proposal] = []
     if propose:
-        budget = {
-            "max_flops": plan["forward_flops"] if max_flops is None else max_flops,
-            "max_received": plan["received_bytes"] if max_received is None else max_received,
-        }
-        proposals = propose_patterns(seq_len, ranks, layer, speed, **budget)
+        most_flops = plan["forward_flops"] if max_flops is None else max_flops
+        most_received = plan["received_bytes"] if max_received is None else max_received
+        proposals = propose_patterns(seq_len, ranks, layer, speed, most_flops, most_received)
         plan["proposals"] = [dataclasses.asdict(p) | {"pattern": _spell(p.pattern)} for p in proposals]
     elif max_flops is not None or max_received is not None:
         raise ValueError("--max-flops and --max-received are budgets of --propose: give it too, or leave them out")
@@ -201,7 +199,7 @@ def _describe(plan: dict[str, Any]) -> str:
         f"memory: q, k, v, out and lse take {format_bytes(plan['saved_bytes'])}, what exchanges retain "
         f"{format_bytes(plan['retained_bytes'])}, and their buffers at most {format_bytes(plan['buffer_bytes'])} for a "
         "short time",
-        f"about {plan['seconds'] * 1e3:,.3g} ms for attention, forward and backward, on {plan['hardware']}: an estimate",
+        f"an estimate for {plan['hardware']}: {plan['seconds'] * 1e3:,.3g} ms for attention, forward and backward",
     ]
     if busy > 1:
         lines.append("what a rank would receive otherwise, by formula, and the time on as many ranks:")

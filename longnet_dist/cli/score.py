@@ -16,7 +16,7 @@ def run_score(
     files: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE...")]],
     model: str,
     tokens: bool = False,
-    as_json: bool = False,
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Print how likely a model finds files: log-likelihood, and bits per byte.
 

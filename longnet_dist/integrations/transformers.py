@@ -6,7 +6,7 @@
 
 What cannot be exact raises a ValueError with the reason:
 
-- padding before tokens, and documents that are packed differently into the sequences of a batch;
+- padding between the tokens of a document;
 - sliding windows, soft caps, attention sinks and attention dropout;
 - a cache of past keys, and generate on a model with a mesh;
 - rotary frequencies that were cast with the model, and values of another head dim;
@@ -16,8 +16,10 @@ What cannot be exact raises a ValueError with the reason:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -111,11 +113,14 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
         object.__setattr__(model, "generate", _refuse_to_generate)
     else:
         vars(model).pop("generate", None)
-    if previous := vars(model).get("_longnet_dist_hook"):
+    for previous in vars(model).get("_longnet_dist_hooks", ()):
         previous.remove()
-    hook = model.base_model.register_forward_pre_hook(inputs, with_kwargs=True)
-    object.__setattr__(model, "_longnet_dist_hook", hook)
-    model.loss_function = _Loss(mesh)
+    hooks = (
+        model.base_model.register_forward_pre_hook(inputs, with_kwargs=True),
+        model.base_model.register_forward_hook(inputs.leave, always_call=True),
+    )
+    object.__setattr__(model, "_longnet_dist_hooks", hooks)
+    model.loss_function = _Loss(mesh, inputs)
     return model
 
 
@@ -214,13 +219,16 @@ def _attention(
             "yet; call generate(..., use_cache=False), which is exact"
         )
     offsets = options.get(OFFSETS)
-    if problem is None and (offsets is not None) != stamp.inputs.packed:
-        problem = f"{type(module).__name__} is not told of packed documents, which would see each other"
+    if problem is None and stamp.inputs.has_documents not in (None, offsets is not None):
+        problem = f"{type(module).__name__} is not told of documents or padding, which would see each other"
     if problem:
         refuse(problem, stamp.mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    out = dilated_attention(q, k, v, stamp.pattern, causal=True, scale=scaling, mesh=stamp.mesh, cu_seqlens=offsets)
-    return out, None
+    of_call = partial(dilated_attention, pattern=stamp.pattern, causal=True, scale=scaling, mesh=stamp.mesh)
+    if offsets is None or offsets.dim() == 1:
+        return of_call(q, k, v, cu_seqlens=offsets), None
+    sequences = zip(q.split(1), k.split(1), v.split(1), offsets, strict=True)
+    return torch.cat([of_call(q_1, k_1, v_1, cu_seqlens=x) for q_1, k_1, v_1, x in sequences]), None
 
 
 def _problem_of_options(module: nn.Module, options: dict[str, Any], across_ranks: bool) -> str | None:
@@ -257,8 +265,8 @@ def _mask(
 class _Loss:
     """The loss of a causal language model, over the tokens of all ranks."""
 
-    def __init__(self, mesh: SequenceMesh | None) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: SequenceMesh | None, inputs: CheckInputs) -> None:
+        self.mesh, self.inputs = mesh, inputs
 
     def __call__(
         self,
@@ -283,6 +291,8 @@ class _Loss:
                 )
             assert labels is not None
             shift_labels = next_token_labels(labels, ignore_index)
+            if (has_target := self.inputs.has_target) is not None:
+                shift_labels = shift_labels.masked_fill(~has_target, ignore_index)
         return token_loss(logits, shift_labels, self.mesh, ignore_index, num_items_in_batch)
 
 

@@ -91,19 +91,18 @@ def branch_traffic(
         queries, keys = shared.arriving_rows
         row = layer.head_dim * layer.element_size
         retained = row * (queries * (layer.num_heads // layer.num_kv_heads) + 2 * keys) if keeps else 0
-        totals = Traffic(retained=traffic[shared.number].retained + retained)
-        for part in shared.parts:
-            forward, backward = _collectives(part.segment, layer, keeps, reduce_size)
-            totals = Traffic(
-                totals.peers + part.segment.num_ranks - 1,
-                totals.received + sum(c.received for c in (*forward, *backward)),
-                totals.sent + sum(c.sent for c in (*forward, *backward)),
-                totals.retained,
-                totals.forward_buffers + sum(c.buffers for c in forward),
-                totals.backward_buffers + sum(c.buffers for c in backward),
-            )
-        before = traffic[shared.number]._replace(retained=0)
-        traffic[shared.number] = Traffic(*(x + y for x, y in zip(before, totals, strict=True)))
+        before, parts = traffic[shared.number], [part.segment for part in shared.parts]
+        both = [_collectives(segment, layer, keeps, reduce_size) for segment in parts]
+        forward = [collective for direction, _ in both for collective in direction]
+        backward = [collective for _, direction in both for collective in direction]
+        traffic[shared.number] = Traffic(
+            before.peers + sum(segment.num_ranks - 1 for segment in parts),
+            before.received + sum(c.received for c in forward + backward),
+            before.sent + sum(c.sent for c in forward + backward),
+            before.retained + retained,
+            before.forward_buffers + sum(c.buffers for c in forward),
+            before.backward_buffers + sum(c.buffers for c in backward),
+        )
     return tuple(traffic)
 
 
@@ -246,8 +245,9 @@ def model_branch(
 ) -> BranchModel:
     """Model a branch on its slowest rank, forward and backward, by one strategy, in a time independent of the ranks.
 
-    The time is that of a segment over all its ranks: received bytes over the bandwidth, a latency for each
-    collective, and the operations of the rank that has most. What hides behind computation is not modelled.
+    The time is that of a segment over all its ranks, or of all segments that a rank holds whole: received bytes over
+    the bandwidth, a latency for each collective, and the operations of the rank that has most. What hides behind
+    computation is not modelled.
     """
     segment = _TypicalSegment.of(branch, strategy, shard, layer)
     ranks, teams = segment.num_ranks, segment.num_teams
@@ -257,7 +257,8 @@ def model_branch(
     pairs = own * (kept - (kept / teams if strategy == "all_to_all" else own) / 2 if causal else kept)
     seconds = FORWARDS_PER_STEP * 4 * pairs * layer.num_heads * layer.head_dim / hardware.flops
     if ranks == 1:
-        return BranchModel(seconds, 0, 0)
+        w = min(branch.segment_length, max(1, shard.seq_len))
+        return BranchModel(seconds * max(1, min(shard.chunk, shard.seq_len) / w), 0, 0)
     row = layer.head_dim * layer.element_size
     if strategy == "all_gather":
         sizes = inputs * layer.element_size + max(4, layer.element_size)

@@ -80,7 +80,7 @@ def report_layer(
                 "seconds": model.seconds,
             }
         )
-    report = {
+    report: dict[str, Any] = {
         "seq_len": seq_len,
         "ranks": ranks,
         "rows_per_rank": chunk,

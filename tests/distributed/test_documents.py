@@ -247,7 +247,7 @@ def test_offsets_of_a_compiled_call_are_checked_when_they_are_known(offsets):
     call = torch.compile(
         lambda q, offsets: dilated_attention(q, q, q, Pattern((4,), (1,)), cu_seqlens=offsets), backend="aot_eager"
     )
-    with pytest.raises(ValueError, match="the offsets of documents must rise from 0 to at most N = 20"):
+    with pytest.raises(ValueError, match=r"its last one at most N = 20|no document may end before it begins"):
         call(q, torch.tensor(offsets))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 from longnet_dist.attention.kernels import KERNELS, eager
 from longnet_dist.distributed import collectives
-from longnet_dist.plan.cost import LayerSize, bytes_received, choose_strategies
+from longnet_dist.plan.cost import LayerSize, branch_traffic, bytes_received, choose_strategies
 from longnet_dist.plan.exchange import STRATEGIES
 from longnet_dist.plan.shard import Shard
 from tests.cases import Case, output_and_gradients
@@ -23,10 +24,11 @@ MISALIGNED = Pattern((16, 24, 56, 200), (1, 3, 5, 4))
 
 
 class CountingBytes:
-    """Counts the bytes that this rank receives from others in each collective of rows."""
+    """Counts the bytes that this rank receives from others, and sends to them, in each collective of rows."""
 
     def __init__(self) -> None:
         self.received: list[int] = []
+        self.sent: list[int] = []
 
     def __enter__(self) -> CountingBytes:
         self.originals = collectives._all_gather_single, collectives._reduce_scatter_single
@@ -41,20 +43,24 @@ class CountingBytes:
 
     def counted(self, collective: Any) -> Any:
         def call(output, x, *args, **kwargs):
-            # In a gather and in its dual, a rank does not receive its own part.
+            # In a gather and in its dual, a rank does not receive its own part, and sends as much as it receives.
             self.received.append(abs(output.numel() - x.numel()) * x.element_size())
+            self.sent.append(self.received[-1])
             return collective(output, x, *args, **kwargs)
 
         return call
 
     def counted_all_to_all(self, output, x, received, sent, *, group, async_op):
-        own = received[torch.distributed.get_rank(group)]
-        self.received.append((sum(received) - own) * output[:1].numel() * output.element_size())
+        rank = torch.distributed.get_rank(group)
+        self.received.append((sum(received) - received[rank]) * output[:1].numel() * output.element_size())
+        self.sent.append((sum(sent) - sent[rank]) * x[:1].numel() * x.element_size())
+        if torch.distributed.get_backend(group) == "fake" and not len(x):  # It refuses to receive without sending.
+            output, received = x, sent
         return self.all_to_all(output, x, received, sent, group=group, async_op=async_op)
 
 
 def count_bytes(group, case, dtype, mesh_options):
-    """Return the bytes that this rank receives in each collective of a step, and those of the plan, by branch."""
+    """Return the bytes of each collective of a step that this rank receives, and sends, and the plan of each branch."""
     mesh = SequenceMesh(group, case.pattern, case.N, **mesh_options)
     local = {name: mesh.split(x).detach().requires_grad_() for name, x in case.tensors(dtype).items()}
     dilated_attention(**case.arguments(local), mesh=mesh)  # The first call also compares arguments.
@@ -62,20 +68,21 @@ def count_bytes(group, case, dtype, mesh_options):
         dilated_attention(**case.arguments(local), mesh=mesh).sum().backward()
     layer = LayerSize(case.H, case.G, case.D, dtype.itemsize, case.causal)
     reduce_size = mesh.reduce_dtype.itemsize
-    planned = bytes_received(case.pattern, mesh.shard, layer, mesh.strategies(layer), mesh.keep_kv, reduce_size)
-    return count.received, planned, mesh.shard.chunk
+    planned = branch_traffic(case.pattern, mesh.shard, layer, mesh.strategies(layer), mesh.keep_kv, reduce_size)
+    return count.received, count.sent, planned, mesh.shard.chunk
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, "auto"])
 @pytest.mark.parametrize("world", [2, 4, 8])
-def test_each_rank_receives_the_bytes_of_the_plan(pool, world, strategy):
+def test_each_rank_receives_and_sends_the_bytes_of_the_plan(pool, world, strategy):
     for pattern, N in ((Pattern.geometric(world * 16, base=16, growth=2), world * 16), (MISALIGNED, world * 25 - 7)):
         for causal in (True, False):
             for G, keep_kv, dtype in ((2, None, torch.bfloat16), (4, True, torch.float32), (3, False, torch.float64)):
                 case = Case(pattern, N, H=2 * G, G=G, B=1, D=8, causal=causal)
                 options = {"strategy": strategy, "keep_kv": keep_kv}
-                for received, planned, _ in pool.run(world, count_bytes, case, dtype, options):
-                    assert sum(received) == sum(planned), (case, options)
+                for received, sent, planned, _ in pool.run(world, count_bytes, case, dtype, options):
+                    assert sum(received) == sum(branch.received for branch in planned), (case, options)
+                    assert sum(sent) == sum(branch.sent for branch in planned), (case, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -87,7 +94,8 @@ def test_bytes_of_a_gather_follow_the_formula_and_stay_flat(pool, keep_kv, dtype
         pattern = Pattern.geometric(world * 16, base=16, growth=2)
         case = Case(pattern, world * 16, H=4, G=4, B=1, D=8, causal=False)
         options = {"strategy": "all_gather", "keep_kv": keep_kv}
-        for received, planned, chunk in pool.run(world, count_bytes, case, dtype, options):
+        for received, _, traffic, chunk in pool.run(world, count_bytes, case, dtype, options):
+            planned = [branch.received for branch in traffic]
             assert sum(received) == sum(planned)
             assert len(received) == (2 if keep_kv else 3) * sum(w > chunk for w in pattern.segment_lengths)
             factor = 4 if keep_kv else 6
@@ -102,8 +110,8 @@ def test_gradients_of_bfloat16_travel_in_float32(pool):
     case = Case(Pattern.geometric(64, base=16, growth=2), 64, H=4, G=4, B=1, D=8, causal=False)
     options = {"strategy": "all_gather", "keep_kv": False}
     expected = sum(2 * (w - 16) // r * 4 * 8 * (2 + 2 + 4) for w, r in ((32, 2), (64, 4)))
-    for received, planned, _ in pool.run(4, count_bytes, case, torch.bfloat16, options):
-        assert sum(received) == sum(planned) == expected
+    for received, _, planned, _ in pool.run(4, count_bytes, case, torch.bfloat16, options):
+        assert sum(received) == sum(branch.received for branch in planned) == expected
 
 
 def assert_bitwise_equal(group, case):
@@ -160,8 +168,8 @@ def test_causal_work_is_balanced_by_trading_heads(pool):
         assert low <= max(pairs) / (sum(pairs) / len(pairs)) <= high
 
 
-def _count_on_a_fake_group(pipe: Any, ranks: int) -> None:
-    """Run one rank of many on torch's fake group; send what a layer needs, and its bytes, by strategy."""
+def _count_on_a_fake_group(pipe: Any, num_ranks: int, ranks: tuple[int, ...]) -> None:
+    """Run some ranks of many on torch's fake group; send what a layer needs, and its bytes, by rank and strategy."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -171,40 +179,46 @@ def _count_on_a_fake_group(pipe: Any, ranks: int) -> None:
             operations[str(func)] += 1
             return func(*args, **(kwargs or {}))
 
-    chunk, rank, results = 32, ranks // 2 + 1, {}
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
-    pattern = Pattern((chunk, 4 * chunk, ranks * chunk), (1, 2, 4))
+    chunk, results = 32, {}
+    pattern = Pattern((chunk, 4 * chunk, num_ranks * chunk), (1, 2, 4))
     q, k, v = (torch.zeros(1, chunk, heads, 8, requires_grad=True) for heads in (16, 4, 4))
-    for strategy in STRATEGIES:
-        mesh = SequenceMesh(dist.group.WORLD, pattern, ranks * chunk, strategy=strategy)
-        mesh.agree = lambda *arguments: None  # The fake group's reductions do not reduce.
-        with Counting(), CountingBytes() as count:
-            operations: Counter[str] = Counter()
-            dilated_attention(q, k, v, pattern, causal=True, mesh=mesh).backward(torch.zeros(1, chunk, 16, 8))
-        layer = LayerSize(16, 4, 8, 4, causal=True)
-        planned = bytes_received(pattern, mesh.shard, layer, mesh.strategies(layer))
-        results[strategy] = dict(operations), sum(count.received), sum(planned)
+    layer = LayerSize(16, 4, 8, 4, causal=True)
+    for rank in ranks:
+        dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+        for strategy, keep_kv in itertools.product(STRATEGIES, (True, False)):
+            mesh = SequenceMesh(dist.group.WORLD, pattern, num_ranks * chunk, strategy=strategy, keep_kv=keep_kv)
+            mesh.agree = lambda *arguments: None  # The fake group's reductions do not reduce.
+            with Counting(), CountingBytes() as count:
+                operations: Counter[str] = Counter()
+                out = dilated_attention(q, k, v, pattern, causal=True, mesh=mesh)
+                retained = out.grad_fn.saved_tensors[-1].nbytes
+                out.backward(torch.zeros(1, chunk, 16, 8))
+            planned = branch_traffic(pattern, mesh.shard, layer, mesh.strategies(layer), keep_kv)
+            found = sum(count.received), sum(count.sent), retained
+            expected = tuple(sum(getattr(x, name) for x in planned) for name in ("received", "sent", "retained"))
+            results[rank, strategy, keep_kv] = dict(operations), found, expected
+        dist.destroy_process_group()
     pipe.send(results)
 
 
 def test_nothing_is_done_for_each_peer_and_bytes_are_those_of_the_plan():
-    """A layer needs the same kernels, copies and collectives on a rank of 16, of 64 and of 1024 ranks."""
-    by_ranks = []
-    for ranks in (16, 64, 1024):
+    """The middle rank needs the same kernels, copies and collectives among 16, 64, 1024 and 4096 ranks."""
+    by_size = {}
+    for size in (16, 64, 1024, 4096):
         receiver, sender = forkserver().Pipe()
-        process = forkserver().Process(target=_count_on_a_fake_group, args=(sender, ranks))
+        ranks = (size // 2 + 1, 0, 3, size - 1)
+        process = forkserver().Process(target=_count_on_a_fake_group, args=(sender, size, ranks))
         process.start()
         sender.close()
         assert receiver.poll(100)
-        by_ranks.append(receiver.recv())
+        results = receiver.recv()
         process.join()
-    for results in by_ranks:
-        for _, received, planned in results.values():
-            assert received == planned
-    assert by_ranks[0].keys() == set(STRATEGIES)
-    for results in by_ranks[1:]:
-        for strategy, (operations, *_) in results.items():
-            assert operations == by_ranks[0][strategy][0], strategy
+        for key, (_, found, expected) in results.items():
+            assert found == expected, (size, key)
+        by_size[size] = {key[1:]: operations for key, (operations, *_) in results.items() if key[0] == ranks[0]}
+    assert by_size[16].keys() == set(itertools.product(STRATEGIES, (True, False)))
+    for size, operations in by_size.items():
+        assert operations == by_size[16], size
 
 
 def test_4096_ranks_receive_little():

@@ -76,5 +76,81 @@ def test_a_model_that_does_not_pass_the_documents_on_raises(monkeypatch):
         monkeypatch.setattr(
             layer, "forward", lambda *a, forward=forward, **o: forward(*a, **(o | {"cu_seq_lens_q": None}))
         )
-    with pytest.raises(ValueError, match="is not told of packed documents"):
+    with pytest.raises(ValueError, match="is not told of documents or padding"):
         model(batch["input_ids"], position_ids=batch["position_ids"])
+
+
+def ragged(packed):
+    """A batch whose sequences are padded before, after, at both ends, and not; if `packed`, one holds two documents."""
+    tokens = torch.cat([draw(40)["input_ids"], draw(41)["input_ids"][:, :40]])
+    documents = [[(7, 40)], [(0, 35)], [(3, 37)], [(0, 11), (11, 40)] if packed else [(0, 40)]]
+    mask, positions = torch.zeros(4, 40, dtype=torch.int64), torch.zeros(4, 40, dtype=torch.int64)
+    for row, of_row in enumerate(documents):
+        for a, b in of_row:
+            mask[row, a:b], positions[row, a:b] = 1, torch.arange(b - a)
+    labels = tokens.masked_fill(mask == 0, -100)
+    batch = {"input_ids": tokens, "labels": labels, "attention_mask": mask}
+    batch |= {"position_ids": positions} if packed else {}
+    return batch, [(row, a, b) for row, of_row in enumerate(documents) for a, b in of_row]
+
+
+def logits_of_ragged(group, family, packed, with_split_batch):
+    """Return logits of tokens, loss and gradients of ragged sequences, and those of each document alone."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    batch, documents = ragged(packed)
+    mesh = None if group is None else SequenceMesh(group, PATTERN, 40)
+    model = make_model(family, PATTERN, mesh)
+    result = model(**(split_batch(batch, mesh) if with_split_batch else batch))
+    result.loss.backward()
+    join, add = (lambda x: x, lambda x: x) if mesh is None else (mesh.join, mesh.sum)
+    logits = join(result.logits).detach()
+    found = torch.cat([logits[row, a:b] for row, a, b in documents])
+    reference, losses, expected = make_model(family), [], []
+    for row, a, b in documents:
+        document = batch["input_ids"][row, a:b]
+        expected.append(reference(document[None]).logits[0])
+        losses.append(torch.nn.functional.cross_entropy(expected[-1][:-1], document[1:], reduction="none"))
+    loss = torch.cat(losses).mean()
+    loss.backward()
+    packed = [found, result.loss.detach(), *(add(p.grad) for p in model.parameters())]
+    return packed, [torch.cat(expected).detach(), loss.detach(), *(p.grad for p in reference.parameters())]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("world", "family"), [(0, "llama"), (0, "gpt_neox"), (2, "qwen3"), (4, "llama")])
+def test_padding_on_any_side_and_documents_at_any_place_are_exact(pool, world, family, packed):
+    """On one process, with and without split_batch."""
+    results = [] if world else [logits_of_ragged(None, family, packed, split) for split in (True, False)]
+    for found, alone in results or pool.run(world, logits_of_ragged, family, packed, True):
+        for actual, expected in zip(found, alone, strict=True):
+            assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_generation_from_prompts_that_are_padded_before_tokens():
+    model = make_model("llama").eval()
+    prompts = [draw(20)["input_ids"][0], draw(13)["input_ids"][0]]
+    tokens = torch.stack([torch.nn.functional.pad(prompt, (20 - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(prompt), (20 - len(prompt), 0)) for prompt in prompts])
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "use_cache": False}
+    batched = model.generate(tokens, attention_mask=mask, **options)
+    for row, prompt in zip(batched, prompts, strict=True):
+        alone = model.generate(prompt[None], attention_mask=torch.ones_like(prompt[None]), **options)
+        assert row[20:].tolist() == alone[0, len(prompt) :].tolist()
+
+
+def test_layers_that_are_computed_again_have_their_own_documents():
+    """Gradient checkpointing runs layers again after another forward, which had other documents or none."""
+    batch, _ = pack()
+    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model("llama").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        loss = model(**inputs).logits.square().sum()
+        other = model(draw(30)["input_ids"]).logits.square().sum()
+        (loss + other).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for actual, expected in zip(*grads, strict=True):
+        assert_close(actual, expected, rtol=0, atol=1e-11)

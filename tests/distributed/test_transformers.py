@@ -98,16 +98,19 @@ def errors(group):
     mesh = SequenceMesh(group, PATTERN, 40)
     model, batch = make_model("llama", PATTERN, mesh), draw(40)
     local = split_batch(batch, mesh)
-    left = draw(40)
-    left["attention_mask"][0, :5] = 0
+    hole = draw(40)
+    hole["attention_mask"][0, 5:9] = 0
     wrong_on_one_rank = mesh.positions()[None] + int(mesh.rank == 0)
     cases = [
         (batch, "split_batch"),  # Not split.
-        (local | {"position_ids": wrong_on_one_rank}, "position_ids must be those of split_batch"),
-        (local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1}, "position_ids must be those of split"),
-        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 40])}, "position_ids must be those of split_batch"),
-        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 20])}, "must rise from 0 to the 40 tokens"),
-        (local | {"attention_mask": mesh.split(left["attention_mask"])}, "padding before tokens"),
+        (local | {"position_ids": wrong_on_one_rank}, "position_ids must count from 0"),
+        (
+            local | {"position_ids": torch.arange(mesh.shard.num_rows)[None] + 1},
+            "Across ranks they are those of split_b",
+        ),
+        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 40])}, "position_ids must count from 0"),
+        (local | {"cu_seq_lens_q": torch.tensor([0, 7, 20])}, "its last one N = 40"),
+        (local | {"attention_mask": mesh.split(hole["attention_mask"])}, "padding between the tokens"),
         ({name: x for name, x in local.items() if name != "shift_labels"}, "shifted before they are split"),
         (local | {"attention_mask": torch.ones(2, 1, 40, 40)}, r"must be \(B, N\)"),
     ]
@@ -116,15 +119,17 @@ def errors(group):
             model(**inputs)
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         make_model("llama", PATTERN, mesh, attention_dropout=0.1).train()(**local)
-    restarts = {"position_ids": torch.stack([torch.arange(20).repeat(2), torch.arange(40)])}
+    jumps = {"position_ids": torch.stack([torch.arange(40) + 1, torch.arange(40)])}
     of_another_rank = {"input_ids": batch["input_ids"] + int(mesh.rank == 1)}
     for wrong_batch, message in (
-        (batch | restarts, "begin anew with each packed document, in all sequences"),
-        (batch | (restarts if mesh.rank == 0 else {}), "begin anew with each packed document, in all sequences"),
+        (batch | jumps, "must count from 0, and begin anew"),
+        (batch | (jumps if mesh.rank == 0 else {}), "must count from 0, and begin anew"),
         (batch | of_another_rank, "the ranks of one sequence disagree.*the batch"),
-        (left, "padding before tokens"),
+        (hole, "padding between the tokens of a document"),
+        (batch | {"attention_mask": 2 * torch.ones(2, 40)}, "1 for tokens and 0 for padding"),
+        (batch | {"cu_seq_lens_q": torch.tensor([[0, 40]] * 3)}, "each needs a row"),
         (draw(41), "the batch is of 41 tokens, and the mesh of seq_len = 40"),
-        (batch | {"cu_seq_lens_q": torch.tensor([0, 39])}, "must rise from 0 to the 40 tokens of a sequence"),
+        (batch | {"cu_seq_lens_q": torch.tensor([0, 39])}, "its last one N = 40"),
         (batch | {"cu_seq_lens_q": torch.tensor([0.0, 40.0])}, "a tensor of integers"),
         (batch | {"cu_seq_lens_q": torch.tensor([0, 40]), "cu_seq_lens_k": torch.tensor([0, 9, 40])}, "differ"),
         (batch | {"seq_idx": torch.zeros(2, 40)}, "seq_idx, which is not supported"),
@@ -203,8 +208,8 @@ def test_wrong_uses_raise_on_one_process():
     from longnet_dist.integrations.transformers import apply, register
 
     batch = draw(40)
-    positions = torch.stack([torch.arange(20).repeat(2), torch.arange(40)])
-    with pytest.raises(ValueError, match="at the same places in all sequences"):
+    positions = torch.stack([torch.arange(40) + 1, torch.arange(40)])
+    with pytest.raises(ValueError, match="position_ids must count from 0"):
         make_model("llama")(batch["input_ids"], position_ids=positions)
     sizes = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
     mistral = transformers.MistralConfig(**sizes, vocab_size=50, num_hidden_layers=1, sliding_window=8)

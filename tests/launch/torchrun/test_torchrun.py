@@ -132,7 +132,7 @@ def test_evaluation_and_scores_over_ranks_are_those_of_one_process(tmp_path):
     assert done.returncode == 0, done.stderr
     for arguments in (
         ("eval", tmp_path / "run", "--edges", 64, "--sequences", 2),
-        ("score", tmp_path / "text.txt", "--model", tmp_path / "run", "--as-json"),
+        ("score", tmp_path / "text.txt", "--model", tmp_path / "run", "--json"),
     ):
         one, two = (forked(ranks, "-m", "longnet_dist", *arguments) for ranks in (1, 2))
         assert two.returncode == 0, two.stderr

@@ -155,6 +155,25 @@ def test_plan(capsys):
     assert "90.2 GFLOP" in costs
 
 
+def test_a_plan_proposes_patterns_and_draws_scaling(capsys, tmp_path):
+    sizes = ["--seq-len", "1M", "--ranks", "16", "--pattern", "2K:1,8192:4,2^20:512"]
+    assert app.main(["plan", *sizes, "--propose", "--plot", str(tmp_path / "plan.png")]) == 0
+    costs = capsys.readouterr().out
+    assert re.search(r"1,048,576 +512 +1.56%", costs)
+    assert "proposals for --pattern, within the budget" in costs
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert app.main(["plan", *sizes, "--propose", "--max-flops", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["proposals"] == []
+    for wrong, message in (
+        (["--max-flops", "1e12"], "are budgets of --propose"),
+        (["--pattern", "2048"], "write LENGTH:RATE for each branch"),
+        (["--seq-len", "1.5"], "'1.5' is not a whole number"),
+        (["--pattern", "8:1", "--segment-lengths", "8", "--dilation-rates", "1"], "leave out --segment-lengths"),
+    ):
+        assert app.main(["plan", *wrong]) != 0
+        assert message in " ".join(capsys.readouterr().err.replace("\u2502", " ").split())
+
+
 def test_a_plan_of_a_million_tokens_reaches_all_and_names_idle_ranks(capsys):
     assert app.main(["plan", "--seq-len", "1048576", "--ranks", "65"]) == 0
     costs = capsys.readouterr().out

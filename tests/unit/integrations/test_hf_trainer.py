@@ -97,7 +97,7 @@ def make_batch(job, **changes):
         ({"labels": None}, "the collator returned input_ids; it must return input_ids and labels"),
         ({"input_ids": None}, "it must return input_ids and labels"),
         ({"seq_idx": torch.zeros(3)}, "seq_idx; it must return .*DataCollatorWithFlattening"),
-        ({"cu_seq_lens_q": torch.tensor([0, 44])}, "must rise from 0 to the 45 tokens of a sequence"),
+        ({"cu_seq_lens_q": torch.tensor([0, 44])}, "its last one N = 45"),
         (
             {"shift_labels": torch.zeros(2, 45)},
             "shift_labels; it must return input_ids and labels, whole and not shifted",
@@ -106,8 +106,8 @@ def make_batch(job, **changes):
         ({"labels": torch.zeros(2, 44).long()}, r"'labels': \(2, 44\)\}; each must be a tensor"),
         ({"input_ids": [[1] * 45] * 2}, r"'input_ids': 'list'"),
         (
-            {"position_ids": torch.stack([torch.arange(45), torch.arange(45) % 20])},
-            "begin anew with each packed document, in all sequences",
+            {"position_ids": torch.stack([torch.arange(45), torch.arange(45) + 1])},
+            "must count from 0, and begin anew",
         ),
         ({"input_ids": torch.ones(2, 46).long(), "labels": torch.ones(2, 46).long()}, "of 46 tokens.* pad .* or pack"),
     ],
@@ -122,10 +122,10 @@ def test_a_batch_that_cannot_be_split_is_an_error(job, tmp_path, changes, messag
             call()
 
 
-def test_padding_before_tokens_is_an_error(job, tmp_path):
+def test_padding_between_tokens_is_an_error(job, tmp_path):
     trainer = job.make_trainer(tmp_path)
-    trainer.data_collator = lambda _: make_batch(job, attention_mask=(torch.arange(45) > 3).long().expand(2, -1))
-    with pytest.raises(ValueError, match="padding before tokens"):
+    trainer.data_collator = lambda _: make_batch(job, attention_mask=(torch.arange(45) % 9 > 3).long().expand(2, -1))
+    with pytest.raises(ValueError, match="padding between the tokens of a document"):
         trainer.train()
 
 

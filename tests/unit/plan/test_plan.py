@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from longnet_dist import Pattern
 from longnet_dist.attention.reference import branch_counts
 from longnet_dist.plan.blocks import Rows, make_plan
-from longnet_dist.plan.cost import LayerSize, attention_flops, bytes_received
+from longnet_dist.plan.cost import (
+    FORWARDS_PER_STEP,
+    LayerSize,
+    attention_flops,
+    bytes_received,
+    rank_flops,
+    saved_bytes,
+)
 from longnet_dist.plan.hardware import HARDWARE, Hardware
+from longnet_dist.plan.propose import propose_patterns
+from longnet_dist.plan.report import report_layer
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
 from tests.cases import patterns
 
@@ -167,3 +176,44 @@ def test_hardware_is_read_by_name_or_from_a_file(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"mine.json does not hold what `longnet-dist calibrate` writes"):
             Hardware.read(path)
+
+
+@pytest.mark.parametrize(("strategy", "low", "high"), [("all_to_all", 1, 1.01), ("all_gather", 1.7, 1.9)])
+def test_the_report_of_a_causal_segment_over_eight_ranks(strategy, low, high):
+    """Operations of all ranks add up, and the imbalance is that of the rank that has most."""
+    pattern, N, layer = Pattern((1 << 17,), (4,)), 1 << 17, LayerSize(8, 8, 64, 2, causal=True)
+    report = report_layer(pattern, N, 8, layer, HARDWARE["h100"], strategy)
+    of_ranks = [sum(rank_flops(pattern, Shard(N, N // 8, rank, 8), layer, (strategy,))) for rank in range(8)]
+    assert report["forward_flops"] == sum(of_ranks) == attention_flops(pattern, N, 8, 64, causal=True)
+    assert report["imbalance"] == max(of_ranks) * 8 / sum(of_ranks)
+    assert low <= report["imbalance"] <= high
+    assert report["saved_bytes"] == N // 8 * 8 * (4 * 64 * 2 + 4) == saved_bytes(Shard(N, N // 8, 0, 8), layer)
+
+
+def test_proposals_keep_to_the_budget_and_fall_in_operations():
+    layer, N, ranks = LayerSize(32, 8, 128, 2, causal=True), 1 << 24, 64
+    everything = propose_patterns(N, ranks, layer, HARDWARE["h100"], float("inf"), float("inf"))
+    flops = [proposal.forward_flops for proposal in everything]
+    assert len(everything) == 5
+    assert flops == sorted(flops, reverse=True)
+    tight = propose_patterns(N, ranks, layer, HARDWARE["h100"], flops[0] / 10, 8e6)
+    assert tight
+    for proposal in tight:
+        assert proposal.forward_flops <= flops[0] / 10
+        assert proposal.received_bytes <= 8e6
+        assert proposal.pattern.reach(N) == N
+        assert proposal.coverage == proposal.pattern.coverage(8)
+        strategies = report_layer(proposal.pattern, N, ranks, layer, HARDWARE["h100"])
+        assert strategies["received_bytes"] == proposal.received_bytes
+    assert propose_patterns(N, ranks, layer, HARDWARE["h100"], 1, 1) == []
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "exchange", "all_to_all"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_modelled_time_is_that_of_the_busiest_ranks_operations_if_communication_is_free(strategy, causal):
+    """Whole segments of a rank count as often as it holds them."""
+    pattern, N, layer = Pattern((1 << 10, 1 << 13, 1 << 17), (1, 2, 8)), 1 << 17, LayerSize(8, 8, 64, 2, causal)
+    free = Hardware("free", flops=1e12, bandwidth=1e30, latency=1e-30)
+    report = report_layer(pattern, N, 8, layer, free, strategy)
+    busiest = max(sum(rank_flops(pattern, Shard(N, N // 8, rank, 8), layer, (strategy,) * 3)) for rank in range(8))
+    assert report["seconds"] == pytest.approx(FORWARDS_PER_STEP * busiest / free.flops, rel=0.02)

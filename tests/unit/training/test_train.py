@@ -190,7 +190,7 @@ def test_an_export_is_complete(config, tmp_path, capsys, monkeypatch):
     (tmp_path / "scored").write_text(text)
     capsys.readouterr()
     for folder in (run, str(export)):
-        assert app.main(["score", "scored", "--model", folder, "--as-json"]) == 0
+        assert app.main(["score", "scored", "--model", folder, "--json"]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["log_likelihood"] == pytest.approx(scores.sum().item(), rel=1e-5)
         assert result["bits_per_byte"] == pytest.approx(-scores.sum().item() / math.log(2) / len(text), rel=1e-5)
