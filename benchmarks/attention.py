@@ -2,6 +2,9 @@
 
     OMP_NUM_THREADS=2 python benchmarks/attention.py [--seq-len 16384] [--rounds 7]
 
+With MALLOC_MMAP_THRESHOLD_=65536 the peak memory on a CPU is that of living tensors; otherwise it includes holes of the
+heap.
+
 The floor is the least time possible: the same flash kernel on contiguous blocks with the shapes of the pattern's
 branches, without gathering rows or merging results. The peer is the package dilated-attention-pytorch, if installed.
 Ratios are of medians. Before anything is measured, a result is compared with the float64 oracle.

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from longnet_dist.attention.arguments import SCHEMA, Options, agree, offsets_problem
 from longnet_dist.attention.call import Call, HeadTable, plan_of, retained_sizes, unit_stride
-from longnet_dist.attention.rows import MergedRows, SummedRows, accumulation_dtype, as_keys, as_queries, rectangle
+from longnet_dist.attention.rows import (
+    MergedRows,
+    SummedRows,
+    accumulation_dtype,
+    as_keys,
+    as_queries,
+    pieces,
+    rectangle,
+)
 from longnet_dist.plan.blocks import OwnBlock, Rows
 
 
@@ -70,12 +78,12 @@ def forward_op(
         return out, lse.transpose(1, 2)
 
     for block in [*call.plan.local, *call.plan.own]:
-        heads, rows = block.heads, block.rows
-        q_k_v = as_queries(rectangle(q_BLGRD, heads, rows)), *(as_keys(rectangle(x, heads, rows)) for x in (k, v))
-        out, lse = attend(heads.table, [rows], [rows], call.causal, *q_k_v)
-        del q_k_v  # These may be copies, which take memory.
-        merged.merge(block.branch, heads, rows, out, lse)
-        del out, lse
+        for heads, rows in pieces(block.heads, block.rows):
+            q_k_v = as_queries(rectangle(q_BLGRD, heads, rows)), *(as_keys(rectangle(x, heads, rows)) for x in (k, v))
+            out, lse = attend(heads.table, [rows], [rows], call.causal, *q_k_v)
+            del q_k_v  # These may be copies, which take memory.
+            merged.merge(block.branch, heads, rows, out, lse)
+            del out, lse
     for exchange in exchanges:
         for a in exchange.arrivals():
             exchange.put(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v))
@@ -141,13 +149,13 @@ def backward_op(
         return grads
 
     def attend_own(block: OwnBlock) -> None:
-        q_r, *results_r = (as_queries(rectangle(x, block.heads, block.rows)) for x in (q_BLGRD, *results))
-        k_v = (as_keys(rectangle(x, block.heads, block.rows)) for x in (k, v))
-        rows = [block.rows]
-        grads = attend(block.heads.table, rows, rows, call.causal, q_r, *k_v, *results_r)
-        del q_r, results_r  # These may be copies, which take memory.
-        for total, grad in zip((dq, dk, dv), grads, strict=True):
-            total.add(block.branch, block.heads, block.rows, grad)
+        for heads, rows in pieces(block.heads, block.rows):
+            q_r, *results_r = (as_queries(rectangle(x, heads, rows)) for x in (q_BLGRD, *results))
+            k_v = (as_keys(rectangle(x, heads, rows)) for x in (k, v))
+            grads = attend(heads.table, [rows], [rows], call.causal, q_r, *k_v, *results_r)
+            del q_r, results_r  # These may be copies, which take memory.
+            for total in (dq, dk, dv):
+                total.add(block.branch, heads, rows, grads.pop(0))
 
     for block in call.plan.local:
         attend_own(block)

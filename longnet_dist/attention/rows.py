@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -30,6 +33,25 @@ def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
         ),
         x_BLG.storage_offset() + rows.first * row + heads.first * head,
     )
+
+
+def pieces(heads: Heads, rows: Rows) -> Iterator[tuple[Heads, Rows]]:
+    """Cut a rectangle into parts that kernels can attend without copies, because one stride serves each dimension.
+
+    Segments and phases have different strides. So a rectangle of several of both is cut along the smaller number, and
+    into at least about four parts, because the results of a part take memory beside those of all.
+    """
+    if 1 in (rows.segments, heads.phases):
+        yield heads, rows
+        return
+    by_phase = heads.phases <= rows.segments
+    segments = -(-rows.segments // max(1, 4 // heads.phases)) if by_phase else 1
+    for f in range(heads.phases if by_phase else 1):
+        part_heads = replace(heads, first=heads.first + f * heads.phase_step, phases=1) if by_phase else heads
+        for s in range(0, rows.segments, segments):
+            start = f * rows.phase_step + s * rows.segment_step
+            position, count = rows.position + start, min(segments, rows.segments - s)
+            yield part_heads, replace(rows, first=rows.first + start, position=position, segments=count)
 
 
 def as_keys(x_BSFJMD: Tensor) -> Tensor:
