@@ -13,6 +13,7 @@ from tests.distributed.test_transformers import PATTERN, draw, make_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 DOCUMENTS = [0, 13, 14, 40]
+OFFSETS = "cu_seq_lens_q"
 
 
 def pack(rows=40):
@@ -154,3 +155,69 @@ def test_layers_that_are_computed_again_have_their_own_documents():
         grads.append([p.grad for p in model.parameters()])
     for actual, expected in zip(*grads, strict=True):
         assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def results_of_offsets_by_sequence(group):
+    """Return logits of sequences whose documents are given by `cu_seq_lens_q` (B, documents + 1), and those alone."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    tokens, offsets = draw(40)["input_ids"], torch.tensor([DOCUMENTS, [0, 30, 40, 40]])
+    mesh = SequenceMesh(group, PATTERN, 40)
+    logits = make_model("llama", PATTERN, mesh)(**split_batch({"input_ids": tokens, OFFSETS: offsets}, mesh)).logits
+    reference = make_model("llama")
+    spans = [(row, *span) for row, of_row in enumerate(offsets.tolist()) for span in itertools.pairwise(of_row)]
+    alone = [reference(tokens[row : row + 1, a:b]).logits[0] for row, a, b in spans if a < b]
+    return mesh.join(logits).flatten(0, 1).detach(), torch.cat(alone).detach()
+
+
+def test_each_sequence_may_have_offsets_of_its_own(pool):
+    for actual, expected in pool.run(2, results_of_offsets_by_sequence):
+        assert_close(actual, expected, rtol=0, atol=1e-11)
+
+
+def test_padding_between_documents_is_exact_if_positions_begin_anew_behind_it():
+    model, tokens = make_model("llama"), draw(40)["input_ids"][:1]
+    mask = torch.ones_like(tokens)
+    mask[0, 10:16] = 0
+    positions = torch.cat([torch.arange(16), torch.arange(24)])[None]
+    logits = model(tokens, attention_mask=mask, position_ids=positions).logits
+    for span in (slice(0, 10), slice(16, 40)):
+        assert_close(logits[:, span], model(tokens[:, span]).logits, rtol=0, atol=1e-11)
+
+
+def test_absolute_positions_count_from_the_first_token():
+    import transformers
+
+    from longnet_dist.integrations.transformers import apply
+
+    sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 1, "n_head": 4, "n_positions": 64, "use_cache": False}
+    config = transformers.GPT2Config(**sizes, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    model = apply(transformers.AutoModelForCausalLM.from_config(config).double(), PATTERN)
+    tokens = draw(40)["input_ids"]
+    mask = torch.ones_like(tokens)
+    mask[0, :11] = 0
+    logits = model(tokens, attention_mask=mask).logits
+    assert_close(logits[:1, 11:], model(tokens[:1, 11:]).logits, rtol=0, atol=1e-11)
+
+
+def gradients_of_two_forwards(group, use_reentrant):
+    """Return gradients of forwards with and without documents before one backward, plain and checkpointed."""
+    from longnet_dist.integrations.transformers import split_batch
+
+    mesh = SequenceMesh(group, PATTERN, 40)
+    batches = [split_batch(batch, mesh) for batch in (ragged(packed=True)[0], draw(40))]
+    grads = []
+    for checkpointing in (False, True):
+        model = make_model("llama", PATTERN, mesh).train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        sum(model(**batch).loss for batch in batches).backward()
+        grads.append([p.grad for p in model.parameters()])
+    return grads
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_have_their_own_documents_on_each_rank(pool, use_reentrant):
+    for plain, checkpointed in pool.run(2, gradients_of_two_forwards, use_reentrant):
+        for actual, expected in zip(checkpointed, plain, strict=True):
+            assert_close(actual, expected, rtol=0, atol=1e-11)
