@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import time
 from datetime import timedelta
 
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 from longnet_dist import DilatedAttention, LongNetConfig, Pattern, SequenceMesh, dense_reference, dilated_attention
+from longnet_dist.attention.kernels import KERNELS, eager
 from longnet_dist.plan.hardware import HARDWARE
 from tests.pool import Pool
 
@@ -246,3 +249,49 @@ def test_a_missing_rank_is_an_attributed_error_within_the_time_limit(strategy, d
     assert "rank 2 of the sequence failed while comparing the ranks' arguments" in first
     assert f"rank 2 of the sequence failed while {doing} of branch (w=64, r=4) over ranks 0 to 3" in later
     assert "time limit 2 s" in later
+
+
+class DyingKernel:
+    """The eager kernel, whose process is killed at its first call in a forward, or in a backward."""
+
+    unsupported = staticmethod(eager.unsupported)
+
+    def __init__(self, rank, direction):
+        self.dies_in = direction if rank == 3 else ""
+
+    def forward(self, *args, **options):
+        if self.dies_in == "forward":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return eager.forward(*args, **options)
+
+    def backward(self, *args, **options):
+        if self.dies_in == "backward":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return eager.backward(*args, **options)
+
+
+def die_in_an_exchange(group, strategy, direction, folder):
+    """Write the error that this rank gets when rank 3 is killed after exchanges have started."""
+    mesh = SequenceMesh(group, PATTERN, 64, strategy=strategy, timeout=timedelta(seconds=5))
+    q = torch.zeros(1, mesh.shard.num_rows, 4, 8, requires_grad=True)
+    KERNELS["dying"] = DyingKernel(mesh.rank, direction)
+    with pytest.raises(RuntimeError) as caught:
+        dilated_attention(q, q, q, PATTERN, mesh=mesh, kernel="dying").sum().backward()
+    (folder / str(mesh.rank)).write_text(str(caught.value))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("strategy", ["all_gather", "all_to_all", "exchange"])
+def test_a_rank_that_is_killed_in_an_exchange_is_an_attributed_error_on_the_others(strategy, direction, tmp_path):
+    """Every other rank gets it within the time limit, with the branch and the ranks that shared it."""
+    pool = Pool()
+    try:
+        with pytest.raises(AssertionError, match="rank 3 of 4: the process ended"):
+            pool.run(4, die_in_an_exchange, strategy, direction, tmp_path, limit=60)
+    finally:
+        pool.close()
+    for rank in range(3):
+        error = (tmp_path / str(rank)).read_text()
+        assert re.search(rf"rank {rank} of the sequence failed while .*branch .* over ranks \d to 3", error), error
+        assert "A rank of that group ended" in error
