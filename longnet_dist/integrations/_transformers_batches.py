@@ -77,8 +77,9 @@ def offsets_of(batch: dict[str, Any], tokens: Tensor) -> Tensor | None:
         (documents + 1,) if all sequences have the same; else (B, documents + 1), which end with empty documents. On the
         CPU. None if each sequence is one document.
     """
-    if not tokens.shape[1] or not len(tokens):
-        return None
+    undescribed = all(batch.get(name) is None for name in (OFFSETS, "position_ids", "attention_mask"))
+    if undescribed or not tokens.shape[1] or not len(tokens):
+        return None  # Without a copy to the CPU, for which the host would wait.
     begins = _begins(batch, tokens).cpu()
     counts = begins.sum(1)
     if int(counts.max()) == 1:
