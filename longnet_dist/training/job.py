@@ -20,7 +20,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from longnet_dist.best_effort import print_note
-from longnet_dist.checkpoints.storage import RunFiles, in_store, storage_path, write_problem
+from longnet_dist.checkpoints.storage import RunFiles, as_os_error, in_store, storage_path, write_problem
 from longnet_dist.data.corpus import Corpus, count_tokens, open_corpus
 from longnet_dist.data.tokenizers import Bytes, load_tokenizer
 from longnet_dist.distributed.patience import Patience
@@ -76,7 +76,7 @@ def fit_to_ranks(config: TrainConfig, folder: Path, num_ranks: int, patience: Pa
     """
     ranks = None
     if _rank() == 0:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError), as_os_error():
             ranks = json.loads((folder / "config.json").read_text()).get("ranks")
     ranks = patience.gather(ranks, "read config.json")[0]
     if ranks in (None, num_ranks):
