@@ -75,7 +75,7 @@ def test_measured_hardware_chooses_strategies(tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(losses(tmp_path / "run")) == 2
     done = forked(1, "-m", "longnet_dist", "plan", "--hardware", path)
-    assert "on measured: an estimate" in done.stdout
+    assert "an estimate for measured" in done.stdout
 
 
 @pytest.mark.slow
