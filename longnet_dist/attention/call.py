@@ -17,12 +17,13 @@ from longnet_dist.attention.exchanges.all_gather import AllGather
 from longnet_dist.attention.exchanges.all_to_all import AllToAll
 from longnet_dist.attention.exchanges.exchange import SendNeeded
 from longnet_dist.attention.kernels import Kernel, KernelRequest, choose_kernel
+from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
 from longnet_dist.plan.blocks import Plan, Rows, SharedBranch
 from longnet_dist.plan.cost import LayerSize, keeps_arrivals
 from longnet_dist.plan.shard import Shard
 
-STRATEGIES: dict[str, Callable[[SharedBranch, SequenceMesh], Exchange]] = {
+STRATEGIES: dict[str, Callable[[SharedBranch, SequenceMesh, Batch], Exchange]] = {
     "all_gather": AllGather,
     "all_to_all": AllToAll,
     "exchange": SendNeeded,
@@ -44,6 +45,7 @@ class Call:
     scale: float
     bias: PositionBias | None
     num_kv_heads: int
+    shares_collectives: bool
 
     @classmethod
     def of(
@@ -57,7 +59,8 @@ class Call:
             _warn_of_float32()
         mesh = mesh_of(options.mesh)
         plan = plan_of(q, k, options, () if cu_seqlens is None else tuple(cu_seqlens.tolist()))
-        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2])
+        shares = mesh is not None and len(plan.shared) > 0 and mesh.shares_collectives(_layer_size(q, k, options))
+        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares)
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""
@@ -82,10 +85,12 @@ class Call:
         summed = grad.unflatten(0, (-1, len(heads))).sum(0).unflatten(1, (table.shape[1], -1))
         by_kv_head.index_put_((table,), summed.to(dbias.dtype), accumulate=True)
 
-    def exchanges(self) -> list[Exchange]:
-        """Return the exchanges of the call, which are not started."""
-        assert self.mesh is not None or not self.plan.shared
-        return [STRATEGIES[shared.strategy](shared, self.mesh) for shared in self.plan.shared]  # type: ignore[arg-type]
+    def exchanges(self) -> tuple[list[Exchange], Batch]:
+        """Return the exchanges of the call, which are not started, and their collectives."""
+        batch = Batch(self.shares_collectives)
+        if self.mesh is None:
+            return [], batch
+        return [STRATEGIES[shared.strategy](shared, self.mesh, batch) for shared in self.plan.shared], batch
 
 
 @cache

@@ -65,9 +65,10 @@ def forward_op(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)
     merged = MergedRows(q_BLGRD, call.plan.first_shared)
-    exchanges = call.exchanges()
+    exchanges, collectives = call.exchanges()
     for exchange in exchanges:
         exchange.start(q_BLGRD, k, v)
+    collectives.launch()
 
     def attend(
         heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
@@ -88,6 +89,7 @@ def forward_op(
         for a in exchange.arrivals():
             exchange.put(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v))
         exchange.start_return()
+    collectives.launch()
     for exchange in exchanges:
         for result in exchange.returned():
             merged.merge(*result)
@@ -127,13 +129,14 @@ def backward_op(
     dq, dk, dv = (SummedRows(x, call.plan.first_shared) for x in (call.by_kv_head(q), k, v))
     dbias = q.new_zeros(0 if bias_parameters is None else bias_parameters.shape, dtype=accumulation_dtype(q.dtype))
     q_BLGRD, *results = (call.by_kv_head(x) for x in (q, dout, out, lse))
-    exchanges = call.exchanges()
+    exchanges, collectives = call.exchanges()
     sizes = retained_sizes(call.plan, q, k, Options(*options), cu_seqlens)
     for exchange, size in zip(exchanges, sizes, strict=True):
         if size is not None and retained is not None:
             kept, retained = retained.split([size, retained.numel() - size])
             exchange.restore(kept)
         exchange.start_backward(q_BLGRD, k, v, (results[0], results[1], results[2]))
+    collectives.launch()
 
     def attend(
         heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
@@ -164,6 +167,7 @@ def backward_op(
             assert a.backward is not None
             exchange.put_gradients(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v, *a.backward))
         exchange.start_return()
+    collectives.launch()
     for block in call.plan.own:
         attend_own(block)
     for exchange in exchanges:

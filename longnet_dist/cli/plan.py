@@ -268,7 +268,7 @@ def _draw_scaling(
             model_branch(branch, name, shard, layer, speed, keep_kv)
             for branch, name in zip(pattern.branches, names, strict=True)
         ]
-        seconds, received, retained = (sum(column) for column in zip(*models, strict=True))
+        seconds, received, retained, _ = (sum(column) for column in zip(*models, strict=True))
         return seconds * 1e3, received / 2**20, (saved_bytes(shard, layer) + retained) / 2**20
 
     lengths = [1 << power for power in range(13, 31)]

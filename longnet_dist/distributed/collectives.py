@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from longnet_dist import internals
-from longnet_dist.distributed.waits import mark_wait
+from longnet_dist.distributed.liveness import Process, describe_ended
+from longnet_dist.distributed.waits import Stopwatch, mark_wait
 
 # torch 2.13 deprecates the names that 2.11 has.
 _all_gather_single: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -46,6 +47,10 @@ class Communicator:
         self.timeout = timeout
         self.size = dist.get_world_size(group)
         self.rank_in_sequence = rank_in_sequence
+        self.processes: dict[int, Process] = {}
+        """The processes of the group by their ranks in the sequence, if they are known."""
+        self.waited = Stopwatch()
+        """The time in which this rank waited for collectives of the group."""
 
     def all_gather(self, x: Tensor, what: str) -> Pending:
         """Start to gather x from every rank: (n, ...) -> (P, n, ...). The dual of `reduce_scatter`."""
@@ -151,7 +156,8 @@ class Pending:
             work, self.work = self.work, None
             # NCCL's wait with a time limit would block the host. NCCL's watchdog enforces the group's own limit.
             limit = () if self.result.is_cuda else (self.communicator.timeout,)
-            self._attribute(lambda: work.wait(*limit))
+            with self.communicator.waited.over(self.result.is_cuda):
+                self._attribute(lambda: work.wait(*limit))
         return self.result
 
     def _attribute(self, step: Callable[[], Any]) -> Any:
@@ -165,7 +171,8 @@ class Pending:
             raise RuntimeError(
                 f"rank {comm.rank_in_sequence} of the sequence failed while {self.what}, after "
                 f"{time.monotonic() - start:.1f} s (time limit {comm.timeout.total_seconds():g} s). "
-                f"A rank of that group ended, or did not make the same call. The cause: {error}"
+                f"{describe_ended(comm.processes) or 'a rank of that group ended, or did not make the same call'}. "
+                f"The cause: {error}"
             ) from error
 
 
@@ -178,7 +185,10 @@ The inner key is (first rank, last rank, time limit). None stands for a group wi
 
 
 def communicators(
-    group: ProcessGroup, rounds: Sequence[Sequence[tuple[int, int]]], timeout: timedelta
+    group: ProcessGroup,
+    rounds: Sequence[Sequence[tuple[int, int]]],
+    timeout: timedelta,
+    processes: Sequence[Process],
 ) -> dict[tuple[int, int], Communicator]:
     """Return the communicators of this rank's groups, by (first, last) rank. Collective over `group`.
 
@@ -190,6 +200,7 @@ def communicators(
         group: all ranks of the sequence.
         rounds: groups of ranks of `group`, disjoint within a round; see `plan.shard.rank_groups`.
         timeout: the time limit of each collective.
+        processes: the process of each rank, for messages.
     """
     cache = _COMMUNICATORS.setdefault(group, {})
     ranks = dist.get_process_group_ranks(group)
@@ -206,6 +217,8 @@ def communicators(
                 dist.all_reduce(torch.zeros(1, device="cuda"), group=subgroup)
         for a, b in missing:
             cache[a, b, timeout] = Communicator(subgroup, timeout, me) if (a, b) == (first, last) else None
+            if (communicator := cache[a, b, timeout]) is not None:
+                communicator.processes = dict(enumerate(processes[a : b + 1], a))
     all_groups = {(a, b): cache[a, b, timeout] for groups in rounds for a, b in groups}
     return {ranks: communicator for ranks, communicator in all_groups.items() if communicator is not None}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import numbers
-import os
 import threading
 import warnings
 from collections import deque
@@ -24,13 +23,17 @@ from longnet_dist import internals
 from longnet_dist.distributed import collectives
 from longnet_dist.distributed.differentiable import Join, Split, Sum, holds_ids
 from longnet_dist.distributed.digest import digest
+from longnet_dist.distributed.liveness import this_process
+from longnet_dist.distributed.mesh_arguments import problem, process_group
 from longnet_dist.plan.cost import LayerSize, choose_strategies
-from longnet_dist.plan.exchange import STRATEGIES, SharedSegment
+from longnet_dist.plan.exchange import SharedSegment
 from longnet_dist.plan.hardware import HARDWARE, Hardware
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, rank_groups
+from longnet_dist.plan.sharing import saved_latency
 
 _choose_strategies = lru_cache(maxsize=256)(choose_strategies)
+_saved_latency = lru_cache(maxsize=256)(saved_latency)
 _MAX_COMPARED = 8
 """The number of tensors that are compared at once, the last ones that were split."""
 _HANDLES = itertools.count(1)
@@ -84,13 +87,7 @@ class SequenceMesh:
         timeout: timedelta | float = timedelta(minutes=10),
     ) -> None:
         timeout = timeout if isinstance(timeout, timedelta) else timedelta(seconds=timeout)
-        self.group = _process_group(group)
-        if self.group is None and not dist.is_initialized() and os.environ.get("WORLD_SIZE", "1") not in ("", "1"):
-            raise ValueError(
-                f"the group is None, and this is one of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE): call "
-                "torch.distributed.init_process_group() first, and pass a group such as torch.distributed.group.WORLD. "
-                "With a process group initialised, None means that this process holds whole sequences"
-            )
+        self.group = process_group(group)
         self.pattern = pattern
         self.seq_len = int(seq_len) if isinstance(seq_len, numbers.Integral) else seq_len
         self.strategy = strategy if isinstance(strategy, str) else tuple(strategy)
@@ -106,7 +103,7 @@ class SequenceMesh:
         self._facts = {"pattern": str(pattern), "seq_len": self.seq_len, "chunk": chunk, "keep_kv": keep_kv}
         self._facts |= {"strategy": str(self.strategy), "hardware": str(hardware)}
         self._facts |= {"reduce_dtype": str(reduce_dtype), "timeout": timeout.total_seconds()}
-        self.agree({"call": "SequenceMesh"}, _problem(pattern, seq_len, chunk, self.size, self.strategy))
+        self.agree({"call": "SequenceMesh"}, problem(pattern, seq_len, chunk, self.size, self.strategy))
         if self.rank == 0 and self.seq_len > pattern.reach(self.seq_len):
             warnings.warn(
                 f"no token sees further than {pattern.reach(self.seq_len):,} tokens: the longest segment is shorter "
@@ -117,10 +114,13 @@ class SequenceMesh:
         self._facts["chunk"] = self.shard.chunk
         self._communicators: dict[tuple[int, int], collectives.Communicator] = {}
         if self.group is not None and self.everyone is not None:
-            count = torch.tensor([internals.num_process_groups()], device=self.everyone.device)
-            counts = self.everyone.all_gather(count, "counting process groups").wait()
-            collectives.pad_process_groups(int(counts.max()))
-            self._communicators = collectives.communicators(self.group, rank_groups(pattern, self.shard), timeout)
+            facts = torch.tensor([internals.num_process_groups(), *this_process()], device=self.everyone.device)
+            by_rank = self.everyone.all_gather(facts, "counting process groups").wait().tolist()
+            collectives.pad_process_groups(max(count for count, *_ in by_rank))
+            processes = [(machine, pid) for _, machine, pid in by_rank]
+            self.everyone.processes = dict(enumerate(processes))
+            rounds = rank_groups(pattern, self.shard)
+            self._communicators = collectives.communicators(self.group, rounds, timeout, processes)
         self.handle = next(_HANDLES)
         _BY_HANDLE[self.handle] = self
 
@@ -131,6 +131,20 @@ class SequenceMesh:
             return names
         chosen = _choose_strategies(self.pattern, self.shard.of(0), layer, self.hardware, self.keep_kv)
         return tuple(best if name == "auto" else name for name, best in zip(names, chosen, strict=True))
+
+    def shares_collectives(self, layer: LayerSize) -> bool:
+        """Return whether collectives between the same ranks become one; the same on every rank."""
+        strategies = self.strategies(layer)
+        return _saved_latency(self.pattern, strategies, self.shard.of(0), layer, self.hardware, self.keep_kv) > 0
+
+    @property
+    def exposed_seconds(self) -> float:
+        """The time, so far, in which this rank waited for collectives of these ranks and computed nothing.
+
+        It includes other meshes of the same ranks and time limit, and the waits for slower ranks.
+        """
+        communicators = [*self._communicators.values(), *([] if self.everyone is None else [self.everyone])]
+        return sum(communicator.waited.seconds for communicator in communicators)
 
     def communicator(self, segment: SharedSegment) -> collectives.Communicator:
         """Return the communicator of the ranks that hold this segment."""
@@ -310,41 +324,3 @@ def refuse(problem: str, mesh: SequenceMesh | None) -> NoReturn:
 def mesh_of(handle: int) -> SequenceMesh | None:
     """Return the mesh with this handle; None for 0, which stands for no mesh."""
     return _BY_HANDLE[handle] if handle else None
-
-
-def _process_group(group: ProcessGroup | DeviceMesh | None) -> ProcessGroup | None:
-    if isinstance(group, DeviceMesh):
-        if group.ndim != 1:
-            raise ValueError(
-                f"the DeviceMesh has {group.ndim} axes {group.mesh_dim_names or ''}, and a sequence is split over one: "
-                'pass that one, for example device_mesh["sp"]'
-            )
-        return group.get_group()
-    if group is not None and not isinstance(group, ProcessGroup):
-        raise ValueError(
-            f"group is {group!r}; it must be a ProcessGroup of which this rank is a member, a one-dimensional "
-            "DeviceMesh, or None for one process"
-        )
-    return group
-
-
-def _problem(
-    pattern: Pattern, seq_len: int, chunk: int | None, num_ranks: int, strategy: str | tuple[str, ...]
-) -> str | None:
-    if not isinstance(pattern, Pattern):
-        return f"pattern is {pattern!r}; it must be a longnet_dist.Pattern"
-    if not isinstance(seq_len, numbers.Integral) or isinstance(seq_len, bool) or seq_len < 0:
-        return f"seq_len is {seq_len!r}; it must be the global number of tokens, 0 or more"
-    if chunk is not None and (type(chunk) is not int or chunk < 1 or chunk * num_ranks < seq_len):
-        return (
-            f"chunk is {chunk!r}; {num_ranks} ranks must hold {seq_len} tokens, so it must be at least "
-            f"{max(1, -(-seq_len // num_ranks))}"
-        )
-    names = (strategy,) if isinstance(strategy, str) else strategy
-    if not isinstance(strategy, str) and len(strategy) != len(pattern.branches):
-        return (
-            f"strategy has {len(strategy)} entries, and the pattern {len(pattern.branches)} branches: give one for each"
-        )
-    if unknown := [name for name in names if name not in ("auto", *STRATEGIES)]:
-        return f"strategy is {unknown[0]!r}; it must be auto, {', '.join(STRATEGIES)}, or one of them for each branch"
-    return None

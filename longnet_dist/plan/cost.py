@@ -233,11 +233,13 @@ class BranchModel(NamedTuple):
         seconds: the time of a forward and a backward.
         received: bytes from other ranks.
         retained: bytes that arrived and stay in memory until the backward.
+        collectives: the number of collectives; 0 if nothing is sent.
     """
 
     seconds: float
     received: float
     retained: float
+    collectives: int
 
 
 def model_branch(
@@ -258,7 +260,7 @@ def model_branch(
     seconds = FORWARDS_PER_STEP * 4 * pairs * layer.num_heads * layer.head_dim / hardware.flops
     if ranks == 1:
         w = min(branch.segment_length, max(1, shard.seq_len))
-        return BranchModel(seconds * max(1, min(shard.chunk, shard.seq_len) / w), 0, 0)
+        return BranchModel(seconds * max(1, min(shard.chunk, shard.seq_len) / w), 0, 0, 0)
     row = layer.head_dim * layer.element_size
     if strategy == "all_gather":
         sizes = inputs * layer.element_size + max(4, layer.element_size)
@@ -274,7 +276,7 @@ def model_branch(
         retained += own * layer.num_heads * row
         collectives += inputs + 3
     seconds += received / hardware.bandwidth + collectives * hardware.latency
-    return BranchModel(seconds, received, retained if keeps else 0)
+    return BranchModel(seconds, received, retained if keeps else 0, collectives)
 
 
 @dataclass(frozen=True)

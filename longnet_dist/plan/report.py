@@ -16,6 +16,7 @@ from longnet_dist.plan.cost import (
 from longnet_dist.plan.hardware import Hardware
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk, is_shared
+from longnet_dist.plan.sharing import saved_latency
 
 
 def report_layer(
@@ -31,7 +32,8 @@ def report_layer(
 
     Bytes are exact, and the most of the ranks looked at: all of them up to 16, and otherwise the first, the middle and
     the last one, and the last one of a segment of each branch. `imbalance` is the most operations of these ranks, over
-    the mean of all ranks that hold rows. Seconds are those of `model_branch`.
+    the mean of all ranks that hold rows. Seconds are those of `model_branch`; those in all are fewer by what joint
+    collectives save (`saved_latency`).
 
     Memory is that of one rank: `saved_bytes` are q, k, v, out and lse; `retained_bytes` is what exchanges keep for
     the backward; `buffer_bytes` bounds what collectives take for a short time, in the forward or the backward.
@@ -58,7 +60,8 @@ def report_layer(
     by_rank = [branch_traffic(pattern, s, layer, strategies, keep_kv) for s in shards]
     flops_by_rank = [rank_flops(pattern, s, layer, strategies) for s in shards]
     flops = rank_flops(pattern, Shard(seq_len, max(seq_len, 1)), layer)
-    branches = []
+    saved = saved_latency(pattern, strategies, shard, layer, hardware, keep_kv)
+    branches: list[dict[str, Any]] = []
     for number, (branch, coverage, name) in enumerate(
         zip(pattern.branches, pattern.coverage(layer.num_kv_heads), strategies, strict=True)
     ):
@@ -98,7 +101,7 @@ def report_layer(
             max(sum(t.forward_buffers for t in rank), sum(t.backward_buffers for t in rank)) for rank in by_rank
         ),
         "hardware": hardware.name,
-        "seconds": sum(branch["seconds"] for branch in branches),
+        "seconds": sum(branch["seconds"] for branch in branches) - saved,
     }
     return report | {"others": _others(pattern, seq_len, busy, chunk, layer, hardware, report["forward_flops"])}
 

@@ -23,6 +23,8 @@ class StepCost:
     """Duration of the whole step."""
     data_seconds: float = 0.0
     """The part of it in which data was read."""
+    exposed_seconds: float = 0.0
+    """The part of it in which this rank waited for others of its sequence; see `SequenceMesh.exposed_seconds`."""
 
 
 def step_metrics(
@@ -48,6 +50,7 @@ def step_metrics(
         "tokens_per_second": tokens / cost.seconds,
         "seconds": cost.seconds,
         "data_seconds": cost.data_seconds,
+        "exposed_communication_seconds": cost.exposed_seconds,
         "tflops_per_rank": flops / 1e12,
         "attention_bytes_received": step_bytes,
         "peak_memory_bytes": peak_memory(),

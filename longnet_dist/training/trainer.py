@@ -213,11 +213,12 @@ class _Trainer:
         """Make a step, and what is due after it: a validation, a line of metrics, a checkpoint."""
         config = self.config
         self.steps.cost = StepCost()
-        began = time.perf_counter()
+        began, waited = time.perf_counter(), self.mesh.exposed_seconds
         with self.watch.over(f"step {step}"), self._profile(profiled):
             self.metrics, (stop.agreed, ask) = self.steps.step(step, lambda: (stop.requested, self._is_time_to_ask()))
         self.losses.append(self.metrics["loss"])
         self.steps.cost.seconds = time.perf_counter() - began
+        self.steps.cost.exposed_seconds = self.mesh.exposed_seconds - waited
         self.metrics |= step_metrics(config, step, self.steps.cost, *self.costs, self.num_ranks)
         if step == config.steps or (config.validate_every and step % config.validate_every == 0):
             with self.watch.over(f"validation after step {step}"):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.exchanges.remote_keys import RemoteKeys
+from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import SharedBranch, SharedPart
 
@@ -19,8 +20,8 @@ from longnet_dist.plan.blocks import SharedBranch, SharedPart
 class AllGather(RemoteKeys):
     """The gather of one segment's keys and values, and its dual; satisfies `exchanges.Exchange`."""
 
-    def __init__(self, shared: SharedBranch, mesh: SequenceMesh) -> None:
-        super().__init__(shared, mesh)
+    def __init__(self, shared: SharedBranch, mesh: SequenceMesh, batch: Batch) -> None:
+        super().__init__(shared, mesh, batch)
         (part,) = shared.parts
         self._segment = part.segment
         self._communicator = mesh.communicator(part.segment)
@@ -29,7 +30,8 @@ class AllGather(RemoteKeys):
         (own,) = packed
         missing = self._segment.gathered_rows - len(own)
         padded = torch.cat([own, own.new_zeros(missing, *own.shape[1:])]) if missing else own
-        self._arriving = self._communicator.all_gather(padded, f"gathering the keys and values of {self._segment}")
+        what = f"gathering the keys and values of {self._segment}"
+        self._arriving = self.batch.all_gather(self._communicator, padded, what)
 
     def _wait_keys(self) -> Tensor:
         return self._arriving.wait().flatten(0, 1)
@@ -41,7 +43,7 @@ class AllGather(RemoteKeys):
     def _start_gradients(self, grads: Tensor) -> None:
         by_rank = grads.unflatten(0, (self._segment.num_ranks, -1))
         what = f"reducing the gradients of keys and values of {self._segment}"
-        self._returning = self._communicator.reduce_scatter(by_rank, what)
+        self._returning = self.batch.reduce_scatter(self._communicator, by_rank, what)
 
     def _wait_gradients(self) -> list[Tensor]:
         return [self._returning.wait()]

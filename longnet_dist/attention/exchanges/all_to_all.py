@@ -20,7 +20,7 @@ from torch import Tensor
 from longnet_dist.attention.exchanges import Arrival, GradientResult, Result
 from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, sizes_by_rank
 from longnet_dist.attention.rows import accumulation_dtype, merge
-from longnet_dist.distributed.collectives import Pending
+from longnet_dist.distributed.batch import Batch, Part
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import Rows, SharedBranch
 from longnet_dist.plan.exchange import SharedSegment
@@ -35,11 +35,11 @@ class AllToAll:
     Buffers of queries are (n, R, B, ...), those of keys (n, 2, B, D): n rows of one key/value head each.
     """
 
-    def __init__(self, shared: SharedBranch, mesh: SequenceMesh) -> None:
+    def __init__(self, shared: SharedBranch, mesh: SequenceMesh, batch: Batch) -> None:
         (self._part,) = shared.parts
         self._segment = self._part.segment
         self._number = shared.number
-        self._communicator = mesh.communicator(self._segment)
+        self._communicator, self._batch = mesh.communicator(self._segment), batch
         self._retained: Tensor | None = None
         self._queries_and_keys: tuple[Tensor, Tensor] | None = None
         self._backward = False
@@ -169,7 +169,7 @@ class AllToAll:
         """Return the number of the first rectangle of an arrival's queries."""
         return self._rectangles(arrival.q)[arrival.number].first
 
-    def _send_queries(self, rows: Tensor, doing: str, back: bool = False) -> Pending:
+    def _send_queries(self, rows: Tensor, doing: str, back: bool = False) -> Part:
         """Send rows of queries, or their results, within the team; `back` to the ranks that own them."""
         segment = self._segment
         team = list(segment.team_of(segment.rank))
@@ -177,12 +177,12 @@ class AllToAll:
         sent, received = reversed(counts) if back else counts
         return self._all_to_all(rows, (team, sent), (team, received), doing)
 
-    def _all_to_all(self, rows: Tensor, sent: _Sizes, received: _Sizes, doing: str) -> Pending:
+    def _all_to_all(self, rows: Tensor, sent: _Sizes, received: _Sizes, doing: str) -> Part:
         """Send rows to, and receive rows from, the ranks that `sent` and `received` name with numbers of rows."""
         segment = self._segment
         ranks = segment.first_rank, segment.num_ranks
         sizes = sizes_by_rank(*ranks, sent), sizes_by_rank(*ranks, received)
-        return self._communicator.all_to_all(rows, *sizes, f"{doing} of {segment}")
+        return self._batch.all_to_all(self._communicator, rows, *sizes, f"{doing} of {segment}")
 
 
 class _Rectangle(NamedTuple):

@@ -14,7 +14,7 @@ from torch import Tensor
 from longnet_dist.attention.exchanges.remote_keys import RemoteKeys
 from longnet_dist.attention.exchanges.tables import sizes_by_rank
 from longnet_dist.attention.rows import accumulation_dtype
-from longnet_dist.distributed.collectives import Pending
+from longnet_dist.distributed.batch import Part
 from longnet_dist.plan.blocks import SharedPart
 
 
@@ -53,11 +53,12 @@ class SendNeeded(RemoteKeys):
         first = 0 if part is self.shared.parts[0] else sum(self.shared.parts[0].segment.received_keys)
         return first, tuple(part.segment.key_sources), None
 
-    def _all_to_all(self, rows: Tensor, doing: str, back: bool) -> Pending:
+    def _all_to_all(self, rows: Tensor, doing: str, back: bool) -> Part:
         communicator = self.mesh.everyone
         assert communicator is not None
         segments = [part.segment for part in self.shared.parts]
         sent = sizes_by_rank(0, communicator.size, *((s.key_targets, s.sent_keys) for s in segments))
         received = sizes_by_rank(0, communicator.size, *((s.key_sources, s.received_keys) for s in segments))
         what = f"{doing} of branch {self.shared.branch} over ranks 0 to {communicator.size - 1}"
-        return communicator.all_to_all(rows, *((received, sent) if back else (sent, received)), what)
+        sizes = (received, sent) if back else (sent, received)
+        return self.batch.all_to_all(communicator, rows, *sizes, what)

@@ -15,6 +15,7 @@ from torch import Tensor
 from longnet_dist.attention.exchanges import Arrival, GradientResult, Result
 from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, positions_and_heads
 from longnet_dist.attention.rows import as_keys, as_queries, rectangle
+from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import RemoteBlock, SharedBranch, SharedPart
 from longnet_dist.plan.exchange import SharedSegment
@@ -26,10 +27,11 @@ class RemoteKeys(ABC):
     Args:
         shared: the branch, and this rank's parts of shared segments.
         mesh: the ranks of the sequence.
+        batch: the collectives of the layer.
     """
 
-    def __init__(self, shared: SharedBranch, mesh: SequenceMesh) -> None:
-        self.shared, self.mesh = shared, mesh
+    def __init__(self, shared: SharedBranch, mesh: SequenceMesh, batch: Batch) -> None:
+        self.shared, self.mesh, self.batch = shared, mesh, batch
         self._blocks = [(part, block) for part in shared.parts for block in part.remote]
         self._results: list[Result] = []
         self._query_grads: list[Tensor] = []

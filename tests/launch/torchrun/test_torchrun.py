@@ -39,6 +39,7 @@ def test_training_over_ranks_equals_training_on_one(tmp_path, ranks, seq_len, op
         assert "byte-unigram model" in done.stdout
         last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         curves[number] = [*losses(folder), last["validation_bits_per_byte"]]
+        assert (number > 1) == (0 < last["exposed_communication_seconds"] < last["seconds"])
     assert curves[1][5] < curves[1][0]
     assert curves[ranks] == pytest.approx(curves[1], rel=1e-10)
 

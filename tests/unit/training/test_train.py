@@ -256,6 +256,7 @@ def test_measures_and_a_profile(config):
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tflops_per_rank"] / 0.5)
         assert 0 < line["data_seconds"] < line["seconds"]
+        assert line["exposed_communication_seconds"] == 0  # One process waits for nobody.
         assert line["peak_memory_bytes"] > 10**7
         assert line["attention_bytes_received"] == 0
     trace = json.loads(gzip.decompress((config.run_folder / "traces" / "profile-rank-0.json.gz").read_bytes()))
