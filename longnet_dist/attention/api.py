@@ -63,9 +63,10 @@ def dilated_attention(
             its parameters from its own queries: sum it over ranks, as for any parameter.
         return_lse: whether to return log(sum(exp(scores))) over all branches, too; natural log, differentiable.
         cu_seqlens: (documents + 1,), int32 or int64, the offsets of documents that each sequence of the batch holds one
-            after the other: the first is 0, the last N. Each document is computed as if it were alone: segments and
-            phases begin anew, and nothing is seen across. It may be empty, and with a mesh cross ranks. Best on the
-            CPU: from a GPU the host waits for it.
+            after the other: the first is 0, the last N. Or (B, documents + 1), for other documents in each
+            sequence, which is then a call of its own; the last offset may be repeated. Each document is computed as if
+            it were alone: segments and phases begin anew, and nothing is seen across. It may be empty, and with a mesh
+            cross ranks. Best on the CPU: from a GPU the host waits for it.
         lengths: (B,), int32 or int64, the number of tokens of each sequence: rows after them are padding, which neither
             sees nor is seen. Each sequence is then a call of its own. Not together with `cu_seqlens`.
 
@@ -115,10 +116,9 @@ def dilated_attention(
     if mesh is None and (message := problem(q, k, v, bias, options)):
         raise ValueError(message)
     parameters = None if bias is None else bias.parameters
-    if lengths is None or not len(q):
-        out, lse = attend(q, k, v, parameters, offsets, options)
+    if offsets is None or offsets.dim() == 1 or not len(q):
+        out, lse = attend(q, k, v, parameters, None if len(q) == 0 else offsets, options)
     else:
-        assert offsets is not None
         calls = zip(q.split(1), k.split(1), v.split(1), offsets.unbind(), strict=True)
         parts = [attend(q_1, k_1, v_1, parameters, of_sequence, options) for q_1, k_1, v_1, of_sequence in calls]
         out, lse = (torch.cat(results) for results in zip(*parts, strict=True))

@@ -25,7 +25,7 @@ def to_offsets(
         mesh: the ranks that hold the sequence.
 
     Returns:
-        (documents + 1,) for `cu_seqlens`; (B, 2) for `lengths`, one document for each sequence.
+        (documents + 1,) or (B, documents + 1), as `cu_seqlens`; (B, 2) for `lengths`, one document for each sequence.
 
     Raises:
         ValueError: on every rank, if the offsets or lengths cannot be those of such sequences.
@@ -45,7 +45,7 @@ def _problem(cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_
     if cu_seqlens is not None and lengths is not None:
         return "cu_seqlens and lengths do not go together: give each sequence's documents in a call of its own"
     if cu_seqlens is not None:
-        return _problem_of_cu_seqlens(cu_seqlens, num_tokens)
+        return _problem_of_cu_seqlens(cu_seqlens, batch, num_tokens)
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor) or lengths.shape != (batch,) or lengths.dtype not in _DTYPES:
@@ -55,12 +55,16 @@ def _problem(cu_seqlens: Tensor | None, lengths: Tensor | None, batch: int, num_
     return f"lengths is {lengths.tolist()}; each must be between 0 and N = {num_tokens}"
 
 
-def _problem_of_cu_seqlens(cu_seqlens: Tensor, num_tokens: int) -> str | None:
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _DTYPES:
-        return f"cu_seqlens is {_describe(cu_seqlens)}; it must be int32 or int64, of shape (documents + 1,)"
+def _problem_of_cu_seqlens(cu_seqlens: Tensor, batch: int, num_tokens: int) -> str | None:
+    described = isinstance(cu_seqlens, Tensor) and cu_seqlens.dtype in _DTYPES
+    if not described or not (cu_seqlens.dim() == 1 or (cu_seqlens.dim() == 2 and len(cu_seqlens) == batch)):
+        shapes = f"(documents + 1,), or (B, documents + 1) with B = {batch}"
+        return f"cu_seqlens is {_describe(cu_seqlens)}; it must be int32 or int64, of shape {shapes}"
     if torch.compiler.is_compiling():
         return None
-    return problem_of_offsets("cu_seqlens", cu_seqlens.tolist(), num_tokens)
+    sequences = cu_seqlens.tolist() if cu_seqlens.dim() == 2 else [cu_seqlens.tolist()]
+    problems = (problem_of_offsets("cu_seqlens", offsets, num_tokens) for offsets in sequences)
+    return next(filter(None, problems), None)
 
 
 def problem_of_offsets(name: str, offsets: list[int], num_tokens: int, *, may_end_before: bool = False) -> str | None:
@@ -80,6 +84,29 @@ def problem_of_offsets(name: str, offsets: list[int], num_tokens: int, *, may_en
         if a > b:
             return f"{name} has {b} after {a}; no document may end before it begins"
     return None
+
+
+def offsets_of_begins(begins: Tensor) -> Tensor | None:
+    """Return the offsets of documents from their first tokens.
+
+    Args:
+        begins: (B, N), bool: which tokens begin a document; the first of each sequence does.
+
+    Returns:
+        int32, on the CPU: (documents + 1,) if all sequences have the same; else (B, documents + 1), where sequences of
+        fewer documents end with empty ones. None if each sequence is one document.
+    """
+    begins = begins.cpu()
+    counts = begins.sum(1)
+    if int(counts.max()) == 1:
+        return None
+    if bool((begins == begins[0]).all()):
+        begins, counts = begins[:1], counts[:1]
+    offsets = torch.full((len(begins), int(counts.max()) + 1), begins.shape[1], dtype=torch.int32)
+    for row, offsets_of_row in zip(begins, offsets, strict=True):
+        starts = row.nonzero()[:, 0]
+        offsets_of_row[: len(starts)] = starts
+    return offsets[0] if len(offsets) == 1 else offsets
 
 
 def _describe(x: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longnet_dist.attention.documents import problem_of_offsets
+from longnet_dist.attention.documents import offsets_of_begins, problem_of_offsets
 from longnet_dist.distributed.digest import digest
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.loss import IGNORED, next_token_labels
@@ -80,17 +80,7 @@ def offsets_of(batch: dict[str, Any], tokens: Tensor) -> Tensor | None:
     undescribed = all(batch.get(name) is None for name in (OFFSETS, "position_ids", "attention_mask"))
     if undescribed or not tokens.shape[1] or not len(tokens):
         return None  # Without a copy to the CPU, for which the host would wait.
-    begins = _begins(batch, tokens).cpu()
-    counts = begins.sum(1)
-    if int(counts.max()) == 1:
-        return None
-    if bool((begins == begins[0]).all()):
-        begins, counts = begins[:1], counts[:1]
-    offsets = torch.full((len(begins), int(counts.max()) + 1), tokens.shape[1], dtype=torch.int32)
-    for row, offsets_of_row in zip(begins, offsets, strict=True):
-        starts = row.nonzero()[:, 0]
-        offsets_of_row[: len(starts)] = starts
-    return offsets[0] if len(offsets) == 1 else offsets
+    return offsets_of_begins(_begins(batch, tokens))
 
 
 def _begins(batch: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -126,9 +116,7 @@ def _ends_padding(attention_mask: Tensor) -> Tensor:
 
 def positions_of(rows: Tensor, offsets: Tensor | None) -> Tensor:
     """Return the positions of global rows, (L,), in their documents: (1 or B, L)."""
-    if offsets is None:
-        return rows[None]
-    return torch.stack([positions_in_documents(rows, x) for x in _for_each(offsets, 1)])
+    return rows[None] if offsets is None else positions_in_documents(rows, _for_each(offsets, 1))
 
 
 def has_target(positions: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ of "cp" together with all others. What cannot be exact raises a ValueError with 
 
 - load balancers, pipelines and CUDA graphs;
 - masks, windows and sinks;
-- positions that restart or are missing.
+- positions that are missing, or not those of the rows.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ from torchtitan.protocols.sharding import LocalMapConfig, ShardingConfig
 
 from longnet_dist import internals
 from longnet_dist.attention.api import dilated_attention
+from longnet_dist.attention.documents import offsets_of_begins
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.nn.rotary import positions_in_documents
 from longnet_dist.plan.pattern import Pattern
 
 if TYPE_CHECKING:
@@ -48,10 +50,20 @@ if TYPE_CHECKING:
     from torchtitan.trainer import Trainer
 
 _UNSUPPORTED = {
-    "attention_masks": "the pattern says which keys a query sees",
     "score_mod": "scores are not modified here",
     "out_transform": "sinks and gates on the log-sum-exp are not computed here",
 }
+
+
+@dataclass(frozen=True)
+class PackedDocuments:
+    """The documents of sequences, which torchtitan passes to each layer as its `attention_masks`.
+
+    So a layer that is computed again, for activation checkpointing, gets those of its own batch.
+    """
+
+    cu_seqlens: Tensor
+    """See `dilated_attention`."""
 
 
 class DilatedInnerAttention(Module):  # type: ignore[misc]
@@ -87,7 +99,15 @@ class DilatedInnerAttention(Module):  # type: ignore[misc]
         super().parallelize(parallel_dims)
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, is_causal: bool = True, **options: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        attention_masks: Any = None,
+        scale: float | None = None,
+        is_causal: bool = True,
+        **options: Any,
     ) -> Tensor:
         """Attend from and to this rank's rows and heads: (B, L, H, D), (B, L, G, D) -> (B, L, H, D).
 
@@ -99,6 +119,9 @@ class DilatedInnerAttention(Module):  # type: ignore[misc]
                 "the model has no mesh: parallelize it, also on one process, by config.model_spec.parallelize_fn of "
                 "the config that longnet_dist.integrations.torchtitan.apply returned"
             )
+        if attention_masks is not None and not isinstance(attention_masks, PackedDocuments):
+            problem = "the attention is called with attention_masks, and the pattern says which keys a query sees"
+            refuse(problem, self.mesh)
         for name, reason in _UNSUPPORTED.items():
             if options.get(name) is not None:
                 refuse(f"the attention is called with {name}, and {reason}", self.mesh)
@@ -106,7 +129,15 @@ class DilatedInnerAttention(Module):  # type: ignore[misc]
             refuse("the attention is called with is_causal=False; only causal decoders are supported", self.mesh)
         with spmd.no_typecheck():
             out: Tensor = dilated_attention(
-                q, k, v, self.pattern, causal=True, scale=scale, mesh=self.mesh, kernel=self.kernel
+                q,
+                k,
+                v,
+                self.pattern,
+                causal=True,
+                scale=scale,
+                mesh=self.mesh,
+                kernel=self.kernel,
+                cu_seqlens=None if attention_masks is None else attention_masks.cu_seqlens,
             )
         if spmd.is_type_checking():
             spmd.assert_type(out, spmd.get_local_type(q), get_partition_spec(q))
@@ -125,7 +156,8 @@ def apply(
         config: The config of torchtitan's Trainer, with its `model_spec`; it is changed in place.
         pattern: The branches.
         join_documents: Treat a sequence in which documents are packed, as torchtitan's data loaders of text do, as one
-            text with positions from its start. By default such a sequence raises.
+            text with positions from its start. By default documents, which begin where positions are 0, do not see each
+            other: each is computed as if it were alone.
         kernel: The name of the kernel, as for `dilated_attention`.
 
     Returns:
@@ -247,7 +279,7 @@ def _local(x: Any) -> Any:
 
 
 class _CheckInputs:
-    """A hook before the model's forward, which raises for rows and positions that would be silently wrong."""
+    """A hook before the model's forward, which finds the documents, and raises for what would be silently wrong."""
 
     def __init__(self, mesh: SequenceMesh | None, join_documents: bool) -> None:
         self.mesh, self.join_documents = mesh, join_documents
@@ -258,21 +290,39 @@ class _CheckInputs:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         inputs = dict(zip(("tokens", "positions", "attention_masks"), arguments, strict=False)) | inputs
         tokens, positions = _local(inputs["tokens"]), _local(inputs.get("positions"))
+        self._agree(self._problem_of_shapes(tokens, positions))
+        if positions is None:
+            return (), inputs
         start = 0 if self.mesh is None else self.mesh.shard.start
-        expected = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        problem = self._problem(tokens, positions, expected)
+        rows = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        offsets = self._documents(positions)
+        expected = (rows if offsets is None else positions_in_documents(rows, offsets)).expand_as(tokens)
+        wrong = "positions are not contiguous: shard with load_balancer_type=None, each rank holds contiguous rows"
+        self._agree(None if torch.equal(positions, expected) else wrong)
+        if self.join_documents:
+            # A copy keeps what torchtitan made of the positions: a DTensor, or an annotated type.
+            inputs["positions"] = joined = inputs["positions"].clone()
+            _local(joined).copy_(rows.expand_as(tokens))
+        elif offsets is not None and inputs.get("attention_masks") is None:
+            inputs["attention_masks"] = PackedDocuments(offsets)
+        return (), inputs
+
+    def _agree(self, problem: str | None) -> None:
         if self.mesh is not None:
             self.mesh.agree({"call": "the model"}, problem)
         elif problem:
             raise ValueError(problem)
-        if positions is not None and self.join_documents:
-            # A copy keeps what torchtitan made of the positions: a DTensor, or an annotated type.
-            inputs["positions"] = joined = inputs["positions"].clone()
-            _local(joined).copy_(expected)
-        return (), inputs
 
-    def _problem(self, tokens: Tensor, positions: Tensor | None, expected: Tensor) -> str | None:
-        """Return why these rows cannot be attended at these positions; None if they can."""
+    def _documents(self, positions: Tensor) -> Tensor | None:
+        """Return the offsets of the documents of whole sequences, from this rank's positions; see `PackedDocuments`."""
+        begins = (positions == 0).to(torch.uint8)
+        if self.mesh is not None:
+            begins = self.mesh.join(begins)
+        begins[:, 0] = 1
+        return offsets_of_begins(begins.bool())
+
+    def _problem_of_shapes(self, tokens: Tensor, positions: Tensor | None) -> str | None:
+        """Return why these rows cannot have these positions; None if they can."""
         mesh = self.mesh
         if mesh is not None and tokens.shape[1] != mesh.shard.num_rows:
             return mesh.wrong_rows("tokens", tokens.shape[1]).replace("mesh.split(x)", "what cp_shard returns")
@@ -280,15 +330,4 @@ class _CheckInputs:
             return None if mesh is None else "positions are missing, and each rank would take its rows for the first"
         if positions.shape != tokens.shape:
             return f"positions are {tuple(positions.shape)}; they must be of the tokens' shape {tuple(tokens.shape)}"
-        if torch.equal(positions, expected):
-            return None
-        steps = positions.diff(dim=1)
-        if not ((steps == 1) | (positions[:, 1:] == 0)).all():
-            return "positions are not contiguous: shard with load_balancer_type=None, each rank holds contiguous rows"
-        if self.join_documents:
-            return None
-        return (
-            f"positions must be global and without restarts, {int(expected[0, 0])} to {int(expected[0, -1])} here: "
-            "packed documents would see each other. Pass whole texts, or apply(..., join_documents=True) to attend "
-            "those of a sequence as one text"
-        )
+        return None

@@ -16,10 +16,8 @@ What cannot be exact raises a ValueError with the reason:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import causal_mask_function
@@ -224,11 +222,8 @@ def _attention(
     if problem:
         refuse(problem, stamp.mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    of_call = partial(dilated_attention, pattern=stamp.pattern, causal=True, scale=scaling, mesh=stamp.mesh)
-    if offsets is None or offsets.dim() == 1:
-        return of_call(q, k, v, cu_seqlens=offsets), None
-    sequences = zip(q.split(1), k.split(1), v.split(1), offsets, strict=True)
-    return torch.cat([of_call(q_1, k_1, v_1, cu_seqlens=x) for q_1, k_1, v_1, x in sequences]), None
+    options_of_call = {"causal": True, "scale": scaling, "mesh": stamp.mesh}
+    return dilated_attention(q, k, v, stamp.pattern, cu_seqlens=offsets, **options_of_call), None
 
 
 def _problem_of_options(module: nn.Module, options: dict[str, Any], across_ranks: bool) -> str | None:

@@ -228,6 +228,8 @@ class DilatedAttention(nn.Module):
         positions = torch.arange(num_rows, device=device) if mesh is None else mesh.positions(device)
         length = num_rows if mesh is None else mesh.seq_len
         if cu_seqlens is not None:
+            if cu_seqlens.dim() != 1:
+                refuse(f"cu_seqlens is {tuple(cu_seqlens.shape)}; rotary positions need (documents + 1,)", mesh)
             positions = positions_in_documents(positions, cu_seqlens)
             if self.use_xpos and len(cu_seqlens) > 1:
                 length = int(cu_seqlens.diff().max())

@@ -93,16 +93,18 @@ def positions_in_documents(positions: Tensor, cu_seqlens: Tensor) -> Tensor:
 
     Args:
         positions: global positions, (L,), int64.
-        cu_seqlens: the offsets of documents, (documents + 1,); see `dilated_attention`.
+        cu_seqlens: the offsets of documents, (documents + 1,) or (B, documents + 1); see `dilated_attention`.
 
     Returns:
-        (L,), int64.
+        int64, (L,) or (B, L).
 
     Example:
         >>> positions_in_documents(torch.arange(6), torch.tensor([0, 2, 2, 6]))
         tensor([0, 1, 0, 1, 2, 3])
     """
     offsets = cu_seqlens.to(positions.device, torch.int64)
+    if offsets.dim() == 2:
+        return torch.stack([positions_in_documents(positions, of_sequence) for of_sequence in offsets])
     if len(offsets) < 2:
         return positions
     return positions - offsets[torch.searchsorted(offsets[:-1], positions, right=True) - 1]

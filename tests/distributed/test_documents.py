@@ -107,6 +107,29 @@ def test_a_document_longer_than_many_ranks(pool):
     pool.run(8, check, [(case, [0, 3, 3, 171, 172, 200], [200, 13], {})])
 
 
+def check_other_documents_in_each_sequence(group):
+    """Compare with a call for each sequence, whose documents begin elsewhere."""
+    case = Case(Pattern((8, 32), (1, 3)), N=40, H=4, G=2, B=2, D=8, causal=True)
+    mesh = SequenceMesh(group, case.pattern, case.N)
+    inputs = [mesh.split(x) for x in case.tensors().values()]
+    offsets = torch.tensor([[0, 13, 30, 40], [0, 39, 40, 40]])
+    out = dilated_attention(*inputs, case.pattern, causal=True, mesh=mesh, cu_seqlens=offsets)
+    for row, of_sequence in enumerate(offsets):
+        alone = [x[row : row + 1] for x in inputs]
+        expected = dilated_attention(*alone, case.pattern, causal=True, mesh=mesh, cu_seqlens=of_sequence)
+        torch.testing.assert_close(out[row : row + 1], expected, rtol=0, atol=1e-12)
+    empty = [x[:0] for x in inputs]
+    assert dilated_attention(*empty, case.pattern, mesh=mesh, cu_seqlens=offsets[:0]).shape == empty[0].shape
+
+
+@pytest.mark.parametrize("world", [0, 2])
+def test_each_sequence_may_have_its_own_documents(pool, world):
+    if world:
+        pool.run(world, check_other_documents_in_each_sequence)
+    else:
+        check_other_documents_in_each_sequence(None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,7 +138,8 @@ def test_a_document_longer_than_many_ranks(pool):
         ({"cu_seqlens": torch.tensor([1, 20])}, "cu_seqlens begins with 1 and ends with 20"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "cu_seqlens is empty"),
         ({"cu_seqlens": torch.tensor([0.0, 20.0])}, r"cu_seqlens is torch.float32 of shape \(2,\); it must be int32"),
-        ({"cu_seqlens": torch.tensor([[0, 20]])}, r"cu_seqlens is torch.int64 of shape \(1, 2\)"),
+        ({"cu_seqlens": torch.tensor([[0, 20]])}, r"of shape \(1, 2\); .*or \(B, documents \+ 1\) with B = 2"),
+        ({"cu_seqlens": torch.tensor([[0, 20], [0, 19]])}, "cu_seqlens begins with 0 and ends with 19"),
         ({"cu_seqlens": [0, 20]}, "cu_seqlens is a list; it must be int32 or int64"),
         ({"lengths": torch.tensor([3])}, r"lengths is torch.int64 of shape \(1,\); .* of shape \(B,\) = \(2,\)"),
         ({"lengths": torch.tensor([3, 21])}, r"lengths is \[3, 21\]; each must be between 0 and N = 20"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -77,12 +78,39 @@ def test_the_pattern_decides_what_a_token_sees():
     assert (logits[0][:, 8:] - logits[1][:, 8:]).abs().max() > 1e-3
 
 
-def test_packed_documents_raise_unless_they_are_joined():
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_packed_documents_are_computed_alone(checkpointed):
+    """Positions begin anew with each document, at other places in each sequence; the same for a later recomputation."""
+    from torch.utils.checkpoint import checkpoint
+
+    from longnet_dist.integrations.torchtitan import apply
+
+    model = build(apply(make_config(), PATTERN))
+    if checkpointed:
+        for layer in model.layers.values():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    tokens, positions = draw()
+    positions = torch.stack([positions[0] % 13, positions[1] % 17])
+    logits = model(tokens, positions=positions)
+    model(tokens, positions=torch.arange(SEQ_LEN).repeat(2, 1))  # Its documents are not those of the backward below.
+    weights = torch.randn_like(logits)
+    (logits * weights).sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    for row, period in enumerate((13, 17)):
+        for first in range(0, SEQ_LEN, period):
+            part = slice(first, first + period)
+            alone = model(tokens[row : row + 1, part])
+            assert_close(logits[row : row + 1, part], alone, rtol=0, atol=1e-11)
+            (alone * weights[row : row + 1, part]).sum().backward()
+    for grad, p in zip(grads, model.parameters(), strict=True):
+        assert_close(grad, p.grad, rtol=0, atol=1e-9)
+
+
+def test_packed_documents_can_be_joined():
     from longnet_dist.integrations.torchtitan import apply
 
     tokens, positions = draw()
-    with pytest.raises(ValueError, match=r"packed documents would see each other.*join_documents=True"):
-        build(apply(make_config(), PATTERN))(tokens, positions=positions % 13)
     joined = build(apply(make_config(), PATTERN, join_documents=True))
     packed = positions % 13
     assert_close(joined(tokens, positions=packed), joined(tokens, positions=positions), rtol=0, atol=0)

@@ -23,7 +23,7 @@ from tests.launch.trainers.examples import losses_in, output_of
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 PATTERN, SEQ_LEN, RANKS = Pattern((8, 32, 128), (1, 2, 4)), 64, 4
-CASES = ("trainer", "long", "data", "heads", "grouped", "typed", "errors")
+CASES = ("trainer", "long", "data", "heads", "grouped", "packed", "typed", "errors")
 MESHES: dict[str, object] = {}
 """The ParallelDims of each setting, built once, because DTensor's caches confuse meshes of the same ranks."""
 
@@ -129,23 +129,28 @@ def shard(config, dims, inputs, labels, positions, balancer=None):
     return inputs, labels, extra_inputs
 
 
-def reference(batch_size, family="llama3"):
+def pack(positions):
+    """Return positions of documents, which cross ranks and end elsewhere in each sequence."""
+    return torch.stack([row % period for row, period in zip(positions, (20, 64, 7, 33), strict=False)])
+
+
+def reference(batch_size, family="llama3", packed=False):
     """Return the model of one process with its gradients, the logits and the loss."""
     whole, _ = build(make_config(family, parallelize_fn=do_not_parallelize), 1)
     inputs, labels, positions = draw(batch_size)
-    logits = whole(inputs, positions=positions)
+    logits = whole(inputs, positions=pack(positions) if packed else positions)
     loss = cross_entropy(logits.flatten(0, 1), labels.flatten())
     loss.backward(retain_graph=True)
     return whole, logits, loss
 
 
-def compare(family="llama3", join=False, **degrees):
+def compare(family="llama3", join=False, packed=False, **degrees):
     """Compare logits, loss and gradients across all ranks with one process."""
     config = make_config(family, join=join, **degrees)
-    whole, expected, _ = reference(4, family)
+    whole, expected, _ = reference(4, family, packed)
     model, dims = build(config, RANKS)
     inputs, labels, positions = draw(4)
-    positions = positions % 20 if join else positions
+    positions = pack(positions) if join or packed else positions
     local, _, extra_inputs = shard(config, dims, inputs, labels, positions)
     logits = model(local, **extra_inputs).full_tensor()  # A DTensor of torchtitan's own placements.
     assert_close(logits, expected, rtol=0, atol=1e-10)
@@ -172,8 +177,14 @@ def grouped():
     compare("qwen3", join=True, context_parallel=4)
 
 
+def packed():
+    """Compare packed documents, each computed alone, with selective checkpointing and FSDP."""
+    compare(packed=True, context_parallel=2, data_parallel_shard=2)
+
+
 def typed():
     compare_typed(context_parallel=4)
+    compare_typed(packed=True, context_parallel=4)
 
 
 def heads():
@@ -181,7 +192,7 @@ def heads():
     compare_typed(context_parallel=2, tensor_parallel=2)
 
 
-def compare_typed(**degrees):
+def compare_typed(packed=False, **degrees):
     """Compare under torchtitan's default backend with its type checks; without FSDP, whose torch 2.13 lacks it."""
     from torchtitan.distributed.spmd_types import annotate_input_spmd_types
     from torchtitan.distributed.utils import get_spmd_context
@@ -190,13 +201,15 @@ def compare_typed(**degrees):
         model.parallelize(parallel_dims)
         return model
 
-    whole, expected, _ = reference(2)
+    whole, expected, _ = reference(2, packed=packed)
     weights = torch.randn(expected.shape, dtype=expected.dtype, generator=torch.Generator().manual_seed(1))
     whole.zero_grad()
     (expected * weights).sum().backward()
     config = make_config(backend="spmd_types", parallelize_fn=parallelize, **degrees)
     model, dims = build(config, RANKS)
-    inputs, _, extra_inputs = annotate_input_spmd_types(dims, *shard(config, dims, *draw(2)))
+    inputs, labels, positions = draw(2)
+    batch = inputs, labels, pack(positions) if packed else positions
+    inputs, _, extra_inputs = annotate_input_spmd_types(dims, *shard(config, dims, *batch))
     with get_spmd_context(parallel_dims=dims, spmd_typechecking=True)():
         logits = model(inputs, **extra_inputs)
     parts = [x.chunk(dims.cp, 1)[dist.get_rank() // dims.tp] for x in (expected, weights)]
@@ -267,10 +280,9 @@ def errors():
             model(local, **extra_inputs)
 
     check("positions are not contiguous", positions, balancer="headtail")
-    check(r"positions must be global.*join_documents=True", positions % 20)
     wrong_on_one_rank = positions.clone()
-    wrong_on_one_rank[:, -1] = 0
-    check("positions must be global", wrong_on_one_rank)
+    wrong_on_one_rank[:, -1] = 1
+    check("positions are not contiguous", wrong_on_one_rank)
     local, _, _ = shard(config, dims, inputs, labels, positions)
     with pytest.raises(ValueError, match="positions are missing"):
         model(local)
