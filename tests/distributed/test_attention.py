@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import Case, cases, output_and_gradients
+from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases, output_and_gradients
 from tests.pool import WORLDS
 
 ALIGNED = Pattern((8, 16, 64), (1, 2, 4))
@@ -64,7 +64,8 @@ def cases_and_options(draw, world: int):
     chunk = draw(st.none() | st.integers(0, 5).map(lambda extra: max(1, -(-case.N // world)) + extra))
     names = st.sampled_from(STRATEGIES)
     strategy = draw(names | st.lists(names, min_size=(n := len(case.pattern.branches)), max_size=n))
-    return case, {"chunk": chunk, "keep_kv": draw(st.none() | st.booleans()), "strategy": strategy}
+    options = {"chunk": chunk, "keep_kv": draw(st.none() | st.booleans()), "strategy": strategy}
+    return case, options | {"hardware": draw(st.sampled_from([SLOW_STARTS, NO_LATENCY]))}
 
 
 @pytest.mark.parametrize("world", WORLDS)

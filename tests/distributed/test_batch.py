@@ -13,11 +13,10 @@ from longnet_dist.plan.exchange import STRATEGIES
 from longnet_dist.plan.hardware import Hardware
 from longnet_dist.plan.shard import Shard
 from longnet_dist.plan.sharing import saved_latency
-from tests.cases import Case
+from tests.cases import NO_LATENCY, SLOW_STARTS, Case
 from tests.distributed.test_attention import distributed
 from tests.distributed.test_exchanges import CountingBytes
 
-SLOW_STARTS, NO_LATENCY = Hardware("slow starts", 1e12, 1e12, 1.0), Hardware("no latency", 1e12, 1e6, 1e-12)
 WHOLE = Pattern((64, 256, 300, 1000), (1, 4, 3, 5))
 """Three of the branches have one segment over all ranks, if N is at most 256."""
 

@@ -20,7 +20,7 @@ from longnet_dist import (
 )
 from longnet_dist.functional import scaled_dot_product_dilated_attention
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import Case, cases
+from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases
 from tests.pool import WORLDS
 
 
@@ -78,6 +78,7 @@ def documents(draw, world: int):
         "chunk": chunk,
         "keep_kv": draw(st.none() | st.booleans()),
         "strategy": draw(st.sampled_from(STRATEGIES)),
+        "hardware": draw(st.sampled_from([SLOW_STARTS, NO_LATENCY])),
     }
     return case, [0, *sorted(inner), case.N], lengths, options
 
