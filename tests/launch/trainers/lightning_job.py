@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from longnet_dist.integrations.lightning import SequenceParallelStrategy, sequence_mesh
-from tests.launch.trainers.test_lightning import CLIP, CONFIG, N, make_sequences
+from tests.launch.trainers.test_lightning import CLIP, CONFIG, DOCUMENTS, N, make_sequences
 
 
 class Language(LightningModule):
@@ -43,7 +43,7 @@ class Language(LightningModule):
         tokens, targets = (batch[name] if self.case == "unsplit" else self.mesh.split(batch[name]) for name in batch)
         if self.case == "local loss":
             return torch.nn.functional.cross_entropy(self.model(tokens, self.mesh).flatten(0, 1), targets.flatten())
-        return self.model(tokens, self.mesh, targets)
+        return self.model(tokens, self.mesh, targets, DOCUMENTS if self.case == "packed" else None)
 
     def training_step(self, batch, index):
         loss, count = self.loss(batch), int((batch["targets"] != -100).sum())
@@ -105,6 +105,7 @@ def losses_of_fits(groups):
     results["validated again"] = again[0]["validation"]
     if groups == 1:
         results["by batch"] = fit(weighting="by batch")[0].losses
+        results["packed"] = fit("packed", weighting="by batch")[0].losses
         results["manual"] = fit(weighting="manual")[0].losses
     return results
 

@@ -16,6 +16,7 @@ from tests.launch.trainers.examples import losses_in, output_of
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
 CLOSE = {"rel": 0, "abs": 2e-9}
 N, CLIP = 61, 1.5
+DOCUMENTS = torch.tensor([0, 20, 47, N])
 CONFIG = LongNetConfig(
     vocab_size=30, d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4)
 )
@@ -34,7 +35,7 @@ def make_batches(sequences, size):
     return [default_collate(sequences[i : i + size]) for i in range(0, len(sequences), size)]
 
 
-def fit_alone(weighting):
+def fit_alone(weighting, documents=None):
     """Fit on this process, in plain PyTorch, and return (losses, model).
 
     As in the job: two epochs of five batches, and steps of two batches.
@@ -47,7 +48,7 @@ def fit_alone(weighting):
         sampler.set_epoch(epoch)  # Lightning shuffles training data that it shards.
         batches = make_batches([make_sequences()[i] for i in sampler], 2)
         for step in (batches[first : first + size] for first in range(0, 5, size)):
-            losses = [model(batch["tokens"], None, batch["targets"]) for batch in step]
+            losses = [model(batch["tokens"], None, batch["targets"], documents) for batch in step]
             counts = [int((batch["targets"] != -100).sum()) for batch in step]
             # Without counts, Lightning divides by accumulate_grad_batches, also in a last step of fewer batches.
             by_token = weighting == "by token"
@@ -113,6 +114,13 @@ def test_ranks_learn_what_one_process_does(job_results, groups):
 def test_without_tokens_every_batch_weighs_the_same(job_results, weighting):
     """That is usual in Lightning. In manual optimization, too, gradients have the right scale."""
     assert mean_losses(job_results[1], weighting) == pytest.approx(fit_alone(weighting)[0], **CLOSE)
+
+
+@pytest.mark.slow
+def test_packed_documents_are_passed_to_the_model(job_results):
+    expected = fit_alone("by batch", DOCUMENTS)[0]
+    assert mean_losses(job_results[1], "packed") == pytest.approx(expected, **CLOSE)
+    assert expected != pytest.approx(fit_alone("by batch")[0], **CLOSE)
 
 
 @pytest.mark.slow
