@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from longnet_dist.attention.api import dilated_attention
-    from longnet_dist.attention.bias import T5Bias
+    from longnet_dist.attention.bias import ALiBiBias, T5Bias
     from longnet_dist.attention.reference import dense_reference
     from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALiBiBias",
     "Branch",
     "DilatedAttention",
     "LongNet",
@@ -47,6 +48,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "ALiBiBias": "attention.bias",
     "Branch": "plan.pattern",
     "DilatedAttention": "nn.attention",
     "LongNet": "models.decoder",

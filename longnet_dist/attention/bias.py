@@ -114,6 +114,66 @@ class T5Bias(PositionBias):
         grad_parameters.index_add_(-1, bucket.flatten(), grad_scores.flatten(-2).to(grad_parameters.dtype))
 
 
+@dataclass(frozen=True, eq=False)
+class ALiBiBias(PositionBias):
+    """ALiBi: scores fall linearly with the distance, by a slope for each head (Press et al. 2022, arXiv 2108.12409).
+
+    Distances are those of the sequence, whatever the dilation rate. Without `causal` they count in both directions.
+
+    Args:
+        parameters: (1, H), the slope of each head: `alibi_slopes(H)` for the published ones. They may be learned.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 100, 4, 8).unbind()
+        >>> dilated_attention(q, k, v, Pattern((16,), (1,)), bias=ALiBiBias(alibi_slopes(4))).shape
+        torch.Size([1, 100, 4, 8])
+    """
+
+    parameters: Tensor
+    name: ClassVar[str] = "alibi"
+
+    @property
+    def settings(self) -> tuple[int, ...]:
+        """There are none."""
+        return ()
+
+    def problem(self, num_heads: int, causal: bool) -> str | None:
+        """Describe what is wrong with the slopes; None if nothing is."""
+        if self.parameters.shape != (1, num_heads):
+            return f"the ALiBi bias is {tuple(self.parameters.shape)}; it must be (1, H) with H = {num_heads}"
+        return None
+
+    def values(self, parameters: Tensor, distance: Tensor, causal: bool) -> Tensor:
+        """Multiply distances by the slopes: (b, H, I, J)."""
+        return -parameters[..., None] * distance.abs()
+
+    def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, distance: Tensor, causal: bool) -> None:
+        """Add the gradient of each pair to its head's slope."""
+        weighted = grad_scores * distance.abs().to(grad_scores.dtype)
+        grad_parameters.sub_(weighted.sum((-2, -1)).to(grad_parameters.dtype)[..., None])
+
+
+def alibi_slopes(
+    num_heads: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Return ALiBi's published slopes, (1, H): 2^(-8 / H), 2^(-16 / H), ..., 2^-8.
+
+    If H is no power of 2, they are those of the next lower power P, and then every other one of 2 P heads.
+
+    Args:
+        num_heads: H, at least 1.
+        device, dtype: device and dtype of the slopes.
+
+    Example:
+        >>> alibi_slopes(3)
+        tensor([[0.0625, 0.0039, 0.2500]])
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    first = torch.arange(1, power + 1, device=device, dtype=torch.float64) / power
+    more = (2 * torch.arange(num_heads - power, device=device, dtype=torch.float64) + 1) / (2 * power)
+    return torch.exp2(-8 * torch.cat([first, more]))[None].to(dtype)
+
+
 @dataclass(frozen=True)
 class BiasOfRectangle:
     """A position bias on one rectangle, as kernels take it: implements `kernels.contract.RectangleBias`.

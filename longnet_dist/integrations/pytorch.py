@@ -78,7 +78,8 @@ class SequenceParallelAttention(ParallelStyle):
         # On a part of the heads, these would compute other statistics or gradients.
         norms = {"inner_norm": module.inner_norm, "qk_norm": module.q_norm}
         across_heads = [name for name, norm in norms.items() if not isinstance(norm, nn.Identity)]
-        across_heads += [] if module.rel_pos_bias is None else ["use_rel_pos_bias"]
+        biases = {"use_rel_pos_bias": module.rel_pos_bias is not None, "use_alibi": module.use_alibi}
+        across_heads += [name for name, used in biases.items() if used]
         if self.head_mesh is not None and across_heads:
             raise ValueError(
                 f"heads cannot be spread over ranks in a layer with {' and '.join(across_heads)}: leave it out"

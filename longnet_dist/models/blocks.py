@@ -22,6 +22,7 @@ def build_blocks(
     config: LongNetConfig,
     *,
     causal: bool,
+    multiway: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.ModuleList:
@@ -30,15 +31,18 @@ def build_blocks(
     Args:
         config: the architecture.
         causal: whether a token sees only itself and earlier tokens.
+        multiway: whether tokens of a second kind have weights of their own; see `Multiway`.
         device, dtype: device and dtype of the parameters.
 
     Raises:
         ValueError: if the sizes do not fit each other.
     """
-    return nn.ModuleList(_block(config, causal, device, dtype) for _ in range(config.num_layers))
+    return nn.ModuleList(_block(config, causal, multiway, device, dtype) for _ in range(config.num_layers))
 
 
-def _block(config: LongNetConfig, causal: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
+def _block(
+    config: LongNetConfig, causal: bool, multiway: bool, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Block:
     attention = DilatedAttention.from_pattern(
         config.d_model,
         config.num_heads,
@@ -47,9 +51,12 @@ def _block(config: LongNetConfig, causal: bool, device: torch.device | str | Non
         causal=causal,
         use_xpos=config.position == "xpos",
         use_rotary=config.position == "rotary",
+        use_rel_pos_bias=config.position == "t5",
+        use_alibi=config.position == "alibi",
         num_kv_heads=config.num_kv_heads,
         qk_norm=config.qk_norm,
-        inner_norm=True,
+        inner_norm=config.sub_layernorm,
+        multiway=multiway,
         kernel=config.kernel,
         padding=config.padding,
         device=device,
@@ -66,7 +73,8 @@ def run_blocks(
     mesh: SequenceMesh | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-    outputs: list[Tensor] | None = None,
+    token_types: Tensor | None = None,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Run the blocks in order, with the configured activation checkpointing and offloading.
 
@@ -76,7 +84,8 @@ def run_blocks(
         config: the architecture.
         mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
         cu_seqlens, lengths: see `dilated_attention`.
-        outputs: a list to which the output of each block is appended, or None.
+        token_types: the kind of each token; see `DilatedAttention.forward`.
+        observe: a function that is called with the output of each block, or None.
 
     Returns:
         The output of the last block, of x's shape.
@@ -89,9 +98,9 @@ def run_blocks(
         for block in blocks:
             assert isinstance(block, Block)
             rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x), cu_seqlens)
-            x = _with_checkpointing(block, config)(x, mesh, rotation, cu_seqlens, lengths)
-            if outputs is not None:
-                outputs.append(x)
+            x = _with_checkpointing(block, config)(x, mesh, rotation, cu_seqlens, lengths, token_types)
+            if observe is not None:
+                observe(x)
     return x
 
 

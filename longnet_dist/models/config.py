@@ -20,7 +20,8 @@ DEFAULT_LENGTH = 16384
 _CHOICES = {
     "head_phases": HEAD_PHASES,
     "padding": ("none", "torchscale"),
-    "position": ("rotary", "xpos", "none"),
+    "position": ("rotary", "xpos", "alibi", "t5", "none"),
+    "qk_norm": ("none", "rms", "layer"),
     "activation_checkpointing": ("none", "selective", "full"),
 }
 
@@ -59,10 +60,12 @@ class LongNetConfig:
     """Which rows each head keeps: the paper's rule (interleaved), or that of torchscale's weights (blocked)."""
     padding: Literal["none", "torchscale"] = "none"
     """What fills a segment's last rows: nothing (none), or zero rows that are attended, for torchscale's weights."""
-    position: Literal["rotary", "xpos", "none"] = "rotary"
-    """Position encoding, by global position."""
-    qk_norm: bool = False
-    """Whether to RMS-normalise the queries and keys of each head."""
+    position: Literal["rotary", "xpos", "alibi", "t5", "none"] = "rotary"
+    """Position encoding, by global position (rotary, xpos), or position bias, by token distance (alibi, t5)."""
+    qk_norm: Literal["none", "rms", "layer"] = "none"
+    """Normalisation of the queries and keys of each head: none, by their RMS, or LayerNorm (layer)."""
+    sub_layernorm: bool = True
+    """Whether attention and feed-forward networks have Magneto's sub-LayerNorm before their last projection."""
     dropout: float = 0.0
     """Dropout probability of the outputs of attention and feed-forward networks."""
     tie_embeddings: bool = True
@@ -81,6 +84,8 @@ class LongNetConfig:
                 continue
             if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1 and at most 2^48")
+        if isinstance(self.qk_norm, bool):  # As earlier versions wrote it.
+            object.__setattr__(self, "qk_norm", "rms" if self.qk_norm else "none")
         for name, choices in _CHOICES.items():
             _check_choice(name, getattr(self, name), choices)
         if self.kernel != "auto":

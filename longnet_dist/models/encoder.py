@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.blocks import build_blocks, run_blocks
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.nn.block import Block
+from longnet_dist.nn.multiway import Multiway, apply_to_rows
 
 Pooling = Literal["class", "mean"] | None
 
@@ -23,6 +25,8 @@ class LongNetEncoder(nn.Module):
         input_dim: the width of inputs that are feature vectors, which a linear layer projects; None for token ids.
         class_token: whether a learned token stands before the inputs. It is row 0 of N + 1.
         final_norm: whether a LayerNorm follows the last block.
+        multiway: whether all layers have second weights, for inputs of a second kind; see `Multiway`. The class token
+            is of the first kind.
         device, dtype: device and dtype of the parameters.
 
     Raises:
@@ -42,6 +46,7 @@ class LongNetEncoder(nn.Module):
         input_dim: int | None = None,
         class_token: bool = False,
         final_norm: bool = True,
+        multiway: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -56,8 +61,10 @@ class LongNetEncoder(nn.Module):
             else nn.Linear(input_dim, E, device=device, dtype=dtype)
         )
         self.class_token = nn.Parameter(torch.empty(E, device=device, dtype=dtype)) if class_token else None
-        self.blocks = build_blocks(config, causal=False, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(E, device=device, dtype=dtype) if final_norm else nn.Identity()
+        self.blocks = build_blocks(config, causal=False, multiway=multiway, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.LayerNorm(E, device=device, dtype=dtype) if final_norm else nn.Identity()
+        if multiway and final_norm:
+            self.norm = Multiway(self.norm)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -81,7 +88,9 @@ class LongNetEncoder(nn.Module):
         lengths: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        token_types: Tensor | None = None,
         pooling: Pooling = None,
+        observe: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """Compute the features of each row after the final norm, or pool them.
 
@@ -93,8 +102,12 @@ class LongNetEncoder(nn.Module):
             lengths: (B,), the number of inputs of each sequence, without the class token; those after it are padding.
             positions: position embeddings that are added to the embedded inputs, of shape (B or 1, N, d_model). With a
                 mesh, this rank's, as `inputs`.
+            token_types: (B, N), bool: true for inputs of the second kind, if the encoder is multiway. With a mesh, this
+                rank's, as `inputs`.
             pooling: "class" for the features of the class token, "mean" for the mean over the inputs that are not
                 padding (0 if there is none), None for the features of each row, the class token's first.
+            observe: a function that is called with the embedded inputs and the output of each block, before the final
+                norm: num_layers + 1 tensors, each (B, rows, d_model).
 
         Returns:
             (B, d_model) with pooling, the same on every rank; without, (B, rows, d_model), one row for each of the
@@ -104,7 +117,19 @@ class LongNetEncoder(nn.Module):
             ValueError: if a shape is wrong, the mesh has another pattern or length, or there is no class token to pool.
         """
         self._check_pooling(pooling, mesh)
-        x = self.norm(self._run(inputs, mesh, lengths, positions, None))
+        x = self._embed(inputs, mesh, positions)
+        if observe is not None:
+            observe(x)
+        num_rows = lengths
+        if lengths is not None and self.class_token is not None:
+            most = (x.shape[1] if mesh is None else mesh.seq_len) - 1
+            if lengths.shape != x.shape[:1] or not all(0 <= length <= most for length in lengths.tolist()):
+                refuse(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(x)},), each from 0 to {most}", mesh)
+            num_rows = lengths + 1
+        if token_types is not None and self._holds_class_token(mesh):
+            token_types = nn.functional.pad(token_types, (1, 0))
+        x = run_blocks(self.blocks, x, self.config, mesh, lengths=num_rows, token_types=token_types, observe=observe)
+        x = apply_to_rows(self.norm, x, token_types)
         return x if pooling is None else self.pool(x, pooling, mesh, lengths)
 
     def hidden_states(
@@ -127,7 +152,7 @@ class LongNetEncoder(nn.Module):
             ValueError: as `forward` does.
         """
         states: list[Tensor] = []
-        self._run(inputs, mesh, lengths, positions, states)
+        self(inputs, mesh, lengths, positions=positions, observe=states.append)
         return states
 
     def pool(
@@ -189,25 +214,6 @@ class LongNetEncoder(nn.Module):
             )
         return inputs[:, max(0, mesh.shard.start - num_class) : max(0, mesh.shard.stop - num_class)]
 
-    def _run(
-        self,
-        inputs: Tensor,
-        mesh: SequenceMesh | None,
-        lengths: Tensor | None,
-        positions: Tensor | None,
-        states: list[Tensor] | None,
-    ) -> Tensor:
-        """Run the blocks, and put the embedded inputs and each block's output into `states`."""
-        x = self._embed(inputs, mesh, positions)
-        if states is not None:
-            states.append(x)
-        if lengths is not None and self.class_token is not None:
-            most = (x.shape[1] if mesh is None else mesh.seq_len) - 1
-            if lengths.shape != x.shape[:1] or not all(0 <= length <= most for length in lengths.tolist()):
-                refuse(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(x)},), each from 0 to {most}", mesh)
-            lengths = lengths + 1
-        return run_blocks(self.blocks, x, self.config, mesh, lengths=lengths, outputs=states)
-
     def _embed(self, inputs: Tensor, mesh: SequenceMesh | None, positions: Tensor | None) -> Tensor:
         if self.input_dim is None and (inputs.dim() != 2 or inputs.is_floating_point()):
             refuse(f"inputs are {inputs.dtype} of shape {tuple(inputs.shape)}; they must be token ids, (B, N)", mesh)
@@ -220,11 +226,14 @@ class LongNetEncoder(nn.Module):
             if positions.dim() != 3 or positions.shape[1:] != x.shape[1:] or positions.shape[0] not in (1, len(x)):
                 refuse(f"positions is {tuple(positions.shape)}; it must be (B or 1, N, E) of {tuple(x.shape)}", mesh)
             x = x + positions.to(x.dtype)
-        if self.class_token is not None and (mesh is None or mesh.shard.start == 0 < mesh.shard.num_rows):
+        if self.class_token is not None and self._holds_class_token(mesh):
             x = torch.cat([self.class_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         if mesh is not None and x.shape[1] != mesh.shard.num_rows:
             refuse(mesh.wrong_rows("the input", x.shape[1]) + "; see LongNetEncoder.split", mesh)
         return x
+
+    def _holds_class_token(self, mesh: SequenceMesh | None) -> bool:
+        return self.class_token is not None and (mesh is None or mesh.shard.start == 0 < mesh.shard.num_rows)
 
     def _check_pooling(self, pooling: Pooling, mesh: SequenceMesh | None) -> None:
         if pooling not in ("class", "mean", None):

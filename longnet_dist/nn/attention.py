@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from longnet_dist.attention.api import dilated_attention
-from longnet_dist.attention.bias import T5Bias, t5_problem
+from longnet_dist.attention.bias import ALiBiBias, PositionBias, T5Bias, alibi_slopes, t5_problem
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.nn.multiway import Multiway, apply_to_rows
 from longnet_dist.nn.rotary import Rotation, positions_in_documents
 from longnet_dist.nn.zero_rows import zero_row_attention
 from longnet_dist.plan.pattern import Pattern
@@ -31,8 +32,10 @@ class DilatedAttention(nn.Module):
         causal: whether a token attends only to itself and to earlier tokens.
         use_xpos: whether to encode global positions with xPos.
         use_rel_pos_bias: whether to add T5's learned relative position bias, by token distance.
-        num_kv_heads: G, the number of key/value heads, each shared by H / G query heads; H by default.
-        qk_norm: whether to RMS-normalise the queries and keys of each head, before the position encoding.
+        num_kv_heads: G, the number of key/value heads, each shared by H / G query heads; H by default. With 1, all
+            queries share one head ("one write head", arXiv 1911.02150).
+        qk_norm: how to normalise the queries and keys of each head, before the position encoding: "none", "rms" (or
+            True), or "layer" for a LayerNorm without bias.
         bias: whether the projections have a bias.
         head_phases: which rows each head keeps; see `Pattern`.
         use_rotary: whether to encode global positions with RoPE: xPos without its scales.
@@ -40,6 +43,8 @@ class DilatedAttention(nn.Module):
         xpos_scale_base: see `Rotation.at`; a larger base allows longer sequences.
         rel_pos_buckets: the number of buckets of the relative position bias; see `T5Bias`.
         rel_pos_max_distance: a distance in tokens; all keys at least that far share the last bucket.
+        use_alibi: whether scores fall with the token distance, by ALiBi's fixed slopes; see `ALiBiBias`.
+        multiway: whether projections and norms have second weights, for tokens of a second kind; see `Multiway`.
         kernel: see `dilated_attention`.
         padding: "none", or "torchscale" for weights that were trained with its zero rows; see `zero_row_attention`.
         device, dtype: device and dtype of the parameters.
@@ -65,7 +70,7 @@ class DilatedAttention(nn.Module):
         use_rel_pos_bias: bool = False,
         *,
         num_kv_heads: int | None = None,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         bias: bool = True,
         head_phases: str = "interleaved",
         use_rotary: bool = False,
@@ -73,16 +78,20 @@ class DilatedAttention(nn.Module):
         xpos_scale_base: float = 512.0,
         rel_pos_buckets: int = 32,
         rel_pos_max_distance: int = 128,
+        use_alibi: bool = False,
+        multiway: bool = False,
         kernel: str = "auto",
         padding: str = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if padding == "torchscale" and use_rel_pos_bias:
-            raise ValueError(
-                "padding='torchscale' allows no relative position bias: its keys of zeros have no position"
-            )
+        if padding == "torchscale" and (use_rel_pos_bias or use_alibi):
+            raise ValueError("padding='torchscale' allows no position bias: its keys of zeros have no position")
+        if use_rel_pos_bias and use_alibi:
+            raise ValueError("use_rel_pos_bias and use_alibi do not go together: a layer has one position bias")
+        if qk_norm not in _HEAD_NORMS:
+            raise ValueError(f"qk_norm is {qk_norm!r}; it must be 'none', 'rms' or 'layer'")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         _check_heads(d_model, num_heads, num_kv_heads, rotary=use_xpos or use_rotary)
         if use_rel_pos_bias and (problem := t5_problem(rel_pos_buckets, rel_pos_max_distance, causal)):
@@ -91,15 +100,16 @@ class DilatedAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, d_model // num_heads
         self.d_model, self.causal, self.kernel, self.padding = d_model, causal, kernel, padding
         self.use_xpos, self.use_rotary, self.xpos_scale_base = use_xpos, use_rotary, xpos_scale_base
-        self.rel_pos_max_distance = rel_pos_max_distance
+        self.rel_pos_max_distance, self.use_alibi, self.multiway = rel_pos_max_distance, use_alibi, multiway
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(d_model, d_model, bias=bias, **factory)
-        self.k_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory)
-        self.v_proj = nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias, **factory)
-        self.q_norm = HeadNorm(self.head_dim, **factory) if qk_norm else nn.Identity()
-        self.k_norm = HeadNorm(self.head_dim, **factory) if qk_norm else nn.Identity()
-        self.inner_norm = nn.LayerNorm(d_model, **factory) if inner_norm else nn.Identity()
+        wrap: Callable[[nn.Module], nn.Module] = Multiway if multiway else lambda module: module
+        self.q_proj = wrap(nn.Linear(d_model, d_model, bias=bias, **factory))
+        self.k_proj = wrap(nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory))
+        self.v_proj = wrap(nn.Linear(d_model, num_kv_heads * self.head_dim, bias=bias, **factory))
+        self.out_proj = wrap(nn.Linear(d_model, d_model, bias=bias, **factory))
+        self.q_norm = _HEAD_NORMS[qk_norm](self.head_dim, **factory)
+        self.k_norm = _HEAD_NORMS[qk_norm](self.head_dim, **factory)
+        self.inner_norm = wrap(nn.LayerNorm(d_model, **factory)) if inner_norm else nn.Identity()
         self.rel_pos_bias = (
             nn.Parameter(torch.zeros(rel_pos_buckets, num_heads, **factory)) if use_rel_pos_bias else None
         )
@@ -140,6 +150,7 @@ class DilatedAttention(nn.Module):
         rotation: Rotation | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Project x to queries, keys and values, attend, and project the result.
 
@@ -150,6 +161,8 @@ class DilatedAttention(nn.Module):
                 default.
             cu_seqlens, lengths: the documents in each sequence, or the number of its tokens; see `dilated_attention`.
                 Positions begin anew with each document.
+            token_types: (B, N or L), bool: true for tokens of the second kind, if the layer is multiway; by default all
+                are of the first.
 
         Returns:
             A tensor of x's shape.
@@ -161,8 +174,11 @@ class DilatedAttention(nn.Module):
             refuse(f"x is {tuple(x.shape)}; it must be (B, N, d_model) with d_model = {self.d_model}", mesh)
         if mesh is not None and x.shape[1] != mesh.shard.num_rows:
             refuse(mesh.wrong_rows("x", x.shape[1]), mesh)
+        if token_types is not None:
+            self._check_kinds(x, token_types, mesh)
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
+            apply_to_rows(projection, x, token_types).unflatten(-1, (-1, self.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         num_head_shards = 1 if self.head_mesh is None else self.head_mesh.size()
         if k.shape[2] * num_head_shards != self.num_kv_heads:
@@ -181,7 +197,18 @@ class DilatedAttention(nn.Module):
         out = self._attend(q, k, v, mesh, cu_seqlens, lengths)
         if isinstance(out, DTensor):
             out = out.to_local()
-        return self.dropout(self.out_proj(self.inner_norm(out.flatten(2))))
+        normed = apply_to_rows(self.inner_norm, out.flatten(2), token_types)
+        return self.dropout(apply_to_rows(self.out_proj, normed, token_types))
+
+    def _check_kinds(self, x: Tensor, token_types: Tensor, mesh: SequenceMesh | None) -> None:
+        if not self.multiway:
+            refuse("token_types are for a layer with weights for two kinds of tokens: multiway=True", mesh)
+        if token_types.shape != x.shape[:2] or token_types.dtype != torch.bool:
+            refuse(
+                f"token_types is {token_types.dtype} of shape {tuple(token_types.shape)}; it must be bool, (B, N or L) "
+                f"= {tuple(x.shape[:2])}",
+                mesh,
+            )
 
     def _attend(
         self,
@@ -194,11 +221,18 @@ class DilatedAttention(nn.Module):
     ) -> Tensor:
         options: dict[str, Any] = {"causal": self.causal, "mesh": mesh, "kernel": self.kernel, "lengths": lengths}
         if self.padding == "none":
-            bias = None if self.rel_pos_bias is None else T5Bias(self.rel_pos_bias, self.rel_pos_max_distance)
+            bias = self._position_bias(q)
             return dilated_attention(q, k, v, self.pattern, bias=bias, cu_seqlens=cu_seqlens, **options)
         if cu_seqlens is not None or isinstance(q, DTensor):
             refuse("padding='torchscale' allows neither cu_seqlens nor tensor parallelism; use lengths", mesh)
         return zero_row_attention(q, k, v, self.pattern, **options)
+
+    def _position_bias(self, q: Tensor) -> PositionBias | None:
+        if self.rel_pos_bias is not None:
+            return T5Bias(self.rel_pos_bias, self.rel_pos_max_distance)
+        if not self.use_alibi:
+            return None
+        return ALiBiBias(alibi_slopes(self.num_heads, q.device, torch.promote_types(q.dtype, torch.float32)))
 
     def rotation(
         self,
@@ -249,6 +283,24 @@ class HeadNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise each head, (B, L, H, D) -> (B, L, H, D), in x's dtype."""
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class HeadLayerNorm(nn.LayerNorm):
+    """Layer normalisation of each head, without bias, in the dtype of its weight."""
+
+    def __init__(self, head_dim: int, **factory: Any) -> None:
+        super().__init__(head_dim, bias=False, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise each head, (B, L, H, D) -> (B, L, H, D), in x's dtype."""
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+_HEAD_NORMS: dict[bool | str, Callable[..., nn.Module]] = {
+    **dict.fromkeys((False, "none"), nn.Identity),
+    **dict.fromkeys((True, "rms"), HeadNorm),
+    "layer": HeadLayerNorm,
+}
 
 
 def _per_branch(value: int | Sequence[int]) -> tuple[int, ...]:

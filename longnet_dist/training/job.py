@@ -234,9 +234,9 @@ _FREE_OPTIONS = {
 """Options that may change between starts of one run without a message."""
 _PARAMETER_OPTIONS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
-    *("tie_embeddings", "qk_norm"),
+    *("tie_embeddings", "qk_norm", "sub_layernorm"),
 )
-"""Options of the model that decide the shapes of its parameters."""
+"""Options of the model that decide the shapes of its parameters, and position, if it is t5."""
 
 
 def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) -> list[str]:
@@ -253,7 +253,13 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
     Raises:
         ValueError: if the checkpoint's parameters are those of another model.
     """
-    if differing := [name for name in _PARAMETER_OPTIONS if before["model"][name] != now["model"][name]]:
+    # An earlier version's checkpoint lacks newer options, which then have their defaults.
+    saved = LongNetConfig(**before["model"])
+    before = before | {"model": json.loads(json.dumps(dataclasses.asdict(saved)))}
+    differing = [name for name in _PARAMETER_OPTIONS if before["model"][name] != now["model"][name]]
+    if "t5" in (positions := {before["model"]["position"], now["model"]["position"]}) and len(positions) > 1:
+        differing.append("position")
+    if differing:
         pairs = ", ".join(f"{name} {before['model'][name]} there, {now['model'][name]} here" for name in differing)
         raise ValueError(f"{path} is of another model: {pairs}; use its options, or another run folder")
     return [

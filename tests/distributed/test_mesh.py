@@ -293,9 +293,10 @@ def compare_layer(group, num_tokens, options):
         torch.nn.init.normal_(layer.rel_pos_bias)
     mesh = SequenceMesh(group, layer.pattern, num_tokens)
     x = torch.randn(2, num_tokens, 32, dtype=torch.float64)
-    expected = layer(x)
+    token_types = {"token_types": torch.rand(2, num_tokens) < 0.3} if layer.multiway else {}
+    expected = layer(x, **token_types)
     expected_grads = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
-    out = mesh.join(layer(mesh.split(x), mesh=mesh))
+    out = mesh.join(layer(mesh.split(x), mesh=mesh, **{name: mesh.split(y) for name, y in token_types.items()}))
     assert_close(out, expected, rtol=0, atol=1e-11)
     grads = torch.autograd.grad(out.square().sum(), list(layer.parameters()))
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
@@ -309,6 +310,8 @@ def compare_layer(group, num_tokens, options):
         {"use_xpos": True, "causal": True},
         {"use_rel_pos_bias": True},
         {"use_rel_pos_bias": True, "causal": True, "use_rotary": True, "qk_norm": True, "num_kv_heads": 2},
+        {"use_alibi": True, "qk_norm": "layer", "num_kv_heads": 1},
+        {"multiway": True, "inner_norm": True, "use_rotary": True},
     ],
 )
 def test_positions_and_bias_are_global(pool, world, options):
