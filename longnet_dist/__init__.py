@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longnet_dist.attention.api import dilated_attention
     from longnet_dist.attention.bias import ALiBiBias, T5Bias
+    from longnet_dist.attention.cache import DilatedCache
     from longnet_dist.attention.reference import dense_reference
     from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
@@ -30,6 +31,7 @@ __all__ = [
     "ALiBiBias",
     "Branch",
     "DilatedAttention",
+    "DilatedCache",
     "LongNet",
     "LongNetConfig",
     "LongNetEncoder",
@@ -51,6 +53,7 @@ _MODULES = {
     "ALiBiBias": "attention.bias",
     "Branch": "plan.pattern",
     "DilatedAttention": "nn.attention",
+    "DilatedCache": "attention.cache",
     "LongNet": "models.decoder",
     "LongNetConfig": "models.config",
     "LongNetEncoder": "models.encoder",

@@ -12,6 +12,7 @@ from torch import Tensor
 from longnet_dist.attention.arguments import Options, problem
 from longnet_dist.attention.autograd import attend
 from longnet_dist.attention.bias import PositionBias
+from longnet_dist.attention.cache import DilatedCache, attend_after, problem_of_cache
 from longnet_dist.attention.documents import to_offsets
 from longnet_dist.distributed.heads import head_shard
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
@@ -44,6 +45,7 @@ def dilated_attention(
     return_lse: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    cache: DilatedCache | None = None,
 ) -> Any:
     """Compute dilated attention exactly, on one device or over a mesh of ranks.
 
@@ -69,6 +71,9 @@ def dilated_attention(
             cross ranks. Best on the CPU: from a GPU the host waits for it.
         lengths: (B,), int32 or int64, the number of tokens of each sequence: rows after them are padding, which neither
             sees nor is seen. Each sequence is then a call of its own. Not together with `cu_seqlens`.
+        cache: the past of the sequence, for inference: q, k and v hold the rows after `cache.length`, one or many, and
+            are appended. With a mesh, they are this rank's rows of the new ones, `mesh.seq_len` in all, and every rank
+            has the whole cache.
 
     Returns:
         out, with q's shape, dtype and placement; 0 for padding and for rows that no branch covers. With `return_lse`
@@ -116,6 +121,11 @@ def dilated_attention(
     if mesh is None and (message := problem(q, k, v, bias, options)):
         raise ValueError(message)
     parameters = None if bias is None else bias.parameters
+    if cache is not None:
+        if message := problem_of_cache(cache, q, k, options, offsets is not None):
+            refuse(message, mesh)
+        out, lse = attend_after(q, k, v, bias, options, cache)
+        return (out, lse) if return_lse else out
     if offsets is None or offsets.dim() == 1 or not len(q):
         out, lse = attend(q, k, v, parameters, None if len(q) == 0 else offsets, options)
     else:

@@ -19,9 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from longnet_dist.attention.sdpa import scaled_dot_product_dilated_attention
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
+from longnet_dist.functional import scaled_dot_product_dilated_attention
 from longnet_dist.nn.attention import DilatedAttention
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 
 from longnet_dist.plan.exchange import SharedSegment
 from longnet_dist.plan.pattern import Branch, Pattern
-from longnet_dist.plan.shard import Shard, documents_of, is_shared, shared_segments, whole_segments
+from longnet_dist.plan.shard import Shard, Span, documents_of, is_shared, shared_segments, whole_segments
 
 
 @dataclass(frozen=True)
@@ -183,12 +183,12 @@ def _make_plan(
     total = total_kv_heads or num_kv_heads
     for number, branch in enumerate(pattern.branches):
         strategy = strategies[number] if strategies else "all_gather"
-        head_runs = _HeadRuns(pattern, number, num_kv_heads, first_kv_head, total)
+        head_runs = HeadRuns(pattern, number, num_kv_heads, first_kv_head, total)
         phases = tuple(pattern.phase(first_kv_head + head, total, branch) for head in range(num_kv_heads))
         parts = []
         for document in documents_of(shard, documents):
             for lo, hi, segments in whole_segments(branch, shard, *document):
-                local += _own_blocks(head_runs, shard, lo, lo, hi, segments)
+                local += own_blocks(head_runs, shard, lo, lo, hi, segments)
             for lo, hi in shared_segments(branch, shard, *document):
                 segment = SharedSegment(branch, number, strategy, lo, hi, shard.chunk, shard.rank, phases, causal)
                 parts.append(_shared_part(head_runs, shard, segment))
@@ -204,7 +204,7 @@ _plan_of_sequence = lru_cache(maxsize=1024)(_make_plan)
 _plan_of_documents = lru_cache(maxsize=16)(_make_plan)  # Documents change in every step, and their plans are large.
 
 
-class _HeadRuns:
+class HeadRuns:
     """The heads of this rank by their phase in a branch, in runs of phases with equally many heads."""
 
     def __init__(self, pattern: Pattern, number: int, num_kv_heads: int, first: int, total: int) -> None:
@@ -244,7 +244,9 @@ def _quotients(number: int, divisor: int) -> tuple[int, int]:
     return number // divisor, -(-number // divisor)
 
 
-def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, segments: int = 1) -> Iterable[OwnBlock]:
+def own_blocks(
+    runs: HeadRuns, shard: Shard | Span, segment: int, lo: int, hi: int, segments: int = 1
+) -> Iterable[OwnBlock]:
     """Yield the rectangles of the global rows [lo, hi), all in this chunk, of the segment that begins at `segment`."""
     r, w = runs.branch.dilation_rate, runs.branch.segment_length
     for phase, heads in runs.split((lo - segment, hi - segment)):
@@ -254,16 +256,16 @@ def _own_blocks(runs: _HeadRuns, shard: Shard, segment: int, lo: int, hi: int, s
             yield OwnBlock(runs.number, heads, Rows(position - shard.start, 1, r, count, position, r, segments, w))
 
 
-def _shared_part(runs: _HeadRuns, shard: Shard, segment: SharedSegment) -> SharedPart:
+def _shared_part(runs: HeadRuns, shard: Shard, segment: SharedSegment) -> SharedPart:
     """Return this rank's part of a shared segment."""
     start = segment.start
     lo, hi = segment.rows_of(range(shard.rank, shard.rank + 1))
-    own = tuple(_own_blocks(runs, shard, start, lo, hi))
+    own = tuple(own_blocks(runs, shard, start, lo, hi))
     trades_heads = segment.strategy == "all_to_all"
     return SharedPart(segment, own, () if trades_heads else tuple(_remote_blocks(runs, shard, segment, lo, hi)))
 
 
-def _remote_blocks(runs: _HeadRuns, shard: Shard, segment: SharedSegment, lo: int, hi: int) -> Iterable[RemoteBlock]:
+def _remote_blocks(runs: HeadRuns, shard: Shard, segment: SharedSegment, lo: int, hi: int) -> Iterable[RemoteBlock]:
     """Yield the rectangles of the rows [lo, hi) and the segment's other keys (the earlier ones if causal)."""
     branch, r, start = runs.branch, runs.branch.dilation_rate, segment.start
     edges = [(start, lo)] if segment.causal else [(start, lo), (hi, segment.stop)]

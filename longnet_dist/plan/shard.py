@@ -58,6 +58,14 @@ class Shard:
         return Shard(self.seq_len, self.chunk, rank, self.num_ranks)
 
 
+@dataclass(frozen=True)
+class Span:
+    """The rows [start, stop), as a part of a sequence."""
+
+    start: int
+    stop: int
+
+
 def documents_of(shard: Shard, offsets: tuple[int, ...]) -> Iterable[tuple[int, int]]:
     """Yield the documents [first, end) of which this rank holds rows, in global rows.
 
@@ -75,7 +83,7 @@ def documents_of(shard: Shard, offsets: tuple[int, ...]) -> Iterable[tuple[int, 
             yield first, end
 
 
-def whole_segments(branch: Branch, shard: Shard, first: int, end: int) -> Iterable[tuple[int, int, int]]:
+def whole_segments(branch: Branch, shard: Shard | Span, first: int, end: int) -> Iterable[tuple[int, int, int]]:
     """Yield the segments of a document [first, end) that lie within the shard: the full ones, then its ragged tail.
 
     Each item is (first row, end of the first segment, number of consecutive segments).
