@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from longnet_dist.attention.documents import to_offsets
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.blocks import build_blocks, run_blocks
 from longnet_dist.models.config import LongNetConfig, read_exported_config
@@ -137,9 +138,7 @@ class LongNetEncoder(nn.Module):
             observe(x)
         num_rows = lengths
         if lengths is not None and self.class_token is not None:
-            most = (x.shape[1] if mesh is None else mesh.seq_len) - 1
-            if lengths.shape != x.shape[:1] or not all(0 <= length <= most for length in lengths.tolist()):
-                refuse(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(x)},), each from 0 to {most}", mesh)
+            to_offsets(None, lengths, len(x), (x.shape[1] if mesh is None else mesh.seq_len) - 1, mesh)  # Checks them.
             num_rows = lengths + 1
         if token_types is not None and self._holds_class_token(mesh):
             token_types = nn.functional.pad(token_types, (1, 0))

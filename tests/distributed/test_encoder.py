@@ -121,7 +121,7 @@ def test_mistakes_are_named(inputs, options, message):
         build()(inputs, **options)
     with pytest.raises(ValueError, match=r"it must be \(B, N, input_dim\) = \(B, N, 5\)"):
         build(input_dim=5)(torch.zeros(1, 4, 3))
-    with pytest.raises(ValueError, match=r"lengths is \[5\]; it must be \(B,\) = \(1,\), each from 0 to 4"):
+    with pytest.raises(ValueError, match=r"lengths is \[5\]; each must be between 0 and N = 4"):
         build(class_token=True)(torch.zeros(1, 4, dtype=torch.int64), lengths=torch.tensor([5]))
     with pytest.raises(ValueError, match="input_dim is 0"):
         build(input_dim=0)
