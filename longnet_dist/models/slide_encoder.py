@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -15,7 +14,7 @@ from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.extras import extra
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.encoder import LongNetEncoder
-from longnet_dist.models.torchscale import load_all, read_config, rename_weights
+from longnet_dist.models.torchscale import load_all, read_config, read_weights_file, rename_weights
 
 RATES = (1, 2, 4, 8, 16)
 _FILE = "slide_encoder.pth"
@@ -208,7 +207,7 @@ class SlideEncoder(nn.Module):
             with extra("hf", source):
                 from huggingface_hub import hf_hub_download
             path = Path(hf_hub_download(str(source).removeprefix(_HUB), _FILE))
-        weights = _read_weights(path)
+        weights = read_weights_file(path)
         patch = weights.get("patch_embed.proj.weight")
         if patch is None or patch.dim() != 2:
             raise ValueError(f"{path} has no patch_embed.proj.weight, (d_model, input_dim): it is no slide encoder")
@@ -273,17 +272,6 @@ def grid_embeddings(coords: Tensor, d_model: int, tile_size: int) -> Tensor:
 def are_places(coords: Tensor) -> bool:
     """Return whether no coordinate is negative or not finite."""
     return bool((coords >= 0).all() & coords.isfinite().all())
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of weights alone: {str(error).partition(chr(10))[0]}") from None
-    content = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"{path} has no weights by name, nor has its entry 'model'")
-    return content
 
 
 def _by_our_names(weights: dict[str, Tensor], layers: dict[str, Tensor], config: LongNetConfig) -> dict[str, Tensor]:

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch.testing import assert_close
 
+from longnet_dist import SequenceMesh
 from longnet_dist.inference.slides import embed_slides
+from longnet_dist.models.longvit import LongViT
 from longnet_dist.models.slide_encoder import SlideEncoder
 
 
@@ -76,3 +78,18 @@ def test_files_over_ranks(pool, tmp_path):
             embedding, layers = model.with_layers(features[None, :count].float().double(), coords[None, :count])
         assert_close(written["embedding"], embedding[0].float().numpy())
         assert_close(written["layers"], torch.cat(layers).float().numpy())
+
+
+def image_over_ranks(group):
+    torch.manual_seed(3)
+    model = LongViT(96, 8, 32, 2, 4, dtype=torch.float64).eval()
+    images = torch.randn(2, 3, 88, 96, dtype=torch.float64)
+    mesh = SequenceMesh(group, model.encoder.config.pattern, 11 * 12)
+    with torch.no_grad():
+        assert_close(model(images, mesh), model(images), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="the mesh is for 132 rows, and the image has 121 patches"):
+        model(images[..., :88], mesh)
+
+
+def test_an_image_over_ranks(pool):
+    pool.run(2, image_over_ranks)
