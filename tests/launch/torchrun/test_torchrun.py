@@ -28,6 +28,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
                 ("--model.activation-checkpointing", "selective"),
                 ("--model.activation-checkpointing", "full", "--model.offload-activations"),
                 ("--strategy", "exchange", "--model.num-kv-heads", 1),
+                ("--objective", "mlm", "--model.position", "alibi", "--grad-accumulation", 2),
             )
         ),
     ],
