@@ -54,6 +54,17 @@ class PositionBias(ABC):
             causal: whether a query sees only keys at or before it.
         """
 
+    def between(self, parameters: Tensor, queries: Tensor, keys: Tensor, shift: Tensor, causal: bool) -> Tensor:
+        """Compute the bias of pairs of positions, (b, H, I, J); by default, `values` of their distance.
+
+        Args:
+            parameters: (b, H, P).
+            queries, keys: global positions of the first rectangle's rows, int64, (I,) and (J,).
+            shift: (b,), what to add to them for each rectangle. With the strategy all_to_all it is unknown, and 0.
+            causal: whether a query sees only keys at or before it.
+        """
+        return self.values(parameters, queries[:, None] - keys[None, :], causal)
+
     @abstractmethod
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, distance: Tensor, causal: bool) -> None:
         """Add the gradient of `values` to `grad_parameters` (b, H, P), in place; `grad_scores` is (b, H, I, J)."""
@@ -181,7 +192,8 @@ class BiasOfRectangle:
     Args:
         bias: the bias of the call.
         parameters: its parameters for the heads of each rectangle, (b, H, P).
-        query_positions, key_positions: global positions, int64, (I,) and (J,).
+        query_positions, key_positions: global positions in the first rectangle, int64, (I,) and (J,).
+        shift: (b,), what to add to them for each rectangle.
         causal: whether a query sees only keys at or before it.
     """
 
@@ -189,18 +201,18 @@ class BiasOfRectangle:
     parameters: Tensor
     query_positions: Tensor
     key_positions: Tensor
+    shift: Tensor
     causal: bool
 
     def of(self, rows: slice) -> Tensor:
         """The term added to the scores of these query rows: (b, H, rows, J)."""
-        return self.bias.values(self.parameters, self._distance(rows), self.causal)
+        queries = self.query_positions[rows]
+        return self.bias.between(self.parameters, queries, self.key_positions, self.shift, self.causal)
 
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
         """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
-        self.bias.accumulate_(grad_parameters, grad_scores, self._distance(rows), self.causal)
-
-    def _distance(self, rows: slice) -> Tensor:
-        return self.query_positions[rows, None] - self.key_positions[None, :]
+        distance = self.query_positions[rows, None] - self.key_positions[None, :]
+        self.bias.accumulate_(grad_parameters, grad_scores, distance, self.causal)
 
 
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:

@@ -76,7 +76,12 @@ class Call:
         parameters = by_kv_head[torch.tensor(heads, device=by_kv_head.device)].flatten(1, 2)
         parameters = parameters.repeat(rectangles // len(heads), 1, 1)
         queries, keys = (_positions(runs, parameters.device) for runs in (query_rows, key_rows))
-        return BiasOfRectangle(self.bias, parameters, queries, keys, self.causal)
+        # Rectangles are numbered by sequence, then segment, then phase.
+        first, segments = query_rows[0], torch.arange(query_rows[0].segments, device=parameters.device)
+        phases = torch.arange(len(heads), device=parameters.device)
+        shift = (segments[:, None] * first.segment_step + phases * first.phase_step).flatten()
+        shift = shift.repeat(rectangles // len(shift))
+        return BiasOfRectangle(self.bias, parameters, queries, keys, shift, self.causal)
 
     def add_bias_gradient(self, dbias: Tensor, heads: HeadTable, grad: Tensor) -> None:
         """Add the gradient of b rectangles' bias parameters, (b, M H / G, P), to dbias, (P, H)."""

@@ -74,8 +74,8 @@ def dense_reference(
     scores_BHNN = torch.einsum("bihd,bjhd->bhij", q, k_BNHD) * (1 / math.sqrt(D) if scale is None else scale)
     if bias is not None:
         position = torch.arange(N, device=q.device)
-        distance = position[:, None] - position[None, :]
-        scores_BHNN = scores_BHNN + bias.values(bias.parameters.to(q.dtype).t()[None], distance, causal)
+        parameters, shift = bias.parameters.to(q.dtype).t()[None], position.new_zeros(1)
+        scores_BHNN = scores_BHNN + bias.between(parameters, position, position, shift, causal)
     scores_BHNN = scores_BHNN.masked_fill(counts == 0, -math.inf)
     top = scores_BHNN.detach().amax(-1, keepdim=True) if N else scores_BHNN.new_zeros(*scores_BHNN.shape[:-1], 1)
     top = top.masked_fill(top == -math.inf, 0)

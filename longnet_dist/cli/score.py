@@ -82,7 +82,8 @@ def run_embed_slides(
 ) -> None:
     """Embed whole slides with Prov-GigaPath's slide encoder.
 
-    A slide that cannot be embedded is named, and the others are still embedded; the exit status is then 1.
+    A slide that cannot be embedded is named, and the others are still embedded; the exit status is then 1. Under
+    torchrun, all ranks share each slide.
 
     Args:
         tiles: Files of tile features (.h5, .pt, .npz), each one slide, or folders of them.
@@ -92,25 +93,29 @@ def run_embed_slides(
         global_pool: Average over tiles, instead of reading the class token.
         tile_size: Side of a tile in pixels, in the unit of the coordinates.
         padding: Attention as the weights were trained (torchscale), or exact (none).
-        device: Device of torch; by default a GPU if there is one.
+        device: Device of torch; by default a GPU if there is one, under torchrun one for each rank.
     """
     if tile_size < 1:
         raise ValueError(f"--tile-size is {tile_size}; it must be at least 1")
     import torch
+    import torch.distributed as dist
 
     from longnet_dist.inference.slides import embed_slides, find_tile_files
     from longnet_dist.models.slide_encoder import SlideEncoder
+    from longnet_dist.training.config import TrainConfig
+    from longnet_dist.training.processes import init_processes
 
     files = find_tile_files(tiles)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # The weights were trained on slides of up to 1,024 x 1,024 tiles, which decides the segment lengths.
-    model = SlideEncoder.from_pretrained(
-        weights,
-        device=chosen,
-        slide_size=1024 * tile_size,
-        tile_size=tile_size,
-        global_pool=global_pool,
-        padding=padding,
-    )
-    if failed := embed_slides(model, files, out, all_layers):
+    with init_processes(TrainConfig(), None if device is None else torch.device(device)) as chosen:
+        # The weights were trained on slides of up to 1,024 x 1,024 tiles, which decides the segment lengths.
+        model = SlideEncoder.from_pretrained(
+            weights,
+            device=chosen,
+            slide_size=1024 * tile_size,
+            tile_size=tile_size,
+            global_pool=global_pool,
+            padding=padding,
+        )
+        failed = embed_slides(model, files, out, all_layers, dist.group.WORLD if dist.is_initialized() else None)
+    if failed:
         raise RuntimeError(f"{len(failed)} of {len(files)} slides failed: {', '.join(map(str, failed))}")

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from longnet_dist.distributed.collectives import gather_objects
 from longnet_dist.extras import extra
 from longnet_dist.models.slide_encoder import SlideEncoder
 
@@ -64,7 +67,7 @@ def read_tiles(path: Path) -> tuple[Tensor, Tensor]:
     name = next((name for name in _FEATURES if name in arrays), None)
     if name is None or "coords" not in arrays:
         raise ValueError(f"it has {', '.join(arrays) or 'nothing'}; it must have features and coords")
-    features, coords = torch.as_tensor(arrays[name]), torch.as_tensor(arrays["coords"])
+    features, coords = (_as_numbers(name, arrays[name]) for name in (name, "coords"))
     features, coords = (x[0] if x.dim() == 3 and len(x) == 1 else x for x in (features, coords))
     if features.dim() != 2 or not len(features) or coords.shape != (len(features), 2):
         raise ValueError(
@@ -77,52 +80,102 @@ def read_tiles(path: Path) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def embed_slides(model: SlideEncoder, files: Iterable[Path], out: Path, all_layers: bool = False) -> list[Path]:
+def embed_slides(
+    model: SlideEncoder,
+    files: Iterable[Path],
+    out: Path,
+    all_layers: bool = False,
+    group: ProcessGroup | None = None,
+) -> list[Path]:
     """Embed each slide into `out`/NAME.npz, and print its progress; a slide that cannot be embedded is named on stderr.
+
+    With a group, its ranks share each slide: the call is collective, and its first rank writes and prints.
 
     Args:
         model: the slide encoder, in eval mode.
-        files: the files of tiles; see `read_tiles`.
+        files: the files of tiles; see `read_tiles`. Every rank reads them.
         out: the folder to write into; created if it is missing.
         all_layers: whether to write `layers`, (num_layers + 1, E), too, beside `embedding`, (E,).
+        group: the ranks that share each slide; None for this process alone.
 
     Returns:
         The files that failed.
+
+    Raises:
+        RuntimeError: with a group, if a rank fails while it computes, or is gone.
     """
     out.mkdir(parents=True, exist_ok=True)
     files, failed = list(files), []
+    is_first = group is None or dist.get_rank(group) == 0
+    tolerated = (ValueError, OSError, RuntimeError, MemoryError) if group is None else (ValueError, OSError)
     for number, file in enumerate(files, 1):
         start = time.perf_counter()
         try:
-            num_tiles = _embed(model, file, out, all_layers)
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            num_tiles, results = _embed(model, file, all_layers, group)
+            if is_first:
+                _write(out / f"{file.stem}.npz", results)
+        except tolerated as error:
             failed.append(file)
-            print(f"[{number}/{len(files)}] {file} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+            if is_first:
+                print(f"[{number}/{len(files)}] {file} failed: {str(error).partition(chr(10))[0]}", file=sys.stderr)
         else:
-            print(
-                f"[{number}/{len(files)}] {file}: {num_tiles:,} tiles in {time.perf_counter() - start:.1f} s",
-                flush=True,
-            )
+            if is_first:
+                seconds = time.perf_counter() - start
+                print(f"[{number}/{len(files)}] {file}: {num_tiles:,} tiles in {seconds:.1f} s", flush=True)
     return failed
 
 
-def _embed(model: SlideEncoder, file: Path, out: Path, all_layers: bool) -> int:
-    features, coords = read_tiles(file)
-    if features.shape[1] != model.encoder.input_dim:
-        raise ValueError(f"features have {features.shape[1]} values, and these weights need {model.encoder.input_dim}")
-    weight = model.norm.weight
-    inputs = features[None].to(weight.device, weight.dtype), coords[None].to(weight.device)
-    results = {"embedding": model(*inputs)[0].float().cpu().numpy()}
-    if all_layers:
-        results["layers"] = torch.cat(model(*inputs, all_layers=True)).float().cpu().numpy()
-    partial = out / f"{file.stem}.partial"
+def _embed(
+    model: SlideEncoder, file: Path, all_layers: bool, group: ProcessGroup | None
+) -> tuple[int, dict[str, np.ndarray]]:
+    """Return the number of tiles of a slide, and its embeddings. Collective over the group."""
+    tiles, problem = None, None
+    try:
+        tiles = read_tiles(file)
+        if tiles[0].shape[1] != model.encoder.input_dim:
+            problem = f"features have {tiles[0].shape[1]} values, and these weights need {model.encoder.input_dim}"
+    except (ValueError, OSError) as error:
+        problem = str(error)
+    # A slide that one rank cannot read must not leave the others waiting for it.
+    problems = gather_objects(problem, group) if group is not None else [problem]
+    if problem := next(filter(None, problems), None):
+        raise ValueError(problem)
+    assert tiles is not None
+    num_tiles, weight = len(tiles[0]), model.norm.weight
+    mesh = None if group is None else model.make_mesh(group, num_tiles)
+    # Copies, so that a rank keeps no rows of others.
+    rows = [x[None] if mesh is None else model.encoder.split(x[None], mesh).clone() for x in tiles]
+    del tiles
+    features, coords = rows.pop(0).to(weight.device, weight.dtype), rows.pop(0).to(weight.device)
+    if not all_layers:
+        return num_tiles, {"embedding": model(features, coords, mesh=mesh)[0].float().cpu().numpy()}
+    embedding, layers = model.with_layers(features, coords, mesh=mesh)
+    return num_tiles, {
+        "embedding": embedding[0].float().cpu().numpy(),
+        "layers": torch.cat(layers).float().cpu().numpy(),
+    }
+
+
+def _write(path: Path, results: Mapping[str, np.ndarray]) -> None:
+    partial = path.with_suffix(".partial")
     try:
         with partial.open("wb") as stream:
-            np.savez(stream, **results)
-        os.replace(partial, out / f"{file.stem}.npz")
+            np.savez(stream, **results)  # type: ignore[arg-type]
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return len(features)
+
+
+def _as_numbers(name: str, values: Any) -> Tensor:
+    try:
+        if isinstance(values, np.ndarray):  # HDF5 files may have the byte order of another machine.
+            values = values.astype(values.dtype.newbyteorder("="), copy=False)
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        numbers = None
+    if numbers is None or numbers.is_complex():
+        raise ValueError(f"{name} is no array of numbers")
+    return numbers
 
 
 def _read_arrays(path: Path) -> Mapping[str, Any]:
@@ -131,7 +184,8 @@ def _read_arrays(path: Path) -> Mapping[str, Any]:
             with extra("slides", path):
                 import h5py
             with h5py.File(path) as file:
-                return {name: file[name][()] for name in (*_FEATURES, "coords") if name in file}
+                found = {name: file[name] for name in (*_FEATURES, "coords") if name in file}
+                return {name: x[()] for name, x in found.items() if isinstance(x, h5py.Dataset)}
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
                 return dict(file)

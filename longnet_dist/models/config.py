@@ -146,17 +146,18 @@ class LongNetConfig:
         return LongNet(self, device, dtype)
 
 
-def read_exported_config(folder: Path) -> tuple[LongNetConfig, Path | None]:
+def read_exported_config(folder: Path, objective: str = "causal") -> tuple[LongNetConfig, Path | None]:
     """Read the config.json of a model that `longnet-dist export` wrote.
 
     Args:
         folder: the folder that holds it.
+        objective: what the model must have been trained for; see `TrainConfig.objective`.
 
     Returns:
         The architecture, and the file of the tokenizer; None for bytes.
 
     Raises:
-        ValueError: if it is the config of a run, or of a model of another version.
+        ValueError: if it is the config of a run, or of a model of another objective or version.
         FileNotFoundError: if it is missing.
     """
     path = folder / "config.json"
@@ -166,6 +167,9 @@ def read_exported_config(folder: Path) -> tuple[LongNetConfig, Path | None]:
     if "model" in content and "seq_len" in content:
         raise ValueError(f"{folder} is a run; export its model first: longnet-dist export {folder} FOLDER")
     file = (content.pop("tokenizer", None) or {}).get("file")
+    if (found := content.pop("objective", "causal")) != objective:
+        loader = {"causal": "a decoder, for LongNet", "mlm": "an encoder, for LongNetEncoder"}
+        raise ValueError(f"{folder} holds {loader.get(found, found)}.from_pretrained")
     if unknown := sorted(content.keys() - {f.name for f in fields(LongNetConfig)}):
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; another version may know them")
     return LongNetConfig(**content), None if file is None else folder / Path(file).name

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longnet_dist.data.tokenizers import load_tokenizer
@@ -16,9 +12,9 @@ from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.blocks import build_blocks, run_blocks
 from longnet_dist.models.config import LongNetConfig, read_exported_config
 from longnet_dist.models.loss import check_targets, linear_token_loss, within_documents
+from longnet_dist.models.pretrained import copy_weights, read_weights, save_model
 from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.nn.block import Block
-from longnet_dist.paths import write_whole
 
 
 class LongNet(nn.Module):
@@ -163,19 +159,7 @@ class LongNet(nn.Module):
             folder: the folder to write into; created if it is missing.
             tokenizer: the tokenizer's file; by default `tokenizer_file`. Without one, tokens are bytes.
         """
-        folder, source = Path(folder), tokenizer or self.tokenizer_file
-        folder.mkdir(parents=True, exist_ok=True)
-        loaded = load_tokenizer(source)
-        about = {"name": loaded.name, "file": None, "end_of_document": loaded.end_of_document}
-        if source is not None:
-            about["file"] = Path(source).name
-            if Path(source).resolve() != (folder / Path(source).name).resolve():
-                shutil.copyfile(source, folder / Path(source).name)
-        # Unlike state_dict(), named_parameters() lists a tied weight once.
-        tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # It was written for its owner alone.
-        write_whole(folder / "config.json", json.dumps(asdict(self.config.resolved) | {"tokenizer": about}, indent=2))
+        save_model(self, self.config, folder, tokenizer or self.tokenizer_file, "causal")
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, device: torch.device | str | None = None) -> LongNet:
@@ -191,18 +175,8 @@ class LongNet(nn.Module):
         """
         folder = Path(folder)
         config, tokenizer_file = read_exported_config(folder)
-        tensors = load_file(folder / "model.safetensors")
+        tensors = read_weights(folder)
         model = cls(config, device, next(iter(tensors.values())).dtype)
-        expected = {name: p.shape for name, p in model.named_parameters()}
-        stored = {name: x.shape for name, x in tensors.items()}
-        if stored != expected:
-            differing = [name for name in expected | stored if expected.get(name) != stored.get(name)]
-            raise ValueError(
-                f"{folder}: model.safetensors is not of the model in config.json: {', '.join(differing[:5])} differ; "
-                "use the two files of one export"
-            )
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(tensors[name])
+        copy_weights(model, tensors, folder)
         model.tokenizer_file = tokenizer_file
         return model.eval()

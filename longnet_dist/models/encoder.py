@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from longnet_dist.attention.documents import to_offsets
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.blocks import build_blocks, run_blocks
-from longnet_dist.models.config import LongNetConfig
+from longnet_dist.models.config import LongNetConfig, read_exported_config
+from longnet_dist.models.loss import linear_token_loss
+from longnet_dist.models.pretrained import copy_weights, read_weights, save_model
 from longnet_dist.nn.block import Block
 from longnet_dist.nn.multiway import Multiway, apply_to_rows
 
@@ -54,6 +58,8 @@ class LongNetEncoder(nn.Module):
         if input_dim is not None and input_dim < 1:
             raise ValueError(f"input_dim is {input_dim}; it must be the width of the inputs, or None for token ids")
         self.config, self.input_dim = config, input_dim
+        self.tokenizer_file: Path | None = None
+        """The file of the tokenizer that the model was trained with, as `from_pretrained` found it."""
         E = config.d_model
         self.embedding: nn.Module = (
             nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
@@ -91,8 +97,10 @@ class LongNetEncoder(nn.Module):
         token_types: Tensor | None = None,
         pooling: Pooling = None,
         observe: Callable[[Tensor], None] | None = None,
+        targets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """Compute the features of each row after the final norm, or pool them.
+        """Compute the features of each row after the final norm, pool them, or compute a loss.
 
         Args:
             inputs: token ids, (B, N), or with `input_dim` feature vectors, (B, N, input_dim). With a mesh, this rank's
@@ -108,28 +116,38 @@ class LongNetEncoder(nn.Module):
                 padding (0 if there is none), None for the features of each row, the class token's first.
             observe: a function that is called with the embedded inputs and the output of each block, before the final
                 norm: num_layers + 1 tensors, each (B, rows, d_model).
+            targets: (B, N), the ids to predict from token ids, -100 for none: see `mask_tokens`. With a mesh, this
+                rank's, as `inputs`.
+            cu_seqlens: the documents in each sequence; see `dilated_attention`. Not together with a class token.
 
         Returns:
             (B, d_model) with pooling, the same on every rank; without, (B, rows, d_model), one row for each of the
-            sequence, or of this rank's part.
+            sequence, or of this rank's part. With targets, the mean loss over the targets of all ranks, in nats; logits
+            are products with the embedding's weight.
 
         Raises:
             ValueError: if a shape is wrong, the mesh has another pattern or length, or there is no class token to pool.
         """
         self._check_pooling(pooling, mesh)
+        if targets is not None and (pooling is not None or self.input_dim is not None or self.class_token is not None):
+            refuse("targets are for an encoder of token ids without class token and pooling", mesh)
+        if cu_seqlens is not None and self.class_token is not None:
+            refuse("cu_seqlens is for an encoder without class token, which belongs to no document", mesh)
         x = self._embed(inputs, mesh, positions)
         if observe is not None:
             observe(x)
         num_rows = lengths
         if lengths is not None and self.class_token is not None:
-            most = (x.shape[1] if mesh is None else mesh.seq_len) - 1
-            if lengths.shape != x.shape[:1] or not all(0 <= length <= most for length in lengths.tolist()):
-                refuse(f"lengths is {lengths.tolist()}; it must be (B,) = ({len(x)},), each from 0 to {most}", mesh)
+            to_offsets(None, lengths, len(x), (x.shape[1] if mesh is None else mesh.seq_len) - 1, mesh)  # Checks them.
             num_rows = lengths + 1
         if token_types is not None and self._holds_class_token(mesh):
             token_types = nn.functional.pad(token_types, (1, 0))
-        x = run_blocks(self.blocks, x, self.config, mesh, lengths=num_rows, token_types=token_types, observe=observe)
+        documents = {"cu_seqlens": cu_seqlens, "lengths": num_rows}
+        x = run_blocks(self.blocks, x, self.config, mesh, **documents, token_types=token_types, observe=observe)
         x = apply_to_rows(self.norm, x, token_types)
+        if targets is not None:
+            assert isinstance(self.embedding, nn.Embedding)
+            return linear_token_loss(x, self.embedding.weight, targets, mesh)
         return x if pooling is None else self.pool(x, pooling, mesh, lengths)
 
     def hidden_states(
@@ -213,6 +231,41 @@ class LongNetEncoder(nn.Module):
                 + (": the class token is one" if num_class else "")
             )
         return inputs[:, max(0, mesh.shard.start - num_class) : max(0, mesh.shard.stop - num_class)]
+
+    def save_pretrained(self, folder: Path | str, tokenizer: Path | str | None = None) -> None:
+        """Write `config.json`, `model.safetensors` and the tokenizer's file into `folder`, for `from_pretrained`.
+
+        Args:
+            folder: the folder to write into; created if it is missing.
+            tokenizer: the tokenizer's file; by default `tokenizer_file`. Without one, tokens are bytes.
+
+        Raises:
+            ValueError: if the encoder is not as `train` builds it, with this class's defaults.
+        """
+        expected = LongNetEncoder(self.config, device="meta").state_dict().keys()
+        if expected != self.state_dict().keys() or self.input_dim is not None:
+            raise ValueError("only an encoder of token ids without class token and multiway can be saved so")
+        save_model(self, self.config, folder, tokenizer or self.tokenizer_file, "mlm")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, device: torch.device | str | None = None) -> LongNetEncoder:
+        """Load an encoder that `save_pretrained` or `longnet-dist export` wrote, in the file's dtype, in eval mode.
+
+        Args:
+            folder: the folder with `config.json` and `model.safetensors`.
+            device: device of the parameters; the CPU by default.
+
+        Raises:
+            ValueError: if the tensors are not those of the configuration, or the folder is that of a decoder or a run.
+            FileNotFoundError: if a file is missing.
+        """
+        folder = Path(folder)
+        config, tokenizer_file = read_exported_config(folder, "mlm")
+        tensors = read_weights(folder)
+        encoder = cls(config, device=device, dtype=next(iter(tensors.values())).dtype)
+        copy_weights(encoder, tensors, folder)
+        encoder.tokenizer_file = tokenizer_file
+        return encoder.eval()
 
     def _embed(self, inputs: Tensor, mesh: SequenceMesh | None, positions: Tensor | None) -> Tensor:
         if self.input_dim is None and (inputs.dim() != 2 or inputs.is_floating_point()):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.extras import extra
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.encoder import LongNetEncoder
-from longnet_dist.models.torchscale import load_all, read_config, rename_weights
+from longnet_dist.models.torchscale import load_all, read_config, read_weights_file, rename_weights
 
 RATES = (1, 2, 4, 8, 16)
 _FILE = "slide_encoder.pth"
@@ -78,15 +79,30 @@ class SlideEncoder(nn.Module):
 
     @overload
     def forward(
-        self, features: Tensor, coords: Tensor, all_layers: Literal[False] = False, lengths: Tensor | None = None
+        self,
+        features: Tensor,
+        coords: Tensor,
+        all_layers: Literal[False] = False,
+        lengths: Tensor | None = None,
+        mesh: SequenceMesh | None = None,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, features: Tensor, coords: Tensor, all_layers: Literal[True], lengths: Tensor | None = None
+        self,
+        features: Tensor,
+        coords: Tensor,
+        all_layers: Literal[True],
+        lengths: Tensor | None = None,
+        mesh: SequenceMesh | None = None,
     ) -> list[Tensor]: ...
 
     def forward(
-        self, features: Tensor, coords: Tensor, all_layers: bool = False, lengths: Tensor | None = None
+        self,
+        features: Tensor,
+        coords: Tensor,
+        all_layers: bool = False,
+        lengths: Tensor | None = None,
+        mesh: SequenceMesh | None = None,
     ) -> Tensor | list[Tensor]:
         """Embed slides.
 
@@ -95,30 +111,72 @@ class SlideEncoder(nn.Module):
             coords: (B, N, 2), the x and y of each tile's corner, in pixels of the level that was tiled.
             all_layers: whether to return the embeddings of all layers.
             lengths: (B,), the number of tiles of each slide, if slides are padded to N.
+            mesh: the ranks that share the slides, made by `make_mesh`; `features` and `coords` are then this rank's
+                part, `encoder.split(features, mesh)`. The call is collective.
 
         Returns:
-            (B, d_model). With `all_layers`, num_layers + 1 of them: after the embedding of tiles, and after each block.
-            As in the published code, these skip the encoder's own final norm, so that the last is not the result
-            without `all_layers`.
+            (B, d_model), the same on every rank. With `all_layers`, num_layers + 1 of them: after the embedding of
+            tiles, and after each block. As in the published code, these skip the encoder's own final norm, so that
+            the last is not the result without `all_layers`.
 
         Raises:
             ValueError: if a shape is wrong, or a coordinate is negative or not finite.
         """
+        if not all_layers:
+            return self._embed(features, coords, lengths, mesh, None)
+        layers: list[Tensor] = []
+        self._embed(features, coords, lengths, mesh, layers)
+        return layers
+
+    def with_layers(
+        self, features: Tensor, coords: Tensor, lengths: Tensor | None = None, mesh: SequenceMesh | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Embed slides in one run: the result without `all_layers`, and that with it.
+
+        Args:
+            features, coords, lengths, mesh: see `forward`.
+        """
+        layers: list[Tensor] = []
+        return self._embed(features, coords, lengths, mesh, layers), layers
+
+    def make_mesh(self, group: ProcessGroup | None, num_tiles: int, **options: Any) -> SequenceMesh:
+        """Make the mesh of ranks that share slides of this many tiles; a slide has a row more, its class token.
+
+        Args:
+            group: the ranks.
+            num_tiles: N.
+            options: those of `SequenceMesh`.
+        """
+        return SequenceMesh(group, self.encoder.config.pattern, num_tiles + 1, **options)
+
+    def _embed(
+        self,
+        features: Tensor,
+        coords: Tensor,
+        lengths: Tensor | None,
+        mesh: SequenceMesh | None,
+        layers: list[Tensor] | None,
+    ) -> Tensor:
+        """Return the embeddings of slides; those of all layers go into `layers`, if it is a list."""
         if features.dim() != 3 or coords.shape != (*features.shape[:2], 2):
-            raise ValueError(
+            refuse(
                 f"features is {tuple(features.shape)} and coords {tuple(coords.shape)}; they must be (B, N, "
-                f"{self.encoder.input_dim}) and (B, N, 2)"
+                f"{self.encoder.input_dim}) and (B, N, 2)",
+                mesh,
             )
+        if not are_places(coords):
+            refuse("coords has a value that is negative or not finite; they are pixels from the slide's corner", mesh)
         positions = grid_embeddings(coords, self.encoder.config.d_model, self.tile_size)
         positions = positions.to(features.device, self.norm.weight.dtype)
-        if all_layers:
-            states = self.encoder.hidden_states(features, lengths=lengths, positions=positions)
-            return [self._pool(x, lengths) for x in states]
-        return self._pool(self.encoder(features, lengths=lengths, positions=positions), lengths)
+        pooling: Literal["mean", "class"] = "mean" if self.global_pool else "class"
 
-    def _pool(self, x: Tensor, lengths: Tensor | None) -> Tensor:
+        def observe(x: Tensor) -> None:
+            assert layers is not None
+            layers.append(self.norm(self.encoder.pool(x, pooling, mesh, lengths)))
+
+        options: dict[str, Any] = {"positions": positions, "observe": None if layers is None else observe}
         # LayerNorm acts on each row, so the norm of the class token's row is that row of the norm.
-        return self.norm(self.encoder.pool(x, "mean" if self.global_pool else "class", lengths=lengths))
+        return self.norm(self.encoder(features, mesh, lengths, pooling=pooling, **options))
 
     @classmethod
     def from_pretrained(
@@ -149,7 +207,7 @@ class SlideEncoder(nn.Module):
             with extra("hf", source):
                 from huggingface_hub import hf_hub_download
             path = Path(hf_hub_download(str(source).removeprefix(_HUB), _FILE))
-        weights = _read_weights(path)
+        weights = read_weights_file(path)
         patch = weights.get("patch_embed.proj.weight")
         if patch is None or patch.dim() != 2:
             raise ValueError(f"{path} has no patch_embed.proj.weight, (d_model, input_dim): it is no slide encoder")
@@ -203,23 +261,17 @@ def grid_embeddings(coords: Tensor, d_model: int, tile_size: int) -> Tensor:
     Raises:
         ValueError: if a coordinate is negative or not finite.
     """
-    cells = (coords.double() / tile_size).floor()
-    if not bool((cells >= 0).all() & cells.isfinite().all()):
+    if not are_places(coords):
         raise ValueError("coords has a value that is negative or not finite; they are pixels from the slide's corner")
+    cells = (coords.double() / tile_size).floor()
     rates = 10000.0 ** -(torch.arange(d_model // 4, dtype=torch.float64, device=coords.device) / (d_model // 4))
     angles = cells.flip(-1)[..., None] * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(-2)
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no file of weights alone: {str(error).partition(chr(10))[0]}") from None
-    content = content.get("model", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"{path} has no weights by name, nor has its entry 'model'")
-    return content
+def are_places(coords: Tensor) -> bool:
+    """Return whether no coordinate is negative or not finite."""
+    return bool((coords >= 0).all() & coords.isfinite().all())
 
 
 def _by_our_names(weights: dict[str, Tensor], layers: dict[str, Tensor], config: LongNetConfig) -> dict[str, Tensor]:

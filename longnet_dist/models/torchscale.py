@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +99,28 @@ def decoder_from_state_dict(
     model = LongNet(replace(config, vocab_size=vocab_size, tie_embeddings=False), dtype=_dtype(weights))
     load_all(model, rename_weights(weights, config, scale_embedding), "torchscale's decoder")
     return model.eval()
+
+
+def read_weights_file(path: Path, entries: Sequence[str] = ("model",)) -> dict[str, Tensor]:
+    """Read weights by name from a file that torch.save wrote, which cannot run code.
+
+    Args:
+        path: the file.
+        entries: the names under which the weights may lie in the file; otherwise the file is the weights.
+
+    Raises:
+        ValueError: if the file is no file of weights.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # Options of a training, which hold no code.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of weights alone: {str(error).partition(chr(10))[0]}") from None
+    if isinstance(content, dict):
+        content = next((content[entry] for entry in entries if entry in content), content)
+    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+        raise ValueError(f"{path} has no weights by name, nor has its entry {' or '.join(map(repr, entries))}")
+    return content
 
 
 def load_all(model: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.api import as_autocast, dilated_attention
+from longnet_dist.attention.documents import to_offsets
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.plan.pattern import Branch, Pattern
 
@@ -61,7 +62,7 @@ def zero_row_attention(
         return _over_ranks(q, k, v, pattern, causal, mesh, kernel, lengths)
     if lengths is None:
         return _mixed(q, k, v, pattern, causal, kernel)
-    _check_lengths(lengths, q)
+    to_offsets(None, lengths, len(q), q.shape[1], None)  # Checks them.
     alone = zip(q.split(1), k.split(1), v.split(1), lengths.tolist(), strict=True)
     rows = [_mixed(q_1[:, :n], k_1[:, :n], v_1[:, :n], pattern, causal, kernel) for q_1, k_1, v_1, n in alone]
     return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, 0, q.shape[1] - x.shape[1])) for x in rows])
@@ -74,9 +75,11 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, causal: bool, kern
     parts = [_branch(q, k, v, pattern, branch, causal, kernel) for branch in pattern.branches]
     lse = torch.stack([part[1] for part in parts])
     weights = torch.where((lse == 0) | lse.isneginf(), _NOT_COVERED, lse).softmax(0)
-    return torch.stack(
-        [weight[..., None].to(out.dtype) * out for weight, (out, _) in zip(weights, parts, strict=True)]
-    ).sum(0)
+    mixed = torch.zeros_like(parts[0][0])
+    for weight in weights:
+        # One branch at a time, because each is as large as the queries.
+        mixed = torch.addcmul(mixed, weight[..., None].to(mixed.dtype), parts.pop(0)[0])
+    return mixed
 
 
 def _branch(
@@ -170,14 +173,3 @@ def _over_ranks(
             total += torch.where(covers, _num_zero_keys(positions, length, branch, phases), 0)
         results.append(_with_zero_keys(out[i : i + 1], lse[i : i + 1], total)[0])
     return torch.cat(results) if results else out
-
-
-def _check_lengths(lengths: Tensor, q: Tensor) -> None:
-    if (
-        lengths.shape != (len(q),)
-        or lengths.is_floating_point()
-        or bool(((lengths < 0) | (lengths > q.shape[1])).any())
-    ):
-        raise ValueError(
-            f"lengths is {lengths.tolist()}; it must be (B,) = ({len(q)},) integers, each from 0 to {q.shape[1]}"
-        )

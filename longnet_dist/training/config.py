@@ -47,6 +47,9 @@ class TrainConfig:
     """Also take files that hold NUL bytes, which text does not have, as the bytes they are."""
     seq_len: int = DEFAULT_LENGTH
     """Tokens per sequence, over all ranks that hold it; any number works over any number of ranks."""
+    objective: Literal["causal", "mlm"] = "causal"
+    """What is learned: the next token, by a decoder (causal), or 15 % of the tokens, hidden as in BERT, by a
+    bidirectional encoder (mlm). The encoder has one token id more, the mask."""
     documents: Literal["joined", "separate"] = "joined"
     """Whether a token sees the documents before its own in a sequence (joined, as in the paper), or its own alone."""
     batch_size: int = 1
@@ -146,6 +149,10 @@ class TrainConfig:
             raise ValueError(f"betas is {self.betas}; both must be at least 0 and below 1")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction is {self.validation_fraction}; it must lie between 0 and 1")
+        if self.objective not in ("causal", "mlm"):
+            raise ValueError(f"objective is {self.objective!r}; it must be causal or mlm")
+        if self.objective == "mlm" and not self.model.tie_embeddings:
+            raise ValueError("the objective mlm has no output projection of its own: leave tie_embeddings on")
         if self.documents not in ("joined", "separate"):
             raise ValueError(f"documents is {self.documents!r}; it must be joined or separate")
         if self.dtype not in ("float32", "float64", "bfloat16"):

@@ -36,11 +36,19 @@ def evaluated(folder: Path, seq_len: int | None = None) -> Iterator[tuple[LongNe
 
     Yields:
         The model on this rank's device, the options with this N, and the mesh; None on one process.
+
+    Raises:
+        ValueError: if the model is an encoder, which does not predict the next token.
     """
     config = TrainConfig() if is_export(folder) else read_config(folder)
     config = dataclasses.replace(config, seq_len=seq_len or config.seq_len)
     with init_processes(config) as device:
         model = LongNet.from_pretrained(folder) if is_export(folder) else load_model(folder)
+        if not isinstance(model, LongNet):
+            raise ValueError(
+                f"{folder} trained an encoder (objective mlm), which does not predict the next token; export it, and "
+                "load it with LongNetEncoder.from_pretrained"
+            )
         mesh = SequenceMesh(dist.group.WORLD, model.config.pattern, config.seq_len) if dist.is_initialized() else None
         yield model.to(device).eval(), config, mesh
 

@@ -253,6 +253,10 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
     Raises:
         ValueError: if the checkpoint's parameters are those of another model.
     """
+    if (objective := before.get("objective", "causal")) != now["objective"]:
+        raise ValueError(
+            f"{path} is of the objective {objective}, and this run's is {now['objective']}; use another run folder"
+        )
     # An earlier version's checkpoint lacks newer options, which then have their defaults.
     saved = LongNetConfig(**before["model"])
     before = before | {"model": json.loads(json.dumps(dataclasses.asdict(saved)))}
@@ -269,13 +273,18 @@ def describe_changes(before: dict[str, Any], now: dict[str, Any], path: Path) ->
     ]
 
 
+def num_token_ids(corpus: Corpus, config: TrainConfig) -> int:
+    """Return the number of token ids that a model needs: those of the data, and the mask for the objective mlm."""
+    return corpus.index.vocab_size + (config.objective == "mlm")
+
+
 def _describe_misfit(corpus: Corpus, config: TrainConfig) -> str | None:
     """Return why a corpus cannot be trained on with these options, or None."""
-    required, seq_len = corpus.index.vocab_size, config.seq_len
+    required, seq_len = num_token_ids(corpus, config), config.seq_len
     if BYTES_VOCABULARY != config.model.vocab_size < required:
         return (
-            f"vocab_size is {config.model.vocab_size}, and the data's tokens ({corpus.index.tokenizer}) need "
-            f"{required}: --model.vocab-size {required}"
+            f"vocab_size is {config.model.vocab_size}, and the data's tokens ({corpus.index.tokenizer})"
+            f"{' and the mask' * (config.objective == 'mlm')} need {required}: --model.vocab-size {required}"
         )
     for name, stream in (("training", corpus.train), ("held-out", corpus.validation)):
         if stream.num_windows(seq_len) == 0:

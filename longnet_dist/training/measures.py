@@ -10,6 +10,7 @@ import torch
 from longnet_dist.data.corpus import Corpus, num_files
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.encoder import LongNetEncoder
 from longnet_dist.plan.cost import FORWARDS_PER_STEP, LayerSize, attention_flops, bytes_received
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.units import format_bytes
@@ -58,7 +59,7 @@ def step_metrics(
     return metrics | ({"mfu": flops / 1e12 / config.peak_tflops} if config.peak_tflops else {})
 
 
-def step_flops(config: TrainConfig, model: LongNet) -> float:
+def step_flops(config: TrainConfig, model: LongNet | LongNetEncoder) -> float:
     """Count the model's floating-point operations in a step, over all ranks, without recomputation.
 
     They are 6 per parameter and token, and 3.5 times the forward of attention. An input embedding that is not also the
@@ -69,11 +70,11 @@ def step_flops(config: TrainConfig, model: LongNet) -> float:
         model: the model, before or after sharding.
     """
     matrices = sum(p.numel() for p in model.parameters())
-    if not config.model.tie_embeddings:
+    if isinstance(model, LongNet) and not config.model.tie_embeddings:
         matrices -= model.embedding.weight.numel()
-    heads = config.model.num_heads
+    heads, causal = config.model.num_heads, isinstance(model, LongNet)
     attention = attention_flops(
-        config.model.pattern, config.seq_len, heads, config.model.d_model // heads, True, config.model.num_kv_heads
+        config.model.pattern, config.seq_len, heads, config.model.d_model // heads, causal, config.model.num_kv_heads
     )
     sequences = config.batch_size * config.grad_accumulation
     return sequences * (6.0 * matrices * config.seq_len + FORWARDS_PER_STEP * attention * config.model.num_layers)

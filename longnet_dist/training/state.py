@@ -13,6 +13,7 @@ from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.checkpoints.verification import State
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.encoder import LongNetEncoder
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """The names under which AdamW stores its state of a parameter."""
@@ -121,14 +122,27 @@ def without_prefixes(state: State, prefixes: Iterable[str]) -> State:
     return {name: x for name, x in state.items() if not name.startswith(tuple(prefixes))}
 
 
-def load_model(folder: Path | str) -> LongNet:
+def build_model(
+    objective: str, config: LongNetConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LongNet | LongNetEncoder:
+    """Build the model that an objective trains, with newly initialised parameters.
+
+    Args:
+        objective: see `TrainConfig.objective`.
+        config: the architecture.
+        device, dtype: device and dtype of the parameters.
+    """
+    return LongNetEncoder(config, device=device, dtype=dtype) if objective == "mlm" else LongNet(config, device, dtype)
+
+
+def load_model(folder: Path | str) -> LongNet | LongNetEncoder:
     """Load the model from a run's newest complete checkpoint, on this process alone.
 
     Args:
         folder: the run folder.
 
     Returns:
-        The model, with the run's dtype, in training mode.
+        The model, with the run's dtype, in training mode: an encoder if the run's objective was mlm.
 
     Raises:
         FileNotFoundError: if the run has no checkpoint.
@@ -145,6 +159,7 @@ def load_model(folder: Path | str) -> LongNet:
     path, facts = newest
     config = LongNetConfig(**facts["config"]["model"])
     dtype = getattr(torch, facts["config"]["dtype"])
-    model = config.build(dtype=torch.promote_types(dtype, torch.float32))
+    wide = torch.promote_types(dtype, torch.float32)
+    model = build_model(facts["config"].get("objective", "causal"), config, dtype=wide)
     checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     return model.to(dtype)

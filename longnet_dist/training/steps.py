@@ -20,6 +20,8 @@ from longnet_dist.data.shards import TokenStream
 from longnet_dist.distributed.collectives import sum_over_ranks
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.encoder import LongNetEncoder
+from longnet_dist.models.masking import mask_tokens
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.measures import StepCost
 from longnet_dist.training.state import MasterWeights
@@ -46,7 +48,7 @@ class StepRunner:
         mesh: SequenceMesh,
         data_ranks: int,
         corpus: Corpus,
-        model: LongNet,
+        model: LongNet | LongNetEncoder,
         weights: MasterWeights,
         optimizer: torch.optim.Optimizer,
     ) -> None:
@@ -99,7 +101,8 @@ class StepRunner:
     def validate(self) -> float:
         """Return the bits per byte over the held-out sequences."""
         self.model.eval()
-        losses = [self._loss(self.corpus.validation, [window]).item() for window in range(self._num_held_out())]
+        windows = range(self._num_held_out())
+        losses = [self._loss(self.corpus.validation, [window], [window]).item() for window in windows]
         self.model.train()
         return self.bits_per_byte(sum(losses) / len(losses) / math.log(2))
 
@@ -118,7 +121,7 @@ class StepRunner:
         for micro in range(config.grad_accumulation):
             if isinstance(self.model, FSDPModule):
                 self.model.set_requires_gradient_sync(micro == config.grad_accumulation - 1)
-            loss = self._loss(self.corpus.train, self._windows(step, micro))
+            loss = self._loss(self.corpus.train, self._windows(step, micro), self._sequences(step, micro))
             # All forwards have equally many tokens, so the mean of their losses is the step's mean over tokens.
             # FSDP takes the mean over all ranks, but those of one sequence hold parts of a sum.
             (loss * (self.mesh.size / config.grad_accumulation)).backward()
@@ -142,28 +145,41 @@ class StepRunner:
                 "finite, remove it to resume from the one before"
             )
 
-    def _windows(self, step: int, micro: int, all_ranks: bool = False) -> list[int]:
-        """Return the windows of the training stream that this rank reads, which depend on the step alone.
+    def _sequences(self, step: int, micro: int, all_ranks: bool = False) -> range:
+        """Return the numbers, among all of the run, of the sequences that this rank reads in a forward.
 
         Args:
             step: the step's number.
             micro: the number of the forward in the step.
-            all_ranks: return the windows of all data-parallel ranks.
+            all_ranks: return those of all data-parallel ranks.
         """
         config = self.config
         first = ((step - 1) * config.grad_accumulation + micro) * config.batch_size
-        windows = range(first, first + config.batch_size)
-        if not all_ranks:
-            share = config.batch_size // self.data_ranks
-            windows = windows[self.data_rank * share : (self.data_rank + 1) * share]
-        per_epoch = self.corpus.train.num_windows(config.seq_len)
-        return [int(window_order(per_epoch, n // per_epoch, config.seed)[n % per_epoch]) for n in windows]
+        sequences = range(first, first + config.batch_size)
+        share = config.batch_size // self.data_ranks
+        return sequences if all_ranks else sequences[self.data_rank * share : (self.data_rank + 1) * share]
 
-    def _loss(self, stream: TokenStream, windows: Sequence[int]) -> Tensor:
-        """Return the mean loss of these windows, the same on every rank that holds a part of them."""
+    def _windows(self, step: int, micro: int, all_ranks: bool = False) -> list[int]:
+        """Return the windows of the training stream that these sequences are, which depend on the step alone."""
+        per_epoch = self.corpus.train.num_windows(self.config.seq_len)
+        return [
+            int(window_order(per_epoch, n // per_epoch, self.config.seed)[n % per_epoch])
+            for n in self._sequences(step, micro, all_ranks)
+        ]
+
+    def _loss(self, stream: TokenStream, windows: Sequence[int], numbers: Sequence[int]) -> Tensor:
+        """Return the mean loss of these windows, the same on every rank that holds a part of them.
+
+        Args:
+            stream: the tokens.
+            windows: the windows to read.
+            numbers: a number for each, which decides what of it is hidden if the objective is mlm.
+        """
         shard = self.mesh.shard
         began = time.perf_counter()
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
+        if self.config.objective == "mlm":
+            rows = [self._hide(tokens, stream, number) for (tokens, _), number in zip(rows, numbers, strict=True)]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
         self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
@@ -174,6 +190,18 @@ class StepRunner:
             sequences = zip(tokens.split(1), labels.split(1), documents, strict=True)
             losses = [self.model(x, mesh=self.mesh, targets=y, cu_seqlens=offsets) for x, y, offsets in sequences]
             return torch.stack(losses).mean()
+
+    def _hide(self, tokens: Tensor, stream: TokenStream, number: int) -> tuple[Tensor, Tensor]:
+        """Hide tokens of this rank's rows of a sequence; it depends on the seed, the stream and the number alone."""
+        seed = self.config.seed % (1 << 64), int(stream is self.corpus.validation), number
+        return mask_tokens(
+            tokens,
+            self.config.seq_len,
+            self.mesh.shard.start,
+            mask_id=self.config.model.vocab_size - 1,
+            num_ids=stream.index.vocab_size,
+            seed=seed,
+        )
 
     def _num_held_out(self) -> int:
         return min(self.config.validation_sequences, self.corpus.validation.num_windows(self.config.seq_len))

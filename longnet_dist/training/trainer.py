@@ -26,6 +26,7 @@ from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.encoder import LongNetEncoder
 from longnet_dist.plan.hardware import Hardware
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import (
@@ -37,6 +38,7 @@ from longnet_dist.training.job import (
     lock_run_folder,
     name_run_folder,
     num_data_ranks,
+    num_token_ids,
 )
 from longnet_dist.training.logs import RunLog
 from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
@@ -44,6 +46,7 @@ from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import (
     MasterWeights,
+    build_model,
     make_moments,
     restore_random_state,
     training_state,
@@ -150,8 +153,8 @@ class _Trainer:
             source = ", ".join(config.data) or "the source of Python's standard library"
             print_note(f"reading {source}, tokenised once into {config.cache}", sys.stdout)
         self.corpus = load_corpus(config)
-        if config.model.vocab_size < self.corpus.index.vocab_size:
-            model = dataclasses.replace(config.model, vocab_size=self.corpus.index.vocab_size)
+        if config.model.vocab_size < (required := num_token_ids(self.corpus, config)):
+            model = dataclasses.replace(config.model, vocab_size=required)
             self.config = config = dataclasses.replace(config, model=model)
         create_run_folder(self.folder, self.patience)
         self.files = local_run_files(self.folder, config, self.rank == 0)
@@ -198,10 +201,10 @@ class _Trainer:
             self._finish(step, unigram, log)
         return TrainResult(self.folder, tuple(self.losses), step, self.validation, unigram)
 
-    def _build_model(self) -> LongNet:
+    def _build_model(self) -> LongNet | LongNetEncoder:
         config = self.config
         torch.manual_seed(config.seed)
-        model = config.model.build(self.device, getattr(torch, config.dtype))
+        model = build_model(config.objective, config.model, self.device, getattr(torch, config.dtype))
         # Dropout must differ between ranks, parameters must not.
         torch.manual_seed(config.seed + 1 + self.rank)
         if config.compile:
@@ -247,15 +250,17 @@ class _Trainer:
             return
         if math.isnan(self.validation):
             self.validation = self.steps.validate()
+        is_mlm = self.config.objective == "mlm"
         unit = "byte" if self.corpus.index.tokenizer == Bytes.name else "token"
         log.print_line(
-            f"validation {self.validation:.3f} bits per byte; {unit}-unigram model {unigram:.3f} bits per byte"
+            f"validation {self.validation:.3f} bits per {'hidden ' * is_mlm}byte; "
+            f"{unit}-unigram model {unigram:.3f} bits per byte"
         )
         log.print_line(
             f"checkpoint: {self.checkpoints.latest}\n"
-            f"next: longnet-dist eval {self.folder}    bits per byte, by position\n"
-            f"      longnet-dist report {self.folder}    its curves\n"
-            f"      longnet-dist export {self.folder} FOLDER    for LongNet.from_pretrained"
+            + ("" if is_mlm else f"next: longnet-dist eval {self.folder}    bits per byte, by position\n")
+            + f"{'next: ' if is_mlm else '      '}longnet-dist report {self.folder}    its curves\n"
+            f"      longnet-dist export {self.folder} FOLDER    for {type(self.model).__name__}.from_pretrained"
         )
 
     def _save_checkpoint(self, step: int, log: RunLog) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
+from longnet_dist.attention.experimental.block_sparse import block_sparse_attention
+from longnet_dist.attention.experimental.hashed import hashed_attention
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.exchange import STRATEGIES
 from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases, output_and_gradients
@@ -209,3 +211,38 @@ def compare_compiled_with_eager(group, case, keep_kv):
 @pytest.mark.parametrize("keep_kv", [True, False])
 def test_compiles_over_a_mesh(pool, keep_kv):
     pool.run(2, compare_compiled_with_eager, Case(ALIGNED, N=64, H=4, G=4, B=1, D=8, causal=True), keep_kv, limit=200)
+
+
+def sparse_over_ranks(group, strategy):
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, 90, 4, 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    blocks = torch.rand(4, 12, 12) < 0.5
+    mesh = SequenceMesh(group, UNALIGNED, 90, strategy=strategy)
+    local = [mesh.split(x) for x in (q, k, v)]
+    for expected, part in (
+        (
+            block_sparse_attention(q, k, v, UNALIGNED, blocks, block_size=8, causal=True),
+            block_sparse_attention(*local, UNALIGNED, blocks, block_size=8, causal=True, mesh=mesh),
+        ),
+        (hashed_attention(q, k, v, UNALIGNED), hashed_attention(*local, UNALIGNED, mesh=mesh)),
+    ):
+        out = mesh.join(part)
+        assert_close(out, expected, rtol=0, atol=1e-12)
+        grads = [torch.autograd.grad(x.square().sum(), [q, k, v], retain_graph=True) for x in (out, expected)]
+        assert_close(*grads, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", ["all_gather", "exchange"])
+def test_sparser_attention_over_ranks(pool, strategy):
+    pool.run(2, sparse_over_ranks, strategy)
+
+
+def sparse_with_traded_heads(group):
+    q, blocks = torch.zeros(1, 45, 2, 4), torch.ones(5, 5, dtype=torch.bool)
+    mesh = SequenceMesh(group, UNALIGNED, 90)
+    with pytest.raises(ValueError, match="masks cannot know where a head's rows lie"):
+        block_sparse_attention(q, q, q, UNALIGNED, blocks, block_size=18, mesh=mesh)
+
+
+def test_sparser_attention_refuses_to_trade_heads(pool):
+    pool.run(2, sparse_with_traded_heads)

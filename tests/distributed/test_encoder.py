@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig, LongNetEncoder, SequenceMesh
+from longnet_dist.models.masking import mask_tokens
 
 CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=4, segment_lengths=(8, 32), dilation_rates=(1, 4))
 TORCHSCALE = dataclasses.replace(CONFIG, head_phases="blocked", padding="torchscale", position="none")
@@ -120,7 +121,30 @@ def test_mistakes_are_named(inputs, options, message):
         build()(inputs, **options)
     with pytest.raises(ValueError, match=r"it must be \(B, N, input_dim\) = \(B, N, 5\)"):
         build(input_dim=5)(torch.zeros(1, 4, 3))
-    with pytest.raises(ValueError, match=r"lengths is \[5\]; it must be \(B,\) = \(1,\), each from 0 to 4"):
+    with pytest.raises(ValueError, match=r"lengths is \[5\]; each must be between 0 and N = 4"):
         build(class_token=True)(torch.zeros(1, 4, dtype=torch.int64), lengths=torch.tensor([5]))
     with pytest.raises(ValueError, match="input_dim is 0"):
         build(input_dim=0)
+
+
+def masked_loss_over_ranks(group):
+    """The loss over ranks, and the sum of its gradients, are those of one process, though ranks hide unequally many."""
+    encoder, tokens = build(), torch.randint(257, (2, 61))
+    whole = [mask_tokens(row, 61, 0, mask_id=256, num_ids=256, seed=[n]) for n, row in enumerate(tokens)]
+    expected = encoder(torch.stack([x for x, _ in whole]), targets=torch.stack([y for _, y in whole]))
+    mesh = SequenceMesh(group, CONFIG.pattern, 61)
+    start, stop = mesh.shard.start, mesh.shard.stop
+    parts = [
+        mask_tokens(row[start:stop], 61, start, mask_id=256, num_ids=256, seed=[n]) for n, row in enumerate(tokens)
+    ]
+    loss = encoder(torch.stack([x for x, _ in parts]), mesh, targets=torch.stack([y for _, y in parts]))
+    assert_close(loss, expected, rtol=0, atol=1e-12)
+    parameters = list(encoder.parameters())
+    grads, expected_grads = (torch.autograd.grad(x, parameters) for x in (loss, expected))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(mesh.sum(grad), expected_grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_masked_pretraining_does_not_depend_on_the_number_of_ranks(pool, world):
+    pool.run(world, masked_loss_over_ranks)

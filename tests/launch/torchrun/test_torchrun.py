@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
+import torch
 
 from tests.launch.jobs import forked, losses, run, train
+from tests.unit.models.test_slide_encoder import published_weights
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 
@@ -25,6 +28,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
                 ("--model.activation-checkpointing", "selective"),
                 ("--model.activation-checkpointing", "full", "--model.offload-activations"),
                 ("--strategy", "exchange", "--model.num-kv-heads", 1),
+                ("--objective", "mlm", "--model.position", "alibi", "--grad-accumulation", 2),
             )
         ),
     ],
@@ -152,3 +156,21 @@ def test_a_mistake_under_torchrun_is_said_by_one_rank_and_in_its_report(tmp_path
     lines = [line for line in job.stderr.splitlines() if message in line]
     assert sum(line.startswith(message) for line in lines) == 1
     assert any("traceback :" in line for line in lines)
+
+
+def test_slides_over_ranks(tmp_path):
+    """The ranks of torchrun share a slide, and one writes; the numbers are those of one process."""
+    torch.save({"model": published_weights()}, tmp_path / "weights.pth")
+    features, coords = torch.randn(50, 12), 256 * torch.randint(100, (50, 2))
+    np.savez(tmp_path / "slide.npz", features=features.numpy(), coords=coords.numpy())
+    embeddings = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"out-{ranks}"
+        options = ("--weights", tmp_path / "weights.pth", "--out", out, "--all-layers")
+        done = forked(ranks, "-m", "longnet_dist", "embed-slides", tmp_path / "slide.npz", *options)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("50 tiles") == 1
+        embeddings[ranks] = dict(np.load(out / "slide.npz"))
+    assert embeddings[1]["layers"].shape == (3, 32)
+    for name in ("embedding", "layers"):
+        assert embeddings[2][name] == pytest.approx(embeddings[1][name], abs=1e-5)

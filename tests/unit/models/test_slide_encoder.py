@@ -14,6 +14,7 @@ from torch.nn.functional import layer_norm
 from torch.testing import assert_close
 
 from longnet_dist.cli.app import main
+from longnet_dist.inference.slides import read_tiles
 from longnet_dist.models.slide_encoder import SlideEncoder, grid_embeddings, segment_lengths
 from tests.unit.models.test_torchscale import published_blocks, weights_of_torchscale
 
@@ -139,19 +140,58 @@ def test_mistakes_of_the_command_exit_2(tiles, message, tmp_path, weights_file, 
     assert message in capsys.readouterr().err
 
 
-def test_an_h5_file(tmp_path, weights_file, capsys):
-    command = ["embed-slides", str(tmp_path / "a.h5"), "--weights", str(weights_file), "--out", str(tmp_path)]
-    try:
-        import h5py
-    except ImportError:
-        (tmp_path / "a.h5").touch()
-        assert main(command) == 1
-        assert "a.h5 needs the package h5py: pip install -e '.[slides]' in a checkout" in capsys.readouterr().err
-        return
+def test_an_h5_file_without_h5py(tmp_path, weights_file, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    (tmp_path / "a.h5").touch()
+    assert main(["embed-slides", str(tmp_path / "a.h5"), "--weights", str(weights_file), "--out", str(tmp_path)]) == 1
+    assert "a.h5 needs the package h5py: pip install -e '.[slides]' in a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", ["f4", "f2"])
+def test_h5_files(tmp_path, order, dtype):
+    """Of any byte order and precision, with other entries, compressed or not."""
+    h5py = pytest.importorskip("h5py")
+    features = np.random.default_rng(0).standard_normal((30, 12)).astype(order + dtype)
+    coords = np.arange(60).reshape(30, 2).astype(order + "i4")
     with h5py.File(tmp_path / "a.h5", "w") as file:
-        file["features"], file["coords"] = np.zeros((3, 12), np.float32), np.zeros((3, 2), np.int64)
-    assert main(command) == 0
-    assert (tmp_path / "a.npz").exists()
+        file.create_dataset("features", data=features, chunks=(7, 5), compression="gzip")
+        file["coords"], file["other"] = coords, np.array([b"text"])
+        file.attrs["patch_size"] = 256
+    read_features, read_coords = read_tiles(tmp_path / "a.h5")
+    assert read_features.dtype == torch.float32
+    assert_close(read_features.numpy(), features.astype("f4"), rtol=0, atol=0)
+    assert_close(read_coords.numpy(), coords.astype("i4"), rtol=0, atol=0)
+
+
+def test_bad_h5_files_are_named_and_the_others_are_embedded(tmp_path, weights_file, capsys):
+    h5py = pytest.importorskip("h5py")
+    features, coords = np.ones((20, 12), np.float32), np.zeros((20, 2), np.int64)
+
+    def write(name, **arrays):
+        with h5py.File(tmp_path / name, "w") as file:
+            for key, array in arrays.items():
+                file[key] = array
+
+    write("a.h5", features=features, coords=coords)
+    (tmp_path / "b.h5").write_bytes(b"no HDF5")
+    content = (tmp_path / "a.h5").read_bytes()
+    (tmp_path / "c.h5").write_bytes(content[: len(content) // 2])
+    write("d.h5", features=features)
+    write("e.h5", features=features, coords=np.array([b"text"] * 20))
+    with h5py.File(tmp_path / "f.h5", "w") as file:
+        file.create_group("features")
+    write("g.h5", features=features[None], coords=coords[None])
+    out = tmp_path / "out"
+    assert main(["embed-slides", str(tmp_path), "--weights", str(weights_file), "--out", str(out)]) == 1
+    errors = capsys.readouterr().err
+    for name in "bcdef":
+        assert f"{name}.h5 failed: " in errors
+    assert "d.h5 failed: it has features; it must have features and coords" in errors
+    assert "e.h5 failed: coords is no array of numbers" in errors
+    a, g = (np.load(out / f"{name}.npz")["embedding"] for name in "ag")
+    assert_close(a, g, rtol=0, atol=0)
+    assert sorted(path.name for path in out.iterdir()) == ["a.npz", "g.npz"]
 
 
 def test_the_example_runs(monkeypatch, capsys):

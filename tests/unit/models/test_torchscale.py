@@ -99,7 +99,7 @@ def test_each_sequence_of_a_ragged_batch_is_as_if_alone():
     assert_close(out[2:, :21], zero_row_attention(*(x[2:, :21] for x in (q, k, v)), pattern), rtol=0, atol=1e-12)
     assert not out[1].any()
     assert not out[2, 21:].any()
-    with pytest.raises(ValueError, match=r"it must be \(B,\) = \(3,\) integers, each from 0 to 40"):
+    with pytest.raises(ValueError, match=r"lengths is \[41, 0, 21\]; each must be between 0 and N = 40"):
         zero_row_attention(q, k, v, pattern, lengths=torch.tensor([41, 0, 21]))
 
 

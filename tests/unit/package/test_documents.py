@@ -16,7 +16,7 @@ DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS_WITH_CODE = README + "".join(
     (ROOT / "docs" / f"{name}.md").read_text()
-    for name in ("index", "integrations", "pattern", "guides/documents", "guides/torchscale")
+    for name in ("index", "integrations", "pattern", "guides/documents", "guides/encoders", "guides/torchscale")
 )
 
 SUFFIXES = "py|sh|sbatch|yaml|toml|md"
