@@ -238,7 +238,10 @@ def torchscale_style(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, kernel: 
 
 
 def _kept_view(x: Tensor, r: int) -> Tensor:
-    """View the kept rows of all heads, (B, N, H, D) -> (B, N / r, phases, heads per phase, D); head h has phase h mod r."""
+    """View the kept rows of all heads, (B, N, H, D) -> (B, N / r, phases, heads per phase, D).
+
+    Head h has the phase h mod r.
+    """
     B, N, H, D = x.shape
     phases = min(r, H)
     by_phase = x.view(B, N // r, r, H // phases, phases, D)
