@@ -24,7 +24,8 @@ EPS = torch.finfo(torch.bfloat16).eps
 def test_every_head_dim_equals_the_oracle(head_dim, G):
     """Torch refuses to train with 193 to 224 on some GPUs; another kernel takes their place there."""
     case = Case(Pattern((64, 100, 300), (1, 3, 5)), N=300, H=4, G=G, B=2, D=head_dim, causal=True)
-    assert max(largest_errors(case)) < 4 * EPS
+    errors = largest_errors(case)
+    assert all(error < 4 * EPS for error in errors), errors  # Fails for NaN, too.
 
 
 def test_float32_says_that_it_is_slow():
