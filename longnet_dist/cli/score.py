@@ -38,8 +38,9 @@ def run_score(
 
     from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
-    from longnet_dist.training.evaluation import evaluated, is_export
+    from longnet_dist.training.evaluation import evaluated
     from longnet_dist.training.job import find_tokenizer
+    from longnet_dist.training.state import is_export
 
     with evaluated(storage_path(model)) as (loaded, _, mesh_of_run):
         folder = storage_path(model)

@@ -37,6 +37,8 @@ def resumed(folder: str) -> Callable[..., None]:
         ray: RayConfig = RayConfig(),  # noqa: B008
         resume: str | None = None,
     ) -> None:
+        if config.init_from != saved.init_from:
+            raise ValueError("--resume continues a run, and --init-from starts one at step 0: give only one of them")
         for option in dataclasses.fields(config):
             before, now = getattr(saved, option.name), getattr(config, option.name)
             if before != now:

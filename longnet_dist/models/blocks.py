@@ -15,7 +15,7 @@ from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
-from longnet_dist.nn.rotary import Rotation
+from longnet_dist.nn.rotary import Rotation, Yarn
 
 
 def build_blocks(
@@ -43,6 +43,7 @@ def build_blocks(
 def _block(
     config: LongNetConfig, causal: bool, multiway: bool, device: torch.device | str | None, dtype: torch.dtype | None
 ) -> Block:
+    stretched = config.yarn_factor > 1
     attention = DilatedAttention.from_pattern(
         config.d_model,
         config.num_heads,
@@ -53,6 +54,8 @@ def _block(
         use_rotary=config.position == "rotary",
         use_rel_pos_bias=config.position == "t5",
         use_alibi=config.position == "alibi",
+        rope_theta=config.rope_theta,
+        yarn=Yarn(config.yarn_factor, config.original_max_position_embeddings) if stretched else None,
         num_kv_heads=config.num_kv_heads,
         qk_norm=config.qk_norm,
         inner_norm=config.sub_layernorm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -62,6 +63,12 @@ class LongNetConfig:
     """What fills a segment's last rows: nothing (none), or zero rows that are attended, for torchscale's weights."""
     position: Literal["rotary", "xpos", "alibi", "t5", "none"] = "rotary"
     """Position encoding, by global position (rotary, xpos), or position bias, by token distance (alibi, t5)."""
+    rope_theta: float = 10000.0
+    """Base of the angles of rotary and xpos positions; a larger one has longer wavelengths."""
+    yarn_factor: float = 1.0
+    """YaRN's stretch of rotary positions, for sequences this many times as long as those of the weights' training."""
+    original_max_position_embeddings: int = 0
+    """Length of the sequences that the weights were trained with before, in tokens; only with yarn_factor."""
     qk_norm: Literal["none", "rms", "layer"] = "none"
     """Normalisation of the queries and keys of each head: none, by their RMS, or LayerNorm (layer)."""
     sub_layernorm: bool = True
@@ -93,6 +100,7 @@ class LongNetConfig:
             from longnet_dist.attention.kernels import KERNELS
 
             _check_choice("kernel", self.kernel, ("auto", *KERNELS))
+        _check_rope(self)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
         # JSON has lists in place of tuples.
@@ -173,6 +181,20 @@ def read_exported_config(folder: Path, objective: str = "causal") -> tuple[LongN
     if unknown := sorted(content.keys() - {f.name for f in fields(LongNetConfig)}):
         raise ValueError(f"{path} has unknown options: {', '.join(unknown)}; another version may know them")
     return LongNetConfig(**content), None if file is None else folder / Path(file).name
+
+
+def _check_rope(config: LongNetConfig) -> None:
+    if not 1 < config.rope_theta < math.inf:
+        raise ValueError(f"rope_theta is {config.rope_theta}; it must be above 1, for example 10000 or 500000")
+    if not 1 <= config.yarn_factor < math.inf:
+        raise ValueError(f"yarn_factor is {config.yarn_factor}; it must be at least 1, which changes nothing")
+    if config.yarn_factor > 1 and config.position != "rotary":
+        raise ValueError(f"yarn_factor needs position='rotary', and the position is {config.position!r}")
+    if config.yarn_factor > 1 and not 1 <= config.original_max_position_embeddings <= MAX_SIZE:
+        raise ValueError(
+            f"yarn_factor is {config.yarn_factor} and original_max_position_embeddings is "
+            f"{config.original_max_position_embeddings}: give the seq_len that the weights were trained with"
+        )
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -15,7 +15,7 @@ from longnet_dist.attention.bias import ALiBiBias, PositionBias, T5Bias, alibi_s
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.nn.multiway import Multiway, apply_to_rows
-from longnet_dist.nn.rotary import Rotation, positions_in_documents
+from longnet_dist.nn.rotary import Rotation, Yarn, positions_in_documents
 from longnet_dist.nn.zero_rows import zero_row_attention
 from longnet_dist.plan.pattern import Pattern
 
@@ -40,6 +40,8 @@ class DilatedAttention(nn.Module):
         head_phases: which rows each head keeps; see `Pattern`.
         use_rotary: whether to encode global positions with RoPE: xPos without its scales.
         inner_norm: whether to apply Magneto's sub-LayerNorm before the output projection (arXiv 2210.06423).
+        rope_theta: the base of the angles of RoPE and xPos; a larger one has longer wavelengths.
+        yarn: how RoPE is stretched for a context longer than the one that was trained; None for RoPE as it is.
         xpos_scale_base: see `Rotation.at`; a larger base allows longer sequences.
         rel_pos_buckets: the number of buckets of the relative position bias; see `T5Bias`.
         rel_pos_max_distance: a distance in tokens; all keys at least that far share the last bucket.
@@ -75,6 +77,8 @@ class DilatedAttention(nn.Module):
         head_phases: str = "interleaved",
         use_rotary: bool = False,
         inner_norm: bool = False,
+        rope_theta: float = 10000.0,
+        yarn: Yarn | None = None,
         xpos_scale_base: float = 512.0,
         rel_pos_buckets: int = 32,
         rel_pos_max_distance: int = 128,
@@ -101,6 +105,7 @@ class DilatedAttention(nn.Module):
         self.d_model, self.causal, self.kernel, self.padding = d_model, causal, kernel, padding
         self.use_xpos, self.use_rotary, self.xpos_scale_base = use_xpos, use_rotary, xpos_scale_base
         self.rel_pos_max_distance, self.use_alibi, self.multiway = rel_pos_max_distance, use_alibi, multiway
+        self.rope_theta, self.yarn = rope_theta, yarn
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         wrap: Callable[[nn.Module], nn.Module] = Multiway if multiway else lambda module: module
         self.q_proj = wrap(nn.Linear(d_model, d_model, bias=bias, **factory))
@@ -271,6 +276,8 @@ class DilatedAttention(nn.Module):
             positions,
             self.head_dim,
             dtype,
+            base=self.rope_theta,
+            yarn=self.yarn,
             xpos_length=length if self.use_xpos else None,
             xpos_scale_base=self.xpos_scale_base,
             xpos_lookahead=0 if self.causal else max(self.pattern.segment_lengths),

@@ -1,4 +1,4 @@
-"""Rotary position encodings by global position: RoPE and xPos."""
+"""Rotary position encodings by global position: RoPE, with YaRN for longer contexts, and xPos."""
 
 from __future__ import annotations
 
@@ -10,11 +10,69 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Yarn:
+    """How YaRN stretches RoPE, so that a model can use a longer context than it was trained with.
+
+    See YaRN (Peng et al. 2023, arXiv 2309.00071, section 3). The names are those of `rope_scaling` in transformers,
+    whose {"rope_type": "yarn"} computes the same.
+
+    Args:
+        factor: the longer context over the one that was trained; 1 changes nothing.
+        original_max_position_embeddings: the context that was trained, in tokens.
+        beta_fast: dimensions that rotate at least this often in that context keep their frequencies.
+        beta_slow: dimensions that rotate at most this often have them divided by `factor`; those between are blended.
+
+    Raises:
+        ValueError: if a value is out of range.
+
+    Example:
+        >>> round(Yarn(4.0, 8192).attention_factor, 4)
+        1.1386
+    """
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.factor < math.inf:
+            raise ValueError(f"the factor of YaRN is {self.factor}; it must be at least 1")
+        if self.original_max_position_embeddings < 1:
+            raise ValueError(
+                f"original_max_position_embeddings is {self.original_max_position_embeddings}; YaRN needs the number "
+                "of tokens that the model was trained with"
+            )
+        if not 0 < self.beta_slow < self.beta_fast:
+            raise ValueError(f"beta_slow {self.beta_slow} must be above 0 and below beta_fast {self.beta_fast}")
+
+    @property
+    def attention_factor(self) -> float:
+        """The factor of rotated queries and of rotated keys: 1 + log(factor) / 10."""
+        return 1 + 0.1 * math.log(self.factor)
+
+    def frequencies(self, frequencies: Tensor, base: float) -> Tensor:
+        """Return RoPE's frequencies, (D / 2,) in radians per token, as YaRN changes them."""
+        half = len(frequencies)
+
+        def dimension(rotations: float) -> float:
+            """The dimension that rotates this often in the original context."""
+            length = self.original_max_position_embeddings
+            return half * math.log(length / (2 * math.pi * rotations)) / math.log(base)
+
+        first = max(math.floor(dimension(self.beta_fast)), 0)
+        last = min(math.ceil(dimension(self.beta_slow)), 2 * half - 1)
+        index = torch.arange(half, dtype=frequencies.dtype, device=frequencies.device)
+        stretched = ((index - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+        return frequencies * (1 - stretched) + frequencies / self.factor * stretched
+
+
+@dataclass(frozen=True)
 class Rotation:
     """The rotary encoding of L rows: rotations by angles and, for xPos, scales.
 
     Args:
-        cos, sin: cosines and sines of the angles, (L, D / 2).
+        cos, sin: cosines and sines of the angles, (L, D / 2); with YaRN times its attention factor.
         scale: the factor of queries, (L, D / 2), and the divisor of keys; None for RoPE.
     """
 
@@ -30,6 +88,7 @@ class Rotation:
         dtype: torch.dtype = torch.float32,
         *,
         base: float = 10000.0,
+        yarn: Yarn | None = None,
         xpos_length: int | None = None,
         xpos_scale_base: float = 512.0,
         xpos_lookahead: int = 0,
@@ -44,7 +103,8 @@ class Rotation:
                 position 1,000,000 is off by a twentieth of a radian.
             head_dim: D, even.
             dtype: dtype of the attention, within whose range xPos's scales must stay.
-            base: the longest wavelength in tokens, divided by about 2 pi.
+            base: the longest wavelength in tokens, divided by about 2 pi; `rope_theta` in transformers.
+            yarn: how the frequencies are stretched for a longer context; None for RoPE's own.
             xpos_length: N, the global sequence length, for xPos; None for RoPE alone. The scale is 1 at N / 2, on any
                 number of ranks.
             xpos_scale_base: number of tokens over which the scale of the fastest dimension falls by a factor of 3.5.
@@ -63,9 +123,11 @@ class Rotation:
             torch.Size([1, 10, 4, 8])
         """
         half = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-        angles = positions.double()[:, None] * base**-half
+        frequencies = base**-half if yarn is None else yarn.frequencies(base**-half, base)
+        angles = positions.double()[:, None] * frequencies
+        factor = 1.0 if yarn is None else yarn.attention_factor
         table_dtype = torch.promote_types(dtype, torch.float32)
-        cos, sin = angles.cos().to(table_dtype), angles.sin().to(table_dtype)
+        cos, sin = (angles.cos() * factor).to(table_dtype), (angles.sin() * factor).to(table_dtype)
         if xpos_length is None:
             return cls(cos, sin)
         _check_xpos_range(max(xpos_length, 2 * min(xpos_length, xpos_lookahead)), dtype, xpos_scale_base)

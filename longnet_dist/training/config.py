@@ -90,6 +90,9 @@ class TrainConfig:
     run_folder: str | Path | None = None
     """Folder that the run writes; by default a new one in runs/, named by the time. If it holds checkpoints, the run
     resumes from the newest. It may be in an object store, s3://BUCKET/PREFIX (extra: s3)."""
+    init_from: str | Path | None = None
+    """Folder of another run, or of an export, whose weights the run starts with, at step 0. The length and the branches
+    may differ from theirs. Not together with --resume."""
     checkpoint_every: int = 0
     """Steps between checkpoints, in addition to the one at the end; 0 for that one only."""
     keep_checkpoints: int = 2
@@ -130,8 +133,9 @@ class TrainConfig:
         for path in self.data:
             if not path.startswith(HUGGING_FACE):
                 local_path(path)
-        if self.run_folder is not None:
-            object.__setattr__(self, "run_folder", storage_path(self.run_folder))
+        for name in ("run_folder", "init_from"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, storage_path(getattr(self, name)))
         for name in ("cache", "tokenizer"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, local_path(getattr(self, name)))
@@ -164,15 +168,15 @@ class TrainConfig:
         The names of datasets on Hugging Face and paths in object stores stay as they are.
         """
         data = (path if path.startswith(HUGGING_FACE) else str(local_path(path).absolute()) for path in self.data)
-        folder = self.run_folder
-        if isinstance(folder, Path):  # Not in a store.
-            folder = Path(os.path.abspath(folder))  # Without `..`, because launchers use its name.
+        # Paths in a store stay as they are. Others have no `..`, because launchers use the run folder's name.
+        folders = {name: getattr(self, name) for name in ("run_folder", "init_from")}
+        folders = {n: Path(os.path.abspath(path)) if isinstance(path, Path) else path for n, path in folders.items()}
         tokenizer = None if self.tokenizer is None else self.tokenizer.absolute()
         hardware = self.hardware
         if hardware and hardware not in HARDWARE:
             hardware = str(local_path(hardware).absolute())
-        paths = {"tokenizer": tokenizer, "cache": self.cache.absolute(), "run_folder": folder, "hardware": hardware}
-        return replace(self, data=tuple(data), **paths)  # type: ignore[arg-type]
+        paths = {"tokenizer": tokenizer, "cache": self.cache.absolute(), "hardware": hardware} | folders
+        return replace(self, data=tuple(data), **paths)
 
 
 def _check_number(name: str, value: object) -> None:

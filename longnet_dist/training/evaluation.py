@@ -18,12 +18,7 @@ from longnet_dist.models.decoder import LongNet
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.job import load_corpus, read_config
 from longnet_dist.training.processes import init_processes
-from longnet_dist.training.state import load_model
-
-
-def is_export(folder: Path) -> bool:
-    """Return whether a folder holds a model that `longnet-dist export` wrote."""
-    return (folder / "model.safetensors").exists()
+from longnet_dist.training.state import is_export, load_model
 
 
 @contextlib.contextmanager

@@ -229,7 +229,7 @@ def _rank() -> int:
 _FREE_OPTIONS = {
     *("data", "corpus", "cache", "run_folder", "ranks", "rows_a_rank", "device", "parallel", "timeout", "io_timeout"),
     *("profile", "wandb", "peak_tflops", "keep_checkpoints", "keep_every", "checkpoint_every", "async_checkpoints"),
-    *("validate_every", "strategy", "keep_kv", "hardware"),
+    *("validate_every", "strategy", "keep_kv", "hardware", "init_from"),
 }
 """Options that may change between starts of one run without a message."""
 _PARAMETER_OPTIONS = (

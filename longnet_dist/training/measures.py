@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from longnet_dist.best_effort import BestEffort
 from longnet_dist.data.corpus import Corpus, num_files
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
@@ -125,6 +129,18 @@ def describe_run(
         f"ranks: {mesh.size} for each sequence of {config.seq_len:,} tokens, {mesh.shard.chunk:,} rows each; a rank "
         f"receives {format_bytes(step_bytes)} a step for attention",
     ]
+
+
+@contextlib.contextmanager
+def write_profile(path: Path, device: torch.device) -> Iterator[None]:
+    """Profile the context's body, and write the trace to a file, for Perfetto."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        yield
+    with BestEffort("profiler traces"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(path))
 
 
 def peak_memory() -> int:

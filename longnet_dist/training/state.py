@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet_dist.checkpoints.checkpoints import Checkpoints
 from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.checkpoints.verification import State
+from longnet_dist.data.tokenizers import Bytes
+from longnet_dist.distributed.patience import Patience
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.models.encoder import LongNetEncoder
@@ -152,14 +158,89 @@ def load_model(folder: Path | str) -> LongNet | LongNetEncoder:
 
         model = load_model("runs/first").eval()
     """
-    checkpoints = Checkpoints(storage_path(folder) / "checkpoints")
+    model, options = _load_checkpoint(storage_path(folder))
+    return model.to(getattr(torch, options["dtype"]))
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder holds a model that `longnet-dist export` wrote."""
+    return (folder / "model.safetensors").exists()
+
+
+@torch.no_grad()
+def initialise(
+    weights: MasterWeights, source: Path, config: LongNetConfig, tokens_by: str, patience: Patience
+) -> list[str]:
+    """Set the weights to those of another run's newest checkpoint, or of an export. Collective.
+
+    Args:
+        weights: the weights of the new run, of any sharding.
+        source: the folder of the other run, or of the export.
+        config: the architecture of the new run, with every default filled in.
+        tokens_by: the name of the tokenizer of the new run's tokens.
+        patience: the means by which ranks wait for one another.
+
+    Returns:
+        Sentences that say whose weights these are, and what differs from their model and tokens.
+
+    Raises:
+        ValueError: on every rank, if the source cannot be read, or has other tensors, with the names of all of them.
+        CheckpointError: if every checkpoint of the other run is damaged, or cannot be read.
+    """
+    model: LongNet | LongNetEncoder | None = None
+    their_tokens_by, problem = Bytes.name, None
+    try:
+        if is_export(source):
+            model = LongNet.from_pretrained(source)
+            about = json.loads((source / "config.json").read_text()).get("tokenizer") or {}
+            their_tokens_by = about.get("name", Bytes.name)
+        else:
+            model, options = _load_checkpoint(source)
+            their_tokens_by = options.get("tokens_by", Bytes.name)
+        problem = _describe_misfit(dict(model.named_parameters()), weights.by_name)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    if problem := next((p for p in patience.gather(problem, f"load {source}") if p), None):
+        raise ValueError(f"init_from {source}: {problem}")
+    assert model is not None
+    for name, parameter in model.named_parameters():
+        own = weights.by_name[name]
+        full = parameter.to(own.device, own.dtype)
+        if isinstance(own, DTensor):
+            # Every rank has the whole tensor, so that nothing needs to be sent.
+            full = distribute_tensor(full, own.device_mesh, own.placements, src_data_rank=None)
+        own.copy_(full)
+    weights.round_parameters()
+    before, now = asdict(model.config.resolved), asdict(config)
+    changed = [f"{name} {before[name]} there, {now[name]} here" for name in now if before[name] != now[name]]
+    lines = [f"step 0 has the weights of {source}" + (f"; of the model, {', '.join(changed)}" if changed else "")]
+    if tokens_by != their_tokens_by:
+        lines.append(f"these weights know tokens by {their_tokens_by}, and the data's are by {tokens_by}")
+    return lines
+
+
+def _describe_misfit(theirs: dict[str, torch.nn.Parameter], ours: dict[str, torch.nn.Parameter]) -> str | None:
+    """List the tensors that are not in both models with one shape; None if there are none."""
+
+    def shape(tensors: dict[str, torch.nn.Parameter], name: str) -> str:
+        return str(tuple(tensors[name].shape)) if name in tensors else "missing"
+
+    names = [name for name in theirs | ours if shape(theirs, name) != shape(ours, name)]
+    if not names:
+        return None
+    listed = "; ".join(f"{name} is {shape(theirs, name)} there and {shape(ours, name)} here" for name in names)
+    return f"its tensors are not those of this model, which needs its sizes (--model.*): {listed}"
+
+
+def _load_checkpoint(folder: Path) -> tuple[LongNet | LongNetEncoder, dict[str, Any]]:
+    """Load the newest complete checkpoint of a run; return the model in float32 at least, and the run's options."""
+    checkpoints = Checkpoints(folder / "checkpoints")
     newest = checkpoints.newest()
     if newest is None:
         raise FileNotFoundError(f"{folder} holds no checkpoints/step-*; give the folder of a run that wrote one")
     path, facts = newest
-    config = LongNetConfig(**facts["config"]["model"])
-    dtype = getattr(torch, facts["config"]["dtype"])
-    wide = torch.promote_types(dtype, torch.float32)
-    model = build_model(facts["config"].get("objective", "causal"), config, dtype=wide)
+    options = facts["config"]
+    dtype = torch.promote_types(getattr(torch, options["dtype"]), torch.float32)
+    model = build_model(options.get("objective", "causal"), LongNetConfig(**options["model"]), dtype=dtype)
     checkpoints.load(path, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
-    return model.to(dtype)
+    return model, options

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longnet_dist.best_effort import BestEffort, print_note
+from longnet_dist.best_effort import print_note
 from longnet_dist.checkpoints.checkpoints import CheckpointError, Checkpoints
+from longnet_dist.checkpoints.storage import storage_path
 from longnet_dist.data.corpus import unigram_bits
 from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.mesh import SequenceMesh
@@ -41,12 +42,20 @@ from longnet_dist.training.job import (
     num_token_ids,
 )
 from longnet_dist.training.logs import RunLog
-from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics
+from longnet_dist.training.measures import (
+    StepCost,
+    describe_run,
+    step_bytes,
+    step_flops,
+    step_metrics,
+    write_profile,
+)
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import (
     MasterWeights,
     build_model,
+    initialise,
     make_moments,
     restore_random_state,
     training_state,
@@ -297,14 +306,8 @@ class _Trainer:
         if not enabled:
             yield
             return
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        activities += [torch.profiler.ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-        with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        with write_profile(self.files.folder / "traces" / f"profile-rank-{self.rank}.json.gz", self.device):
             yield
-        with BestEffort("profiler traces"):
-            path = self.files.folder / "traces" / f"profile-rank-{self.rank}.json.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            profiler.export_chrome_trace(str(path))
         self.patience.gather(None, "write the profiler's trace")
 
     def _resolved_options(self) -> dict[str, Any]:
@@ -327,10 +330,19 @@ class _Trainer:
 
     def _resume(self, log: RunLog) -> int:
         """Restore the newest complete checkpoint in the run folder, if there is one; return its step, or 0."""
-        newest = self.checkpoints.newest(log.print_line)
+        newest, source = self.checkpoints.newest(log.print_line), self.config.init_from
         if newest is None:
+            if source is not None:
+                model, tokens_by = self.config.model.resolved, self.corpus.index.tokenizer
+                for line in initialise(self.weights, storage_path(source), model, tokens_by, self.patience):
+                    log.print_line(line)
             return 0
         path, facts = newest
+        if source is not None and facts["config"].get("init_from") != self._resolved_options()["init_from"]:
+            raise ValueError(
+                f"{self.folder} holds checkpoints of a run that did not start from {source}: give another run_folder, "
+                "or leave init_from out to resume"
+            )
         for change in describe_changes(facts["config"], self._resolved_options(), path):
             log.print_line(change)
         make_moments(self.optimizer)

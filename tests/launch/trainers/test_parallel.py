@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from longnet_dist.training.state import load_model
 from tests.launch.jobs import forked, losses, run, train
 
 pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(300)]
@@ -27,3 +28,25 @@ def test_an_arrangement_that_does_not_fit_the_ranks_is_an_error(tmp_path):
     job = run(2, *train(tmp_path / "run", "--parallel.dp-shard", 3))
     assert job.returncode != 0
     assert "does not make the 2 ranks of this job" in job.stderr
+
+
+def test_initial_weights_are_the_same_on_any_arrangement_of_ranks(tmp_path):
+    """Of a run, whose checkpoint is read, and of an export."""
+    job = forked(1, *train(tmp_path / "source", "--steps", 4, "--seq-len", 250))
+    assert job.returncode == 0, job.stderr
+    load_model(tmp_path / "source").save_pretrained(tmp_path / "export")
+    curves = []
+    for source in ("source", "export"):
+        for ranks in (1, 2):
+            folder = tmp_path / f"{source}-{ranks}"
+            options = ("--steps", 2, "--seq-len", 500, "--seed", 1, "--init-from", tmp_path / source)
+            job = forked(ranks, *train(folder, *options))
+            assert job.returncode == 0, job.stderr
+            curves.append(losses(folder))
+    for curve in curves:
+        assert curve == pytest.approx(curves[0], rel=1e-10)
+    job = forked(
+        2, *train(tmp_path / "wrong", "--seq-len", 250, "--init-from", tmp_path / "source", "--model.ffn-dim", 24)
+    )
+    assert job.returncode != 0
+    assert "blocks.1.ffn.fc1.weight is (64, 16) there and (24, 16) here" in job.stderr
