@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,6 +34,8 @@ _FIELDS = tl.constexpr(24)
 """The number of integers of a piece, in the order of `_integers`."""
 _ADDRESSES = 16
 """The number of addresses that are written at once."""
+_OPTIONS = {"enable_fp_fusion": True}
+"""Triton's default until version 3.9, which warns that the default will change."""
 
 
 def combine(pieces: Sequence[Piece], out: Tensor, lse: Tensor | None) -> None:
@@ -55,22 +57,22 @@ def combine(pieces: Sequence[Piece], out: Tensor, lse: Tensor | None) -> None:
             out, out if lse is None else lse, _addresses(pieces, out.device), *geometry, len(pieces),
             num_rows, num_kv_heads, shared_by,
             WEIGHTED=lse is not None, ALIGNED=all(_is_aligned(piece.values) for piece in pieces),
-            DIM=dim, COLUMNS=columns, ROWS=rows, TILE=_TILE,
+            DIM=dim, COLUMNS=columns, ROWS=rows, TILE=_TILE, **_OPTIONS,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pieces", "num_rows", "num_kv_heads", "shared_by"])
 def _combine(
-    out: Any,
-    lse: Any,
-    addresses: Any,
-    geometry: Any,
-    first_of_tile: Any,
-    pieces_of_tiles: Any,
-    num_pieces: Any,
-    num_rows: Any,
-    num_kv_heads: Any,
-    shared_by: Any,
+    out: tl.tensor,
+    lse: tl.tensor,
+    addresses: tl.tensor,
+    geometry: tl.tensor,
+    first_of_tile: tl.tensor,
+    pieces_of_tiles: tl.tensor,
+    num_pieces: tl.tensor,
+    num_rows: tl.tensor,
+    num_kv_heads: tl.tensor,
+    shared_by: tl.tensor,
     WEIGHTED: tl.constexpr,
     ALIGNED: tl.constexpr,
     DIM: tl.constexpr,
@@ -147,7 +149,7 @@ def _combine(
     if WEIGHTED:
         is_covered = denominator > 0
         divisor = tl.where(is_covered, denominator, 1.0)
-        total = total / divisor[:, None]
+        total = total * (1 / divisor)[:, None]
         merged = tl.where(is_covered, top + tl.log(divisor), float("-inf"))
         tl.store(lse + at, merged, mask=rows < num_rows)
     targets = out + (at[:, None] * DIM + columns[None, :])
@@ -157,13 +159,13 @@ def _combine(
     tl.store(targets, total.to(out.dtype.element_ty), mask=mask)
 
 
-_NAMES = [f"a{n}" for n in range(_ADDRESSES)]
-
-
-@triton.jit(do_not_specialize=_NAMES)
+@triton.jit(do_not_specialize=[f"a{n}" for n in range(_ADDRESSES)])
 def _write(
-    table: Any, a0: Any, a1: Any, a2: Any, a3: Any, a4: Any, a5: Any, a6: Any, a7: Any,
-    a8: Any, a9: Any, a10: Any, a11: Any, a12: Any, a13: Any, a14: Any, a15: Any,
+    table: tl.tensor,
+    a0: tl.tensor, a1: tl.tensor, a2: tl.tensor, a3: tl.tensor,
+    a4: tl.tensor, a5: tl.tensor, a6: tl.tensor, a7: tl.tensor,
+    a8: tl.tensor, a9: tl.tensor, a10: tl.tensor, a11: tl.tensor,
+    a12: tl.tensor, a13: tl.tensor, a14: tl.tensor, a15: tl.tensor,
 ) -> None:  # fmt: skip
     tl.store(table, a0)
     tl.store(table + 1, a1)
@@ -191,7 +193,7 @@ def _addresses(pieces: Sequence[Piece], device: torch.device) -> Tensor:
         addresses = [x.data_ptr() for x in tensors[first : first + _ADDRESSES]]
         # The last one is repeated, because Triton would compile another kernel for small numbers.
         addresses += addresses[-1:] * (_ADDRESSES - len(addresses))
-        _write[(1,)](table[first:], *addresses)
+        _write[(1,)](table[first:], *addresses, **_OPTIONS)
     return table
 
 
