@@ -6,7 +6,7 @@ its rows lie in each from the integers of the rectangle. What a kernel needs to 
     geometry     integers of each piece, and the pieces of each tile: made once per plan, and cached
     addresses    where the pieces lie in memory: written by a kernel whose arguments they are
 
-So nothing is copied from the host after the first call, and a CUDA graph can record all of it.
+So nothing is copied from the host after the first call of a plan, and a CUDA graph can record later ones.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _FIELDS = tl.constexpr(24)
 """The number of integers of a piece, in the order of `_integers`."""
 _ADDRESSES = 16
 """The number of addresses that are written at once."""
+_MANY = 256
+"""The number of addresses above which one copy from the host is faster; only documents have as many."""
 _OPTIONS = {"enable_fp_fusion": True}
 """Triton's default until version 3.9, which warns that the default will change."""
 
@@ -48,6 +50,8 @@ def combine(pieces: Sequence[Piece], out: Tensor, lse: Tensor | None) -> None:
         return
     pieces = [_with_unit_stride(piece) for piece in pieces]
     geometry = _geometry(tuple(_key(piece) for piece in pieces), num_rows, out.device)
+    if out.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(geometry)
     columns = triton.next_power_of_2(dim)
     rows = min(_TILE, max(_FEW_ROWS, _ELEMENTS // columns))
     programs = batch * num_kv_heads * shared_by * triton.cdiv(num_rows, rows)
@@ -83,7 +87,7 @@ def _combine(
     num_heads = num_kv_heads * shared_by
     head = tl.program_id(0) % num_heads
     block = tl.program_id(0) // num_heads
-    blocks = tl.cdiv(num_rows, ROWS)
+    blocks = (num_rows + ROWS - 1) // ROWS
     batch = (block // blocks).to(tl.int64)
     first = block % blocks * ROWS
     rows = first + tl.arange(0, ROWS)
@@ -91,9 +95,9 @@ def _combine(
     kv_head = head // shared_by
     shared = (head % shared_by).to(tl.int64)
 
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    total = tl.full([ROWS, COLUMNS], 0.0, tl.float32)
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    denominator = tl.zeros([ROWS], tl.float32)
+    denominator = tl.full([ROWS], 0.0, tl.float32)
     for n in range(tl.load(first_of_tile + first // TILE), tl.load(first_of_tile + first // TILE + 1)):
         piece = tl.load(pieces_of_tiles + n)
         of = geometry + piece * _FIELDS
@@ -188,6 +192,8 @@ def _write(
 def _addresses(pieces: Sequence[Piece], device: torch.device) -> Tensor:
     """Return the addresses of all values, then of all lse: int64, and some more that nobody reads."""
     tensors = [piece.values for piece in pieces] + [piece.lse for piece in pieces if piece.lse is not None]
+    if len(tensors) > _MANY:
+        return torch.tensor([x.data_ptr() for x in tensors], device=device)
     table = torch.empty(triton.cdiv(len(tensors), _ADDRESSES) * _ADDRESSES, dtype=torch.int64, device=device)
     for first in range(0, len(tensors), _ADDRESSES):
         addresses = [x.data_ptr() for x in tensors[first : first + _ADDRESSES]]
@@ -216,6 +222,10 @@ class _Geometry(NamedTuple):
     integers: Tensor
     first_of_tile: Tensor
     pieces_of_tiles: Tensor
+
+
+_captured: list[_Geometry] = []
+"""Tables that a CUDA graph reads whenever it is replayed, though they may have left the cache."""
 
 
 @lru_cache(maxsize=256)
