@@ -12,7 +12,8 @@ from longnet_dist.attention.autograd import attend
 from longnet_dist.attention.bias import PositionBias
 from longnet_dist.attention.call import Call, unit_stride
 from longnet_dist.attention.kernels import KernelRequest, choose_kernel
-from longnet_dist.attention.rows import MergedRows, as_keys, as_queries, pieces, rectangle
+from longnet_dist.attention.merging import merged_rows
+from longnet_dist.attention.rows import as_keys, as_queries, pieces, rectangle
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
 from longnet_dist.plan.blocks import Heads, Plan, Rows
 from longnet_dist.plan.past import kept_blocks, misaligned_branch, new_blocks, num_slots, past_blocks
@@ -176,7 +177,7 @@ def attend_after(
     )
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)
-    merged = MergedRows(q_BLGRD, 1 << 30)
+    merged = merged_rows(q_BLGRD, 1 << 30)
     lo, hi = (start, start + q.shape[1]) if mesh is None else (start + mesh.shard.start, start + mesh.shard.stop)
     is_single = mesh is None and q.shape[1] == 1
     if is_single:
@@ -203,7 +204,7 @@ def attend_after(
 
 def _attend(
     call: Call,
-    merged: MergedRows,
+    merged: Any,
     branch: int,
     heads: Heads,
     rows: Rows,

@@ -22,15 +22,8 @@ from torch import Tensor
 
 from longnet_dist.attention.arguments import SCHEMA, Options, agree, offsets_problem
 from longnet_dist.attention.call import Call, HeadTable, plan_of, retained_sizes, unit_stride
-from longnet_dist.attention.rows import (
-    MergedRows,
-    SummedRows,
-    accumulation_dtype,
-    as_keys,
-    as_queries,
-    pieces,
-    rectangle,
-)
+from longnet_dist.attention.merging import merged_rows, summed_rows
+from longnet_dist.attention.rows import accumulation_dtype, as_keys, as_queries, pieces, rectangle
 from longnet_dist.plan.blocks import OwnBlock, Rows
 
 
@@ -64,7 +57,7 @@ def forward_op(
     call = Call.of(q, k, bias_parameters, cu_seqlens, Options(*options))
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)
-    merged = MergedRows(q_BLGRD, call.plan.first_shared)
+    merged = merged_rows(q_BLGRD, call.plan.first_shared)
     exchanges, collectives = call.exchanges()
     for exchange in exchanges:
         exchange.start(q_BLGRD, k, v)
@@ -126,7 +119,7 @@ def backward_op(
     """
     call = Call.of(q, k, bias_parameters, cu_seqlens, Options(*options))
     dout, q, k, v, out = (unit_stride(x) for x in (dout, q, k, v, out))
-    dq, dk, dv = (SummedRows(x, call.plan.first_shared) for x in (call.by_kv_head(q), k, v))
+    dq, dk, dv = (summed_rows(x, call.plan.first_shared) for x in (call.by_kv_head(q), k, v))
     dbias = q.new_zeros(0 if bias_parameters is None else bias_parameters.shape, dtype=accumulation_dtype(q.dtype))
     q_BLGRD, *results = (call.by_kv_head(x) for x in (q, dout, out, lse))
     exchanges, collectives = call.exchanges()

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from longnet_dist.attention.exchanges import Arrival, GradientResult, Result
 from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, sizes_by_rank
-from longnet_dist.attention.rows import accumulation_dtype, merge
+from longnet_dist.attention.merging import merge
+from longnet_dist.attention.rows import accumulation_dtype
 from longnet_dist.distributed.batch import Batch, Part
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import Rows, SharedBranch
