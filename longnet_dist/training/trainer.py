@@ -42,14 +42,7 @@ from longnet_dist.training.job import (
     num_token_ids,
 )
 from longnet_dist.training.logs import RunLog
-from longnet_dist.training.measures import (
-    StepCost,
-    describe_run,
-    step_bytes,
-    step_flops,
-    step_metrics,
-    write_profile,
-)
+from longnet_dist.training.measures import StepCost, describe_run, step_bytes, step_flops, step_metrics, write_profile
 from longnet_dist.training.parallel import make_device_mesh, shard_parameters
 from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import (
