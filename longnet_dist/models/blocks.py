@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from longnet_dist.attention.cache import DilatedCache
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.nn.attention import DilatedAttention
@@ -77,6 +79,7 @@ def run_blocks(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     token_types: Tensor | None = None,
+    cache: Sequence[DilatedCache] | None = None,
     observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Run the blocks in order, with the configured activation checkpointing and offloading.
@@ -88,6 +91,7 @@ def run_blocks(
         mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
         cu_seqlens, lengths: see `dilated_attention`.
         token_types: the kind of each token; see `DilatedAttention.forward`.
+        cache: the past of the sequence, for each block; see `dilated_attention`.
         observe: a function that is called with the output of each block, or None.
 
     Returns:
@@ -98,10 +102,11 @@ def run_blocks(
     """
     rotation: Rotation | None = None
     with saved_tensors_hooks(_to_cpu, _from_cpu) if config.offload_activations else nullcontext():
-        for block in blocks:
+        for block, past in zip(blocks, cache or repeat(None, len(blocks)), strict=True):
             assert isinstance(block, Block)
-            rotation = rotation or block.attention.rotation(x.shape[1], mesh, x.device, _compute_dtype(x), cu_seqlens)
-            x = _with_checkpointing(block, config)(x, mesh, rotation, cu_seqlens, lengths, token_types)
+            where = x.shape[1], mesh, x.device, compute_dtype(x), cu_seqlens, past
+            rotation = rotation or block.attention.rotation(*where)
+            x = _with_checkpointing(block, config)(x, mesh, rotation, cu_seqlens, lengths, token_types, past)
             if observe is not None:
                 observe(x)
     return x
@@ -131,7 +136,7 @@ def _from_cpu(saved: Tensor | tuple[Tensor, torch.device]) -> Tensor:
     return saved if isinstance(saved, Tensor) else saved[0].to(saved[1], non_blocking=True)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of the attention, whose range limits xPos: autocast's, or that of x."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else x.dtype

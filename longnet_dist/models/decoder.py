@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from longnet_dist.attention.cache import DilatedCache
 from longnet_dist.data.tokenizers import load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
-from longnet_dist.models.blocks import build_blocks, run_blocks
+from longnet_dist.models.blocks import build_blocks, compute_dtype, run_blocks
 from longnet_dist.models.config import LongNetConfig, read_exported_config
-from longnet_dist.models.loss import check_targets, linear_token_loss, within_documents
+from longnet_dist.models.generation import Sampling, continue_sequences, stream_tokens
+from longnet_dist.models.loss import check_targets, linear_token_loss, log_likelihoods, within_documents
 from longnet_dist.models.pretrained import copy_weights, read_weights, save_model
-from longnet_dist.models.scoring import log_likelihoods
 from longnet_dist.nn.block import Block
 
 
@@ -66,6 +68,7 @@ class LongNet(nn.Module):
         targets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        cache: Sequence[DilatedCache] | None = None,
     ) -> Tensor:
         """Compute the logits of the next token, or the loss if there are targets.
 
@@ -76,6 +79,7 @@ class LongNet(nn.Module):
                 `mesh.split(next_token_labels(tokens))`. They are not shifted again.
             cu_seqlens, lengths: the documents in each sequence, or the number of its tokens; see `dilated_attention`.
                 Positions begin anew with each document, and no token is predicted from another document or padding.
+            cache: the past of the sequences, from `new_cache`, for inference: `tokens` come after it, and are added.
 
         Returns:
             Logits, (B, N or L, vocab_size). With `targets`, the mean loss of `token_loss`; the logits then never exist
@@ -86,9 +90,9 @@ class LongNet(nn.Module):
                 ranks of a mesh have different sequences.
         """
         if targets is None:
-            return self.output(self.features(tokens, mesh, cu_seqlens, lengths))
+            return self.output(self.features(tokens, mesh, cu_seqlens, lengths, cache))
         check_targets(tokens, targets, mesh)
-        features = self.features(tokens, mesh, cu_seqlens, lengths)
+        features = self.features(tokens, mesh, cu_seqlens, lengths, cache)
         if cu_seqlens is not None or lengths is not None:
             targets = within_documents(targets, mesh, cu_seqlens, lengths)
         return linear_token_loss(features, self.output.weight, targets, mesh)
@@ -99,13 +103,14 @@ class LongNet(nn.Module):
         mesh: SequenceMesh | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        cache: Sequence[DilatedCache] | None = None,
     ) -> Tensor:
         """Compute the features that the output projection takes.
 
         Args:
             tokens: (B, N), int64; with a mesh (B, L), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-            cu_seqlens, lengths: see `forward`.
+            cu_seqlens, lengths, cache: see `forward`.
 
         Returns:
             The features after the final norm, (B, N or L, d_model).
@@ -116,8 +121,86 @@ class LongNet(nn.Module):
         if tokens.dim() != 2:
             refuse(f"tokens is {tuple(tokens.shape)}; it must be (B, N)", mesh)
         x = self.embedding(tokens) * self.config.d_model**0.5
-        x = run_blocks(self.blocks, x, self.config, mesh, cu_seqlens, lengths)
+        x = run_blocks(self.blocks, x, self.config, mesh, cu_seqlens, lengths, cache=cache)
         return self.norm(x)
+
+    def new_cache(self, batch_size: int = 1) -> tuple[DilatedCache, ...]:
+        """Return an empty cache for each layer, in the dtype in which attention is computed now.
+
+        Args:
+            batch_size: B.
+
+        Example:
+            >>> model = LongNetConfig(d_model=32, num_layers=1).build().eval()
+            >>> tokens, cache = torch.randint(257, (1, 100)), model.new_cache()
+            >>> with torch.no_grad():
+            ...     parts = [model(part, cache=cache) for part in tokens.split(40, dim=1)]
+            ...     torch.allclose(torch.cat(parts, 1), model(tokens), atol=1e-4)
+            True
+        """
+        weight = self.output.weight
+        caches = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            attention = block.attention
+            sizes = batch_size, attention.num_kv_heads, attention.head_dim
+            caches.append(DilatedCache(attention.pattern, *sizes, weight.device, compute_dtype(weight)))
+        return tuple(caches)
+
+    def generate(
+        self,
+        prompt: Tensor | Sequence[Tensor],
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        stop: Collection[int] = (),
+        seed: int = 0,
+        mesh: SequenceMesh | None = None,
+    ) -> Tensor | list[Tensor]:
+        """Continue sequences token by token, in memory that does not grow with their length.
+
+        Args:
+            prompt: token ids, (B, N), int64, N >= 1; or sequences of any lengths, (N,) each, which are continued one
+                after the other, and of which each begins with the same seed.
+            max_new_tokens: the most tokens to add.
+            temperature: the divisor of the logits; with 0, the likeliest token is taken.
+            top_k: draw from this many likeliest tokens; from all if None.
+            top_p: draw from the likeliest tokens whose probabilities sum up to at least this.
+            stop: tokens that end a sequence.
+            seed: the seed of the draws.
+            mesh: ranks that read the prompt together, with its N tokens; every rank then draws the same.
+
+        Returns:
+            The sequences with what was added: (B, N + T), T <= max_new_tokens, where one that ended repeats its last
+            token; or a list, if the prompt is one.
+
+        Raises:
+            ValueError: for an empty prompt, or a value out of range.
+
+        Example:
+            >>> model = LongNetConfig(d_model=32, num_layers=1).build().eval()
+            >>> model.generate(torch.randint(257, (2, 50)), max_new_tokens=5).shape
+            torch.Size([2, 55])
+        """
+        sampling = Sampling(temperature, top_k, top_p)
+        return continue_sequences(self, prompt, max_new_tokens, sampling, stop=stop, seed=seed, mesh=mesh)
+
+    def stream(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        seed: int = 0,
+        mesh: SequenceMesh | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield the tokens that `generate` would add to (B, N), one after the other: (B,), int64."""
+        sampling = Sampling(temperature, top_k, top_p)
+        return stream_tokens(self, prompt, max_new_tokens, sampling, seed=seed, mesh=mesh)
 
     def score(self, text_or_ids: str | bytes | Tensor, mesh: SequenceMesh | None = None) -> Tensor:
         """Compute the log-likelihood of each token given the tokens before it, in nats, without gradients.

@@ -142,8 +142,9 @@ class LongNetEncoder(nn.Module):
             num_rows = lengths + 1
         if token_types is not None and self._holds_class_token(mesh):
             token_types = nn.functional.pad(token_types, (1, 0))
-        documents = {"cu_seqlens": cu_seqlens, "lengths": num_rows}
-        x = run_blocks(self.blocks, x, self.config, mesh, **documents, token_types=token_types, observe=observe)
+        x = run_blocks(
+            self.blocks, x, self.config, mesh, cu_seqlens, num_rows, token_types=token_types, observe=observe
+        )
         x = apply_to_rows(self.norm, x, token_types)
         if targets is not None:
             assert isinstance(self.embedding, nn.Embedding)

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from longnet_dist.attention.api import dilated_attention
 from longnet_dist.attention.bias import ALiBiBias, PositionBias, T5Bias, alibi_slopes, t5_problem
+from longnet_dist.attention.cache import DilatedCache
 from longnet_dist.distributed.heads import heads_of
 from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.nn.multiway import Multiway, apply_to_rows
@@ -156,6 +157,7 @@ class DilatedAttention(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         token_types: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor:
         """Project x to queries, keys and values, attend, and project the result.
 
@@ -168,6 +170,7 @@ class DilatedAttention(nn.Module):
                 Positions begin anew with each document.
             token_types: (B, N or L), bool: true for tokens of the second kind, if the layer is multiway; by default all
                 are of the first.
+            cache: the past of the sequence, for inference; see `dilated_attention`.
 
         Returns:
             A tensor of x's shape.
@@ -194,12 +197,12 @@ class DilatedAttention(nn.Module):
                 mesh,
             )
         q, k = self.q_norm(q), self.k_norm(k)
-        rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype, cu_seqlens)
+        rotation = rotation or self.rotation(x.shape[1], mesh, v.device, v.dtype, cu_seqlens, cache)
         if rotation is not None:
             q, k = rotation.queries(q), rotation.keys(k)
         if self.head_mesh is not None:
             q, k, v = (heads_of(x, self.head_mesh) for x in (q, k, v))
-        out = self._attend(q, k, v, mesh, cu_seqlens, lengths)
+        out = self._attend(q, k, v, mesh, cu_seqlens, lengths, cache)
         if isinstance(out, DTensor):
             out = out.to_local()
         normed = apply_to_rows(self.inner_norm, out.flatten(2), token_types)
@@ -223,13 +226,14 @@ class DilatedAttention(nn.Module):
         mesh: SequenceMesh | None,
         cu_seqlens: Tensor | None,
         lengths: Tensor | None,
+        cache: DilatedCache | None,
     ) -> Tensor:
         options: dict[str, Any] = {"causal": self.causal, "mesh": mesh, "kernel": self.kernel, "lengths": lengths}
         if self.padding == "none":
             bias = self._position_bias(q)
-            return dilated_attention(q, k, v, self.pattern, bias=bias, cu_seqlens=cu_seqlens, **options)
-        if cu_seqlens is not None or isinstance(q, DTensor):
-            refuse("padding='torchscale' allows neither cu_seqlens nor tensor parallelism; use lengths", mesh)
+            return dilated_attention(q, k, v, self.pattern, bias=bias, cu_seqlens=cu_seqlens, cache=cache, **options)
+        if cu_seqlens is not None or cache is not None or isinstance(q, DTensor):
+            refuse("padding='torchscale' allows no cu_seqlens, cache or tensor parallelism; use lengths", mesh)
         return zero_row_attention(q, k, v, self.pattern, **options)
 
     def _position_bias(self, q: Tensor) -> PositionBias | None:
@@ -246,6 +250,7 @@ class DilatedAttention(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         cu_seqlens: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> Rotation | None:
         """Return the rotation of this rank's rows, by their global positions, or by those in their documents.
 
@@ -255,17 +260,22 @@ class DilatedAttention(nn.Module):
             device: device of the queries and keys.
             dtype: dtype of the attention.
             cu_seqlens: the documents; see `forward`.
+            cache: the past, after which positions go on.
 
         Returns:
             The rotation; None if the layer uses neither xPos nor RoPE.
 
         Raises:
-            ValueError: if the sequence is too long for xPos in this dtype.
+            ValueError: if the sequence is too long for xPos in this dtype, or its length is not known.
         """
         if not (self.use_xpos or self.use_rotary):
             return None
         positions = torch.arange(num_rows, device=device) if mesh is None else mesh.positions(device)
         length = num_rows if mesh is None else mesh.seq_len
+        if cache is not None:
+            if self.use_xpos:
+                refuse("xPos is centred on the middle of a length that a cache does not know: use rotary", mesh)
+            positions = positions + cache.length
         if cu_seqlens is not None:
             if cu_seqlens.dim() != 1:
                 refuse(f"cu_seqlens is {tuple(cu_seqlens.shape)}; rotary positions need (documents + 1,)", mesh)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from longnet_dist.attention.cache import DilatedCache
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.multiway import Multiway, apply_to_rows
@@ -94,10 +95,11 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         token_types: Tensor | None = None,
+        cache: DilatedCache | None = None,
     ) -> Tensor:
         """Apply the block, (B, L, E) -> (B, L, E); the other arguments are those of `DilatedAttention.forward`."""
         normed = apply_to_rows(self.attention_norm, x, token_types)
-        x = x + self.attention(normed, mesh, rotation, cu_seqlens, lengths, token_types)
+        x = x + self.attention(normed, mesh, rotation, cu_seqlens, lengths, token_types, cache)
         return x + apply_to_rows(self.ffn, apply_to_rows(self.ffn_norm, x, token_types), token_types)
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig, SequenceMesh
 from longnet_dist.inference.embed import embeddings
-from longnet_dist.models.scoring import log_likelihoods
+from longnet_dist.models.loss import log_likelihoods
 
 CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32), dilation_rates=(1, 4))
 

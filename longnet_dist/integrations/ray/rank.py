@@ -25,7 +25,7 @@ from longnet_dist.inference.embed import embeddings
 from longnet_dist.integrations.ray.rows import Rows
 from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
-from longnet_dist.models.scoring import log_likelihoods
+from longnet_dist.models.loss import log_likelihoods
 from longnet_dist.plan.pattern import Pattern
 
 _MAX_MESHES = 8
