@@ -92,10 +92,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(collected, "_COLUMNS", 3)
 
 
-@pytest.fixture(scope="module")
-def triton_kernel() -> ModuleType:
-    """A second copy of the Triton kernel's module, which is interpreted on the CPU."""
-    pytest.importorskip("triton")
+def load_interpreted() -> ModuleType:
+    """Return a second copy of the Triton kernel's module, which is interpreted on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         spec = importlib.util.find_spec("longnet_dist.attention.merging.triton_kernel")
@@ -104,6 +102,12 @@ def triton_kernel() -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def triton_kernel() -> ModuleType:
+    pytest.importorskip("triton")
+    return load_interpreted()
 
 
 @pytest.fixture
@@ -248,3 +252,20 @@ def test_rows_that_nobody_covers_are_zero_with_no_keys():
     assert (lse[0][~covered] == -torch.inf).all()
     assert_close(out[0][covered], q[0][covered])  # Such a row sees only itself.
     assert lse[0][covered].isfinite().all()
+
+
+@pytest.mark.parametrize("by", ["torch", "triton"])
+def test_a_result_over_no_keys_has_no_weight(by, request):
+    """Its lse is -inf, as that of a row that nobody covers."""
+    if by == "triton":
+        request.getfixturevalue("interpreted")
+    case = Case(Pattern((4, 4), (1, 1)), N=4, H=1, G=1, B=1, D=8, causal=True)
+    (_, heads, rows, out, lse), *_ = draw_pieces(case, torch.bfloat16)
+    empty = lse.clone()
+    empty[0, 0, 0, :2] = -torch.inf
+    nothing = torch.full_like(lse, -torch.inf)
+    merged, merged_lse, _ = merge(case, torch.bfloat16, [(0, heads, rows, out, empty), (1, heads, rows, -out, nothing)])
+    assert_close(merged.flatten(0, 3)[2:], out.flatten(0, 5)[2:])
+    assert_close(merged_lse.flatten()[2:], lse.flatten()[2:])
+    assert (merged.flatten(0, 3)[:2] == 0).all()
+    assert (merged_lse.flatten()[:2] == -torch.inf).all()
