@@ -73,7 +73,10 @@ class Call:
         parameters = by_kv_head[torch.tensor(heads, device=by_kv_head.device)].flatten(1, 2)
         parameters = parameters.repeat(rectangles // len(heads), 1, 1)
         queries, keys = (_positions(runs, parameters.device) for runs in (query_rows, key_rows))
-        return BiasOfRectangle(self.bias, parameters, queries, keys, self.causal)
+        (query_run,), key_runs = ([(rows.position, rows.count) for rows in runs] for runs in (query_rows, key_rows))
+        return BiasOfRectangle(
+            self.bias, parameters, queries, keys, self.causal, len(heads), query_rows[0].rate, query_run, tuple(key_runs)
+        )
 
     def add_bias_gradient(self, dbias: Tensor, heads: HeadTable, grad: Tensor) -> None:
         """Add the gradient of b rectangles' bias parameters, (b, M H / G, P), to dbias, (P, H)."""

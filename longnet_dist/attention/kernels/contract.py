@@ -7,7 +7,7 @@ multiple of G. lse is the natural logarithm of the sum of exp(scores), in float3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +42,19 @@ class KernelRequest:
         return f"{self.dtype} on {self.device.type} with head dim {self.head_dim}{extra}"
 
 
+class DistanceTable(NamedTuple):
+    """The position bias of b rectangles as a table, for kernels that compute where to look.
+
+    Args:
+        values: (T, H, N), float32, T a divisor of b: `values[b % T, h, index + i - j]` is the term of rectangle b, query
+            head h, query i and key j.
+        runs: one or two pairs (first key, index) in ascending order: the index for this key and those after it.
+    """
+
+    values: Tensor
+    runs: tuple[tuple[int, int], ...]
+
+
 class RectangleBias(Protocol):
     """The position bias of a rectangle, from which a kernel gets the bias of a block of query rows."""
 
@@ -54,6 +67,12 @@ class RectangleBias(Protocol):
 
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
         """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
+
+    def by_distance(self) -> DistanceTable:
+        """Return the bias as a table."""
+
+    def gradient_of_distances(self, grad_values: Tensor) -> Tensor:
+        """Return the gradient of the parameters, (T, H, P), from that of the table's values, (T, H, N)."""
 
 
 class Kernel(Protocol):
@@ -88,6 +107,9 @@ class Kernel(Protocol):
         bias: RectangleBias | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return (dq, dk, dv, gradient of the bias's parameters or None).
+
+        The gradient of the parameters is (b, H, P), or (T, H, P) with T a divisor of b: then it is a sum over the
+        rectangles that have the same parameters (see `DistanceTable`).
 
         `out` and `lse` are those of *all* branches merged. The ordinary flash backward is then the exact
         gradient through the mixing (docs/decisions/exact-mixing-gradient.md).
