@@ -75,7 +75,15 @@ class Call:
         queries, keys = (_positions(runs, parameters.device) for runs in (query_rows, key_rows))
         (query_run,), key_runs = ([(rows.position, rows.count) for rows in runs] for runs in (query_rows, key_rows))
         return BiasOfRectangle(
-            self.bias, parameters, queries, keys, self.causal, len(heads), query_rows[0].rate, query_run, tuple(key_runs)
+            self.bias,
+            parameters,
+            queries,
+            keys,
+            self.causal,
+            len(heads),
+            query_rows[0].rate,
+            query_run,
+            tuple(key_runs),
         )
 
     def add_bias_gradient(self, dbias: Tensor, heads: HeadTable, grad: Tensor) -> None:

@@ -46,8 +46,8 @@ class DistanceTable(NamedTuple):
     """The position bias of b rectangles as a table, for kernels that compute where to look.
 
     Args:
-        values: (T, H, N), float32, T a divisor of b: `values[b % T, h, index + i - j]` is the term of rectangle b, query
-            head h, query i and key j.
+        values: (T, H, N), float32, T a divisor of b: `values[b % T, h, index + i - j]` is the term of rectangle b,
+            query head h, query i and key j.
         runs: one or two pairs (first key, index) in ascending order: the index for this key and those after it.
     """
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.attention.kernels.triton.common import LN_2, bias_of, is_seen, load_rows, start_of, store_rows, unmasked_keys
+from longnet_dist.attention.kernels.triton.common import (
+    LN_2,
+    bias_of,
+    dot,
+    is_seen,
+    load_rows,
+    start_of,
+    store_rows,
+    unmasked_keys,
+)
 from longnet_dist.attention.kernels.triton.tuning import tuned
 
 
@@ -32,7 +41,7 @@ def attend_keys(
 ) -> tl.tensor:
     """Update the online softmax (sum of weighted values, maximum, sum of weights) with a block of keys."""
     total, top, denominator = state
-    scores = tl.dot(q, tl.trans(load_rows(k, keys, k_stride, J, D, BLOCK_D)), input_precision="ieee") * scale
+    scores = dot(q, tl.trans(load_rows(k, keys, k_stride, J, D, BLOCK_D)), None) * scale
     if BIASED:
         scores += bias_of(table, bias_runs, rows[:, None], keys[None, :], I, J)
     if MASKED:
@@ -43,7 +52,7 @@ def attend_keys(
     weights = tl.exp2(scores - shift[:, None])
     shrink = tl.exp2(top - shift)
     values = load_rows(v, keys, v_stride, J, D, BLOCK_D)
-    total = tl.dot(weights.to(values.dtype), values, total * shrink[:, None], input_precision="ieee")
+    total = dot(weights.to(values.dtype), values, total * shrink[:, None])
     return total, new_top, denominator * shrink + tl.sum(weights, 1)
 
 

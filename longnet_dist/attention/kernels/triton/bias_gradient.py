@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, is_seen, load_rows, start_of
+from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, dot, is_seen, load_rows, start_of
 
 
 @triton.jit(do_not_specialize=["I", "J", "H", "R", "bias_runs", "bias_shape"])
@@ -71,14 +71,14 @@ def bias_gradient(
         keys = (block - diagonal) * BLOCK + tl.arange(0, BLOCK)
         queries = load_rows(q, rows, q_strides[3], I, D, BLOCK_D)
         k_block = load_rows(k, keys, k_strides[3], J, D, BLOCK_D)
-        scores = tl.dot(queries, tl.trans(k_block), input_precision="ieee") * scale
+        scores = dot(queries, tl.trans(k_block), None) * scale
         scores += bias_of(bias, bias_runs, rows[:, None], keys[None, :], I, J)
         log2_sum = tl.load(lse + rows, mask=rows < I, other=float("inf")) * LOG2_E
         weights = tl.exp2(scores - log2_sum[:, None])
         weights = tl.where(is_seen(rows[:, None], keys[None, :], J, CAUSAL), weights, 0.0)
         douts = load_rows(dout, rows, dout_strides[3], I, D, BLOCK_D)
         v_block = load_rows(v, keys, v_strides[3], J, D, BLOCK_D)
-        dweights = tl.dot(douts, tl.trans(v_block), input_precision="ieee")
+        dweights = dot(douts, tl.trans(v_block), None)
         deltas = tl.load(delta + rows, mask=rows < I, other=0.0)
         dscores = weights * (dweights - deltas[:, None])
         sums += tl.sum(tl.where(is_inside, tl.gather(dscores, column, 1), 0.0), 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, load_rows, start_of, store_rows
+from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, dot, load_rows, start_of, store_rows
 from longnet_dist.attention.kernels.triton.tuning import tuned
 
 
@@ -35,7 +35,7 @@ def add_key_gradients(
     """Add the gradients of the keys and values through a block of query rows; all blocks are (keys, rows)."""
     dk, dv = grads
     queries = load_rows(q, rows, q_stride, I, D, BLOCK_D)
-    scores = tl.dot(k, tl.trans(queries), input_precision="ieee") * scale
+    scores = dot(k, tl.trans(queries), None) * scale
     if BIASED:
         scores += bias_of(table, bias_runs, rows[None, :], keys[:, None], I, J)
     # Rows past the last get weights of 0. Keys past the last need no mask, because their gradients are not stored.
@@ -44,11 +44,11 @@ def add_key_gradients(
     if MASKED:
         weights = tl.where(keys[:, None] <= rows[None, :], weights, 0.0)
     douts = load_rows(dout, rows, dout_stride, I, D, BLOCK_D)
-    dv = tl.dot(weights.to(douts.dtype), douts, dv, input_precision="ieee")
-    dweights = tl.dot(v, tl.trans(douts), input_precision="ieee")
+    dv = dot(weights.to(douts.dtype), douts, dv)
+    dweights = dot(v, tl.trans(douts), None)
     deltas = tl.load(delta + rows, mask=rows < I, other=0.0)
     dscores = weights * (dweights - deltas[None, :])
-    dk = tl.dot(dscores.to(queries.dtype), queries, dk, input_precision="ieee")
+    dk = dot(dscores.to(queries.dtype), queries, dk)
     return dk, dv
 
 

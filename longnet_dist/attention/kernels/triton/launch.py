@@ -6,9 +6,9 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
 from longnet_dist.attention.kernels.contract import DistanceTable, RectangleBias
 from longnet_dist.attention.kernels.triton.attend import forward as forward_kernel
@@ -28,7 +28,7 @@ class Sizes(NamedTuple):
     """The sizes of a call: b rectangles, I queries, J keys, H query heads, of which R share each of G, head dim D."""
 
     b: int
-    I: int  # noqa: E741
+    I: int
     J: int
     H: int
     G: int
@@ -152,7 +152,7 @@ def _add_diagonals(grad_values: Tensor, sums: Tensor, index: int, n: Sizes, caus
     """Add sums (b, H, diagonals of tiles, 2 _DIAGONAL_BLOCK) to the distances, (T, H, N), which they are for."""
     halves = sums.unflatten(0, (-1, len(grad_values))).sum(0).unflatten(-1, (2, _DIAGONAL_BLOCK))
     # The second half of one diagonal of tiles has the distances of the first half of the next one.
-    by_distance = F.pad(halves[..., 0, :], (0, 0, 0, 1)) + F.pad(halves[..., 1, :], (0, 0, 1, 0))
+    by_distance = pad(halves[..., 0, :], (0, 0, 0, 1)) + pad(halves[..., 1, :], (0, 0, 1, 0))
     lowest = 0 if causal else 1 - n.J  # The lowest i - j.
     first_sum = ((0 if causal else 1 - triton.cdiv(n.J, _DIAGONAL_BLOCK)) - 1) * _DIAGONAL_BLOCK
     count = n.I - lowest

@@ -5,7 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, is_seen, load_rows, start_of, store_rows, unmasked_keys
+from longnet_dist.attention.kernels.triton.common import (
+    LOG2_E,
+    bias_of,
+    dot,
+    is_seen,
+    load_rows,
+    start_of,
+    store_rows,
+    unmasked_keys,
+)
 from longnet_dist.attention.kernels.triton.tuning import tuned
 
 
@@ -35,15 +44,15 @@ def add_query_gradient(
 ) -> tl.tensor:
     """Add the gradient of the queries through a block of keys."""
     k_block = load_rows(k, keys, k_stride, J, D, BLOCK_D)
-    scores = tl.dot(q, tl.trans(k_block), input_precision="ieee") * scale
+    scores = dot(q, tl.trans(k_block), None) * scale
     if BIASED:
         scores += bias_of(table, bias_runs, rows[:, None], keys[None, :], I, J)
     weights = tl.exp2(scores - log2_sum[:, None])
     if MASKED:
         weights = tl.where(is_seen(rows[:, None], keys[None, :], J, CAUSAL), weights, 0.0)
-    dweights = tl.dot(dout, tl.trans(load_rows(v, keys, v_stride, J, D, BLOCK_D)), input_precision="ieee")
+    dweights = dot(dout, tl.trans(load_rows(v, keys, v_stride, J, D, BLOCK_D)), None)
     dscores = weights * (dweights - delta[:, None])
-    return tl.dot(dscores.to(k_block.dtype), k_block, grad, input_precision="ieee")
+    return dot(dscores.to(k_block.dtype), k_block, grad)
 
 
 @tuned("query_gradient")

@@ -32,9 +32,9 @@ _FLOAT32: dict[str, tuple[Candidate, ...]] = {
     "key_gradients": ((32, 64, 8, 1), (32, 32, 4, 1)),
 }
 _INTERPRETED: dict[str, Candidate] = {
-    "forward": (32, 16, 1, 1),
-    "query_gradient": (16, 32, 1, 1),
-    "key_gradients": (32, 16, 1, 1),
+    "forward": (32, 64, 1, 1),
+    "query_gradient": (64, 32, 1, 1),
+    "key_gradients": (32, 64, 1, 1),
 }
 
 
