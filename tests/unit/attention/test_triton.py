@@ -44,7 +44,7 @@ class Rectangle:
     transposed: bool = False
 
     def tensors(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Return q, dout, k and v; if `transposed`, rows of different heads and columns that are skipped lie between."""
+        """Return q, dout, k and v; if `transposed`, heads before rows, and with a gap after each row."""
         torch.manual_seed(0)
         shapes = [(self.b, self.I, self.G * self.R, self.D)] * 2 + [(self.b, self.J, self.G, self.D)] * 2
         tensors = [torch.randn(shape).to(self.dtype).to(dtype) for shape in shapes]
@@ -168,7 +168,7 @@ def test_the_table_by_distance_has_every_bias_and_its_gradient(causal):
         ],
         dim=1,
     )  # fmt: skip
-    assert 0 <= places.min()
+    assert places.min() >= 0
     assert_close(values[..., places].repeat(2, 1, 1, 1), bias.of(slice(0, 12)))
     dscores = torch.randn(4, 2, 12, 12)
     expected = bias.parameters.new_zeros(bias.parameters.shape)

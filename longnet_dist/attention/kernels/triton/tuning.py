@@ -15,16 +15,16 @@ SIZES = (32, 128)
 """The least and the largest number of rows that decide which candidates are timed."""
 _MAX_TIMED = 4
 _MAX_REGISTERS = 128
-"""The largest number of registers per thread for sums, of 255."""
+"""Of 255 registers per thread, the number that sums must not reach: then others are spilled to memory."""
 _MAX_SHARED_BYTES = 200 << 10
 
 Candidate = tuple[int, int, int, int]
 """BLOCK_I, BLOCK_J, warps, stages."""
 
 _LOW_PRECISION: dict[str, tuple[Candidate, ...]] = {
-    "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 2), (32, 32, 2, 2)),
-    "query_gradient": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 2, 2)),
-    "key_gradients": ((64, 128, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 32, 2, 2)),
+    "forward": ((128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (32, 32, 4, 2)),
+    "query_gradient": ((128, 64, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 2)),
+    "key_gradients": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
 }
 _FLOAT32: dict[str, tuple[Candidate, ...]] = {
     "forward": ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
@@ -66,7 +66,7 @@ def _fits(name: str, itemsize: int, block_dim: int, size: int, rows: int, keys: 
     own, others, sums = (keys, rows, 2) if name == "key_gradients" else (rows, keys, 1)
     registers = sums * own * block_dim // (32 * warps)
     shared = (2 * others * stages + own) * block_dim * itemsize
-    return max(rows, keys) <= size and registers <= _MAX_REGISTERS and shared <= _MAX_SHARED_BYTES
+    return max(rows, keys) <= size and registers < _MAX_REGISTERS and shared <= _MAX_SHARED_BYTES
 
 
 def _config(candidate: Candidate) -> Any:
