@@ -51,6 +51,12 @@ SCHEMA = ", ".join(f"{_SCHEMA_TYPES[hint]} {name}" for name, hint in get_type_hi
 """`Options` as the end of an operator's schema."""
 
 
+def kernel_request(q: Tensor, bias: PositionBias | None) -> KernelRequest:
+    """Return what a call asks of a kernel."""
+    by_distance = bias is None or bias.by_distance
+    return KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None, bias_by_distance=by_distance)
+
+
 def agree(
     q: Tensor,
     k: Tensor,
@@ -107,7 +113,7 @@ def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options:
     if bias is not None and (message := bias.problem(q.shape[2], options.causal)):
         return message
     try:
-        choose_kernel(options.kernel, KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None))
+        choose_kernel(options.kernel, kernel_request(q, bias))
     except ValueError as error:
         return str(error)
     return None

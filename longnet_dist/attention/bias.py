@@ -11,10 +11,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from longnet_dist.attention.kernels.contract import DistanceTable
 
 _BIASES: dict[str, type[PositionBias]] = {}
 
@@ -30,6 +33,8 @@ class PositionBias(ABC):
     """
 
     name: ClassVar[str]
+    by_distance: ClassVar[bool] = True
+    """Whether the bias is a function of the distance; else a subclass has its own `between`."""
     parameters: Tensor
 
     def __init_subclass__(cls) -> None:
@@ -195,6 +200,10 @@ class BiasOfRectangle:
         query_positions, key_positions: global positions in the first rectangle, int64, (I,) and (J,).
         shift: (b,), what to add to them for each rectangle.
         causal: whether a query sees only keys at or before it.
+        distinct: rectangle b has the parameters of b % `distinct`.
+        rate: consecutive positions of a run are `rate` tokens apart.
+        query_run: (position, number of rows) of the queries.
+        key_runs: the same of each run of keys.
     """
 
     bias: PositionBias
@@ -203,6 +212,10 @@ class BiasOfRectangle:
     key_positions: Tensor
     shift: Tensor
     causal: bool
+    distinct: int
+    rate: int
+    query_run: tuple[int, int]
+    key_runs: tuple[tuple[int, int], ...]
 
     def of(self, rows: slice) -> Tensor:
         """The term added to the scores of these query rows: (b, H, rows, J)."""
@@ -213,6 +226,37 @@ class BiasOfRectangle:
         """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
         distance = self.query_positions[rows, None] - self.key_positions[None, :]
         self.bias.accumulate_(grad_parameters, grad_scores, distance, self.causal)
+
+    def by_distance(self) -> DistanceTable:
+        """The bias as a table with an entry for every `rate` tokens, from the last key to the first."""
+        values = self.bias.values(self.parameters[: self.distinct], self._distances, self.causal)
+        return DistanceTable(values.squeeze(2).float().contiguous(), self._table_runs)
+
+    def gradient_of_distances(self, grad_values: Tensor) -> Tensor:
+        """Return the gradient of the parameters, (T, H, P), from that of the table's values, (T, H, N)."""
+        grad = torch.zeros_like(self.parameters[: self.distinct], dtype=grad_values.dtype)
+        self.bias.accumulate_(grad, grad_values.unsqueeze(2), self._distances, self.causal)
+        return grad
+
+    @property
+    def _distances(self) -> Tensor:
+        """The distance of each entry of the table, (1, N)."""
+        least, most = self._extent
+        return self.rate * torch.arange(least, most + 1, device=self.parameters.device)[None]
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        """The least and the largest distance, in units of `rate`."""
+        (query, queries), last = self.query_run, self.key_runs[-1]
+        to_first, to_last = ((query - key) // self.rate for key, _ in (self.key_runs[0], last))
+        return to_last - (last[1] - 1), to_first + queries - 1
+
+    @property
+    def _table_runs(self) -> tuple[tuple[int, int], ...]:
+        least, _ = self._extent
+        firsts = accumulate((count for _, count in self.key_runs[:-1]), initial=0)
+        distances = ((self.query_run[0] - key) // self.rate for key, _ in self.key_runs)
+        return tuple((first, distance - least + first) for first, distance in zip(firsts, distances, strict=True))
 
 
 def t5_bucket(distance: Tensor, num_buckets: int, max_distance: int, causal: bool) -> Tensor:

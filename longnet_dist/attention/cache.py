@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.arguments import Options
+from longnet_dist.attention.arguments import Options, kernel_request
 from longnet_dist.attention.autograd import attend
 from longnet_dist.attention.bias import PositionBias
 from longnet_dist.attention.call import Call, unit_stride
-from longnet_dist.attention.kernels import KernelRequest, choose_kernel
+from longnet_dist.attention.kernels import choose_kernel
 from longnet_dist.attention.merging import merged_rows
 from longnet_dist.attention.rows import as_keys, as_queries, pieces, rectangle
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
@@ -171,9 +171,15 @@ def attend_after(
     One row alone is appended first, and so sees itself as a part of the past.
     """
     mesh, start = mesh_of(options.mesh), cache.length
-    request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
     call = Call(
-        Plan((), (), ()), choose_kernel(options.kernel, request), None, True, options.scale, bias, k.shape[2], False
+        Plan((), (), ()),
+        choose_kernel(options.kernel, kernel_request(q, bias)),
+        None,
+        True,
+        options.scale,
+        bias,
+        k.shape[2],
+        False,
     )
     q, k, v = (unit_stride(x) for x in (q, k, v))
     q_BLGRD = call.by_kv_head(q)

@@ -10,13 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.arguments import Options
+from longnet_dist.attention.arguments import Options, kernel_request
 from longnet_dist.attention.bias import BiasOfRectangle, PositionBias
 from longnet_dist.attention.exchanges import Exchange
 from longnet_dist.attention.exchanges.all_gather import AllGather
 from longnet_dist.attention.exchanges.all_to_all import AllToAll
 from longnet_dist.attention.exchanges.exchange import SendNeeded
-from longnet_dist.attention.kernels import Kernel, KernelRequest, choose_kernel
+from longnet_dist.attention.kernels import Kernel, choose_kernel
 from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
 from longnet_dist.plan.blocks import Plan, Rows, SharedBranch
@@ -53,8 +53,7 @@ class Call:
     ) -> Call:
         """Look up the plan and the kernel of a call."""
         bias = None if bias_parameters is None else PositionBias.from_spec(options.bias, bias_parameters)
-        request = KernelRequest(q.device, q.dtype, q.shape[-1], bias=bias is not None)
-        kernel = choose_kernel(options.kernel, request)
+        kernel = choose_kernel(options.kernel, kernel_request(q, bias))
         if options.kernel == "auto" and q.is_cuda and q.dtype == torch.float32:
             _warn_of_float32()
         mesh = mesh_of(options.mesh)
@@ -81,7 +80,19 @@ class Call:
         phases = torch.arange(len(heads), device=parameters.device)
         shift = (segments[:, None] * first.segment_step + phases * first.phase_step).flatten()
         shift = shift.repeat(rectangles // len(shift))
-        return BiasOfRectangle(self.bias, parameters, queries, keys, shift, self.causal)
+        (query_run,), key_runs = ([(rows.position, rows.count) for rows in runs] for runs in (query_rows, key_rows))
+        return BiasOfRectangle(
+            self.bias,
+            parameters,
+            queries,
+            keys,
+            shift,
+            self.causal,
+            len(heads),
+            query_rows[0].rate,
+            query_run,
+            tuple(key_runs),
+        )
 
     def add_bias_gradient(self, dbias: Tensor, heads: HeadTable, grad: Tensor) -> None:
         """Add the gradient of b rectangles' bias parameters, (b, M H / G, P), to dbias, (P, H)."""

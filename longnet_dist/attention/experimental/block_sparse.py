@@ -25,6 +25,7 @@ class BlockBias(MaskBias):
     parameters: Tensor
     block_size: int = 1
     name: ClassVar[str] = "blocks"
+    by_distance: ClassVar[bool] = False
 
     @property
     def settings(self) -> tuple[int, ...]:

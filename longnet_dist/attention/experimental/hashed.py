@@ -25,6 +25,7 @@ class BucketBias(MaskBias):
     parameters: Tensor
     rounds: int = 1
     name: ClassVar[str] = "buckets"
+    by_distance: ClassVar[bool] = False
 
     @property
     def settings(self) -> tuple[int, ...]:

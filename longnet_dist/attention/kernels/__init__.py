@@ -5,12 +5,12 @@ To add a kernel, write a module that satisfies `contract.Kernel` and name it in 
 
 from __future__ import annotations
 
-from longnet_dist.attention.kernels import eager, torch_flash
+from longnet_dist.attention.kernels import eager, torch_flash, triton
 from longnet_dist.attention.kernels.contract import Kernel, KernelRequest, RectangleBias
 
 __all__ = ["KERNELS", "Kernel", "KernelRequest", "RectangleBias", "choose_kernel"]
 
-KERNELS: dict[str, Kernel] = {"torch": torch_flash, "eager": eager}
+KERNELS: dict[str, Kernel] = {"torch": torch_flash, "triton": triton, "eager": eager}
 """All kernels, fastest first: `kernel="auto"` takes the first that serves the request."""
 
 

@@ -7,7 +7,7 @@ multiple of G. lse is the natural logarithm of the sum of exp(scores), in float3
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class KernelRequest:
         dtype: the dtype of q, k and v.
         head_dim: D.
         bias: whether scores get a position bias, whose parameters need a gradient.
+        bias_by_distance: whether that depends on the distance of two tokens alone, and not on where they are.
         variable_lengths: whether one call holds rectangles of different sizes. No caller needs it yet.
         strided_views: whether inputs may have any strides, except that the last is 1.
         accumulates: whether results are merged into existing tensors, in place of new ones. No caller
@@ -32,6 +33,7 @@ class KernelRequest:
     dtype: torch.dtype
     head_dim: int
     bias: bool = False
+    bias_by_distance: bool = True
     variable_lengths: bool = False
     strided_views: bool = True
     accumulates: bool = False
@@ -40,6 +42,19 @@ class KernelRequest:
         needs = [name for name in ("bias", "variable_lengths", "accumulates") if getattr(self, name)]
         extra = f" and {', '.join(needs).replace('_', ' ')}" if needs else ""
         return f"{self.dtype} on {self.device.type} with head dim {self.head_dim}{extra}"
+
+
+class DistanceTable(NamedTuple):
+    """The position bias of b rectangles as a table, for kernels that compute where to look.
+
+    Args:
+        values: (T, H, N), float32, T a divisor of b: `values[b % T, h, index + i - j]` is the term of rectangle b,
+            query head h, query i and key j.
+        runs: one or two pairs (first key, index) in ascending order: the index for this key and those after it.
+    """
+
+    values: Tensor
+    runs: tuple[tuple[int, int], ...]
 
 
 class RectangleBias(Protocol):
@@ -54,6 +69,12 @@ class RectangleBias(Protocol):
 
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:
         """Add the gradient that `grad_scores` (b, H, rows, J) implies to `grad_parameters` (b, H, P), in place."""
+
+    def by_distance(self) -> DistanceTable:
+        """Return the bias as a table."""
+
+    def gradient_of_distances(self, grad_values: Tensor) -> Tensor:
+        """Return the gradient of the parameters, (T, H, P), from that of the table's values, (T, H, N)."""
 
 
 class Kernel(Protocol):
@@ -88,6 +109,9 @@ class Kernel(Protocol):
         bias: RectangleBias | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return (dq, dk, dv, gradient of the bias's parameters or None).
+
+        The gradient of the parameters is (b, H, P), or (T, H, P) with T a divisor of b: then it is a sum over the
+        rectangles that have the same parameters (see `DistanceTable`).
 
         `out` and `lse` are those of *all* branches merged. The ordinary flash backward is then the exact
         gradient through the mixing (docs/decisions/exact-mixing-gradient.md).

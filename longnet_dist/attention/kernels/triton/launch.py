@@ -1,0 +1,173 @@
+"""Launches of the kernels: strides, grids, and what is computed before and after them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.nn.functional import pad
+
+from longnet_dist.attention.kernels.contract import DistanceTable, RectangleBias
+from longnet_dist.attention.kernels.triton.attend import forward as forward_kernel
+from longnet_dist.attention.kernels.triton.bias_gradient import bias_gradient
+from longnet_dist.attention.kernels.triton.key_gradients import key_gradients
+from longnet_dist.attention.kernels.triton.query_gradient import query_gradient
+from longnet_dist.attention.kernels.triton.tuning import SIZES
+
+_OPTIONS = {"enable_fp_fusion": True}
+"""Triton's default until version 3.9, which warns that the default will change."""
+_DIAGONAL_BLOCK = 32
+"""The size of the tiles in which the gradient of a bias is summed."""
+_NO_BIAS: tuple[None, tuple[int, int, int], tuple[int, int]] = (None, (0, 0, 0), (1, 0))
+
+
+class Sizes(NamedTuple):
+    """The sizes of a call: b rectangles, I queries, J keys, H query heads, of which R share each of G, head dim D."""
+
+    b: int
+    I: int
+    J: int
+    H: int
+    G: int
+    R: int
+    D: int
+    rectangles: tuple[int, int]
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> Sizes:
+        """Return the sizes of a call with these views."""
+        batch, segments, phases, num_queries, num_kv_heads, shared_by, dim = q.shape
+        sizes = num_queries, k.shape[3], num_kv_heads * shared_by, num_kv_heads, shared_by, dim
+        return cls(batch * segments * phases, *sizes, (segments, phases))
+
+    def constants(self, causal: bool, bias: DistanceTable | None) -> dict[str, Any]:
+        """Return what kernels are compiled for."""
+        size = min(max(triton.next_power_of_2(max(self.I, self.J)), SIZES[0]), SIZES[1])
+        return {"CAUSAL": causal, "BIASED": bias is not None, "SIZE": size, **self.dim(), **_OPTIONS}
+
+    def diagonals(self, causal: bool) -> int:
+        """Return the number of diagonals of tiles that have scores."""
+        queries, keys = (triton.cdiv(count, _DIAGONAL_BLOCK) for count in (self.I, self.J))
+        return queries if causal else queries + keys - 1
+
+    def dim(self) -> dict[str, int]:
+        """Return the head dim, and the power of 2 to which it is filled up."""
+        return {"D": self.D, "BLOCK_D": max(16, triton.next_power_of_2(self.D))}
+
+
+def as_views(q: Tensor, k: Tensor, v: Tensor, *like_q: Tensor) -> list[Tensor]:
+    """View queries as (B, S, F, I, M, R, D), and keys and values as (B, S, F, J, M, D)."""
+    if q.dim() == 7:
+        return [q, k, v, *like_q]
+    k, v = (x[:, None, None] for x in (k, v))
+    q, *like_q = (x.unflatten(2, (k.shape[4], -1))[:, None, None] for x in (q, *like_q))  # type: ignore[assignment]
+    return [q, k, v, *like_q]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: RectangleBias | None
+) -> tuple[Tensor, Tensor]:
+    """Attend; returns out (b, I, H, D) and lse (b, H, I)."""
+    q, k, v = as_views(q, k, v)
+    n = Sizes.of(q, k)
+    out = q.new_empty(n.b, n.I, n.H, n.D)
+    lse = q.new_empty(n.b, n.H, n.I, dtype=torch.float32)
+    if not out.numel():
+        return out, lse
+    table = None if bias is None else bias.by_distance()
+
+    def grid(options: dict[str, int]) -> tuple[int]:
+        return (n.b * n.H * triton.cdiv(n.I, options["BLOCK_I"]),)
+
+    with torch.cuda.device_of(q):
+        forward_kernel[grid](
+            q, k, v, out, lse, n.rectangles, *_strides(q, k, v), n.I, n.J, n.H, n.R, scale * math.log2(math.e),
+            *_arguments(table), **n.constants(causal, table),
+        )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+    bias: RectangleBias | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return dq (b, I, H, D), dk and dv (b, J, G, D), and the gradient of the bias's parameters or None."""
+    q, k, v, dout, out = as_views(q, k, v, dout, out)
+    n = Sizes.of(q, k)
+    lse = lse.contiguous()
+    dq = q.new_empty(n.b, n.I, n.H, n.D)
+    dk, dv = (k.new_empty(n.b, n.J, n.G, n.D) for _ in range(2))
+    table = None if bias is None else bias.by_distance()
+    if not dq.numel():
+        return dq, dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias.parameters)
+    delta = torch.empty_like(lse)
+    scores_scale = scale * math.log2(math.e)
+    constants, strides = n.constants(causal, table), _strides(dout, q, k, v)
+
+    def query_grid(options: dict[str, int]) -> tuple[int]:
+        return (n.b * n.H * triton.cdiv(n.I, options["BLOCK_I"]),)
+
+    def key_grid(options: dict[str, int]) -> tuple[int]:
+        return (n.b * n.G * triton.cdiv(n.J, options["BLOCK_J"]),)
+
+    with torch.cuda.device_of(q):
+        query_gradient[query_grid](
+            dout, q, k, v, out, lse, delta, dq, n.rectangles, *strides, *_strides(out), n.I, n.J, n.H, n.R,
+            scores_scale, scale, *_arguments(table), **constants,
+        )  # fmt: skip
+        key_gradients[key_grid](
+            dout, q, k, v, lse, delta, dk, dv, n.rectangles, *strides, n.I, n.J, n.G, n.R,
+            scores_scale, scale, *_arguments(table), **constants,
+        )  # fmt: skip
+        if bias is None or table is None:
+            return dq, dk, dv, None
+        grad_values = torch.zeros_like(table.values)
+        ends = [first for first, _ in table.runs[1:]] + [n.J]
+        for (first, index), end in zip(table.runs, ends, strict=True):
+            run = n._replace(J=end - first)
+            sums = torch.empty(
+                *(n.b, n.H, run.diagonals(causal), 2 * _DIAGONAL_BLOCK), dtype=torch.float32, device=q.device
+            )
+            keys = (x[:, :, :, first:end] for x in (k, v))
+            bias_gradient[(sums[..., 0].numel(),)](
+                dout, q, *keys, lse, delta, sums, n.rectangles, *strides, n.I, run.J, n.H, n.R, scores_scale,
+                *_arguments(table._replace(runs=((0, index - first),))), CAUSAL=causal, BLOCK=_DIAGONAL_BLOCK,
+                num_warps=4, num_stages=1, **n.dim(), **_OPTIONS,
+            )  # fmt: skip
+            _add_diagonals(grad_values, sums, index - first, run, causal)
+    return dq, dk, dv, bias.gradient_of_distances(grad_values)
+
+
+def _add_diagonals(grad_values: Tensor, sums: Tensor, index: int, n: Sizes, causal: bool) -> None:
+    """Add sums (b, H, diagonals of tiles, 2 _DIAGONAL_BLOCK) to the distances, (T, H, N), which they are for."""
+    halves = sums.unflatten(0, (-1, len(grad_values))).sum(0).unflatten(-1, (2, _DIAGONAL_BLOCK))
+    # The second half of one diagonal of tiles has the distances of the first half of the next one.
+    by_distance = pad(halves[..., 0, :], (0, 0, 0, 1)) + pad(halves[..., 1, :], (0, 0, 1, 0))
+    lowest = 0 if causal else 1 - n.J  # The lowest i - j.
+    first_sum = ((0 if causal else 1 - triton.cdiv(n.J, _DIAGONAL_BLOCK)) - 1) * _DIAGONAL_BLOCK
+    count = n.I - lowest
+    part = by_distance.flatten(-2)[..., lowest - first_sum :][..., :count]
+    grad_values[..., index + lowest :][..., :count] += part
+
+
+def _strides(*views: Tensor) -> list[tuple[int, ...]]:
+    return [view.stride()[:-1] for view in views]
+
+
+def _arguments(table: DistanceTable | None) -> tuple[Any, tuple[int, int, int], tuple[int, int]]:
+    """Return the arguments bias, bias_runs and bias_shape of the kernels."""
+    if table is None:
+        return _NO_BIAS
+    (_, index), *others = table.runs
+    gap, other_index = others[0] if others else (0, index)
+    return table.values, (gap, index, other_index), (len(table.values), table.values.shape[-1])
