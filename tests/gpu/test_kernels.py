@@ -104,15 +104,17 @@ def test_inductor_takes_every_layout(kernel, layout):
     require(kernel, 8)
     pattern = Pattern((16, 64), (1, 4))
 
-    def function(q: Tensor) -> Tensor:
-        return dilated_attention(q, q, q, pattern, causal=True, kernel=kernel) * 1.5
+    def function(*q_k_v: Tensor) -> Tensor:
+        return dilated_attention(*q_k_v, pattern, causal=True, kernel=kernel) * 1.5
 
-    q = LAYOUTS[layout](torch.randn(1, 64, 4, 8, device="cuda", dtype=torch.bfloat16)).detach().requires_grad_()
+    inputs = torch.randn(3, 1, 64, 4, 8, device="cuda", dtype=torch.bfloat16).unbind()
+    leaves = [LAYOUTS[layout](x).detach().requires_grad_() for x in inputs]
     torch.compiler.reset()
-    out, compiled = function(q), torch.compile(function, fullgraph=True)(q)
+    out, compiled = function(*leaves), torch.compile(function, fullgraph=True)(*leaves)
     assert_close(compiled, out)
     dout = torch.randn_like(out)
-    assert_close(torch.autograd.grad(compiled, q, dout), torch.autograd.grad(out, q, dout))
+    grads = (torch.autograd.grad(x, leaves, dout) for x in (compiled, out))
+    assert_close(*grads)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
