@@ -69,7 +69,7 @@ def torch_context_parallel(sizes: Sizes, backward: bool, stack: ExitStack) -> Ru
     mesh = init_device_mesh(sizes.device, (dist.get_world_size(),))
     whole = [x.detach().transpose(1, 2).contiguous() for x in sizes.inputs()]
     stack.enter_context(context_parallel(mesh, buffers=whole, buffer_seq_dims=[2] * 4))
-    inputs = [x.requires_grad_(i < 3) for i, x in enumerate(whole)]
+    inputs = [x.detach().requires_grad_(i < 3) for i, x in enumerate(whole)]  # The context restores `whole`.
     return attention_run(partial(torch.nn.functional.scaled_dot_product_attention, is_causal=True), inputs, backward)
 
 
