@@ -45,7 +45,8 @@ def oracle(case: Case, dtype: torch.dtype) -> list[Tensor]:
     inputs, dout = inputs_of(case, dtype)
     exact = {name: x.double().requires_grad_() for name, x in inputs.items()}
     out, lse = dense_reference(**case.arguments(exact), return_lse=True)
-    return [out, lse, *torch.autograd.grad(out, list(exact.values()), dout.double())]
+    grads = torch.autograd.grad(out, list(exact.values()), dout.double())
+    return [out.detach(), lse.detach(), *grads]
 
 
 def largest_errors(case: Case, place=lambda x: x, dtype: torch.dtype = torch.bfloat16, **options) -> list[float]:
@@ -53,11 +54,11 @@ def largest_errors(case: Case, place=lambda x: x, dtype: torch.dtype = torch.bfl
     inputs, dout = inputs_of(case, dtype)
     inputs = {name: place(x).detach().requires_grad_() for name, x in inputs.items()}
     out, lse = dilated_attention(**case.arguments(inputs), return_lse=True, **options)
-    results = [out, *torch.autograd.grad(out, list(inputs.values()), dout)]
+    results = [out.detach(), *torch.autograd.grad(out, list(inputs.values()), dout)]
     expected, expected_lse, *expected_grads = oracle(case, dtype)
     # Branches and ranks are merged by the lse, so it must be a natural logarithm, and in float32.
     assert lse.dtype == torch.float32
-    assert_close(lse.double(), expected_lse, rtol=0, atol=1e-3)
+    assert_close(lse.detach().double(), expected_lse, rtol=0, atol=1e-3)
     pairs = zip(results, (expected, *expected_grads), strict=True)
     return [((a.double() - b).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs]
 
