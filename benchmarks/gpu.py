@@ -13,6 +13,7 @@ The parts:
 - oracle: the error against the float64 oracle, over the error of the same kernel on dense attention;
 - floor: dilated attention with each kernel, over the same kernel on blocks that are contiguous already;
 - peers: dense attention, and a baseline in the way of torchscale, on the same inputs;
+- gpus: one rank per GPU, next to ring-flash-attn and torch's context parallel, if there are several GPUs;
 - ranks: one rank of up to 65,536, on a fake process group: local rows are real, rows of other ranks are synthetic;
 - training: tokens per second and MFU of a LongNet, with a profile of forward and backward;
 - launches: how many kernels one call of dilated attention launches, forward and backward.
@@ -31,7 +32,16 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-LIMITS = {"machine": 60, "oracle": 90, "floor": 180, "peers": 120, "ranks": 150, "training": 200, "launches": 90}
+LIMITS = {
+    "machine": 60,
+    "oracle": 90,
+    "floor": 180,
+    "peers": 120,
+    "gpus": 120,
+    "ranks": 150,
+    "training": 200,
+    "launches": 90,
+}
 """The parts in their order, and the seconds that each may take. On an idle H100 all take a fraction of that."""
 
 
@@ -45,6 +55,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="measured runs of each contestant")
     parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS))
     parser.add_argument("--kernels", nargs="+", help="names of kernels; by default all that the device has")
+    parser.add_argument("--gpus", type=int, help="ranks of the part `gpus`; by default one per GPU")
     parser.add_argument("--limit", nargs="+", default=[], metavar="PART=SECONDS", help="other time limits")
     options = parser.parse_args(arguments)
     options.limits = dict(LIMITS)

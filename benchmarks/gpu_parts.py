@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,10 +115,6 @@ def floor(sizes: Sizes, emit: Emit) -> None:
 
 def peers(sizes: Sizes, emit: Emit) -> None:
     """Emit the times of dense attention, and of a baseline in the way of torchscale, next to ours."""
-    if sizes.device == "cuda" and torch.cuda.device_count() > 1:
-        emit(contestant="ring-flash-attn, torch's context parallel", **{"not run": "they need one process per GPU"})
-    else:
-        emit(contestant="ring-flash-attn, torch's context parallel", **{"not run": "one GPU"})
     for name, kernel in list(sizes.served(emit).items())[:1]:
         _compare_torchscale_style(sizes, name, kernel, emit)
         for causal in (True, False):
@@ -150,6 +151,23 @@ def _compare_torchscale_style(sizes: Sizes, name: str, kernel: Kernel, emit: Emi
     pairs = zip(*(_results(f, short.inputs()) for f in (theirs, ours(short, name, True))), strict=True)
     errors = {key: f"{_relative_error(a, b.double()):.1e}" for key, (a, b) in zip(names, pairs, strict=True)}
     emit(contestant="torchscale style", **{"pass": "relative difference from ours"}, **errors)
+
+
+def gpus(sizes: Sizes, emit: Emit) -> None:
+    """Emit the times of one rank per GPU, next to ring-flash-attn and torch's context parallel; see `gpu_ranks.py`."""
+    if sizes.num_gpus < 2:
+        emit(**{"not run": f"{'one GPU' if sizes.device == 'cuda' else 'no GPU'}, and several ranks need one each"})
+        return
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={sizes.num_gpus}"]
+    command = [sys.executable, *torchrun, str(Path(__file__).with_name("gpu_ranks.py")), *sys.argv[1:]]
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": paths}) as job:
+        assert job.stdout is not None
+        for line in job.stdout:
+            if line.startswith("{"):
+                emit(**json.loads(line))
+    if job.returncode:
+        raise RuntimeError(f"torchrun ended with exit status {job.returncode}")
 
 
 def ranks(sizes: Sizes, emit: Emit) -> None:
@@ -327,6 +345,7 @@ PARTS: dict[str, Callable[[Sizes, Emit], None]] = {
     "oracle": oracle,
     "floor": floor,
     "peers": peers,
+    "gpus": gpus,
     "ranks": ranks,
     "training": training,
     "launches": launches,

@@ -36,6 +36,7 @@ class Sizes:
         d_model, layers, train_len: width, blocks and N of the model that is trained.
         rounds: measured runs of each contestant.
         kernels: names of kernels; empty for all.
+        num_gpus: number of ranks of the part with one rank per GPU.
     """
 
     device: str
@@ -52,12 +53,14 @@ class Sizes:
     train_len: int
     rounds: int
     kernels: tuple[str, ...]
+    num_gpus: int
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> Sizes:
         """Return the sizes of a run: on a GPU those of the published tables, and small ones for a rehearsal."""
         dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-        common = (options.rounds, tuple(options.kernels or ()))
+        num_gpus = options.gpus or (torch.cuda.device_count() if options.device == "cuda" else 0)
+        common = (options.rounds, tuple(options.kernels or ()), num_gpus)
         if options.small:
             return cls(options.device, dtype, 512, 4, 16, 128, 256, 256, (256, 1024, 65536), 32, 1, 256, *common)
         lengths = tuple(1 << n for n in range(13, 31))  # 8,192 to 1,073,741,824.

@@ -23,12 +23,13 @@ def test_every_part_of_the_gpu_benchmark_writes_results(tmp_path):
     status, rows = rehearse(tmp_path)
     outcomes = {row["part"]: row["outcome"] for row in rows if "outcome" in row}
     assert outcomes == dict.fromkeys(
-        ("machine", "oracle", "floor", "peers", "ranks", "training", "launches"), "done"
+        ("machine", "oracle", "floor", "peers", "gpus", "ranks", "training", "launches"), "done"
     ), rows
     assert status == 0
     assert not [row for row in rows if any("failed" in key for key in row)]
     tables = (tmp_path / "results.md").read_text()
-    for part in outcomes:
+    assert {"part": "gpus", "not run": "no GPU, and several ranks need one each"} in rows
+    for part in outcomes.keys() - {"gpus"}:
         assert len([row for row in rows if row["part"] == part and not {"outcome", "not run"} & row.keys()]) >= 2, part
         assert f"## {part}\n\n|" in tables
     served = {row["value"] for row in rows if row.get("fact") == "kernels"}.pop().split(", ")

@@ -47,12 +47,10 @@ def test_yarn_is_that_of_transformers(theta, factor, original, head_dim):
     assert_close(frequencies.float(), expected, rtol=2e-6, atol=0)
     assert (frequencies != plain).any()
     assert yarn.attention_factor == pytest.approx(attention_factor, rel=1e-12)
-    positions = torch.arange(0, int(factor * original), 7)
+    positions = torch.arange(0, min(2048, int(factor * original)), 7)
     q, k = torch.randn(2, 1, len(positions), 2, head_dim).unbind()
     theirs = LlamaRotaryEmbedding(config)(q, positions[None])
-    theirs_q, theirs_k = (
-        x.transpose(1, 2) for x in apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *theirs)
-    )
+    theirs_q, theirs_k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *theirs)
     rotation = Rotation.at(positions, head_dim, base=theta, yarn=yarn)
     # Angles in float32, as theirs, are off by up to a rounding of the position.
     error = 8 * torch.finfo(torch.float32).eps * int(positions[-1])
