@@ -15,6 +15,8 @@ from longnet_dist.plan.hardware import Hardware
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SLOW_STARTS, NO_LATENCY = Hardware("slow starts", 1e12, 1e12, 1.0), Hardware("no latency", 1e12, 1e6, 1e-12)
 """With the first, a mesh joins all collectives between the same ranks; with the second none."""
+CPU_KERNELS = "torch", "eager"
+"""The kernels that serve a CPU."""
 PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as in the paper's (16384, 6) and (32768, 12).
 
 

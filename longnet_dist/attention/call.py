@@ -61,6 +61,11 @@ class Call:
         shares = mesh is not None and len(plan.shared) > 0 and mesh.shares_collectives(_layer_size(q, k, options))
         return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares)
 
+    @property
+    def in_place(self) -> bool:
+        """Whether the kernel attends rectangles in place; see `contract.Kernel`."""
+        return getattr(self.kernel, "IN_PLACE", False)
+
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""
         return x.unflatten(2, (self.num_kv_heads, x.shape[2] // self.num_kv_heads))
@@ -114,7 +119,7 @@ def _warn_of_float32() -> None:
     """Warn once in each process."""
     warnings.warn(
         "attention in float32 on a GPU is slow, because flash attention takes only bfloat16 and float16: compute under "
-        'torch.autocast("cuda", torch.bfloat16), or cast q, k and v. (kernel="eager" means float32, and is silent)',
+        'torch.autocast("cuda", torch.bfloat16), or cast q, k and v. (kernel="triton" means float32, and is silent)',
         stacklevel=2,
     )
 

@@ -67,13 +67,14 @@ def forward_op(
         heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
         q_r, k_r, v_r = tensors
-        bias = call.bias_of(heads, query_rows, key_rows, len(q_r))
+        bias = call.bias_of(heads, query_rows, key_rows, k_r.shape[:-3].numel())
         out, lse = call.kernel.forward(q_r, k_r, v_r, causal=causal, scale=call.scale, bias=bias)
         return out, lse.transpose(1, 2)
 
     for block in [*call.plan.local, *call.plan.own]:
-        for heads, rows in pieces(block.heads, block.rows):
-            q_k_v = as_queries(rectangle(q_BLGRD, heads, rows)), *(as_keys(rectangle(x, heads, rows)) for x in (k, v))
+        for heads, rows in pieces(block.heads, block.rows, call.in_place):
+            q_r, *k_v = (rectangle(x, heads, rows) for x in (q_BLGRD, k, v))
+            q_k_v = as_queries(q_r, call.in_place), *(as_keys(x, call.in_place) for x in k_v)
             out, lse = attend(heads.table, [rows], [rows], call.causal, *q_k_v)
             del q_k_v  # These may be copies, which take memory.
             merged.merge(block.branch, heads, rows, out, lse)
@@ -135,7 +136,7 @@ def backward_op(
         heads: HeadTable, query_rows: Sequence[Rows], key_rows: Sequence[Rows], causal: bool, *tensors: Tensor
     ) -> list[Tensor]:
         q_r, k_r, v_r, dout_r, out_r, lse_r = tensors
-        bias = call.bias_of(heads, query_rows, key_rows, len(q_r))
+        bias = call.bias_of(heads, query_rows, key_rows, k_r.shape[:-3].numel())
         lse_r = lse_r.transpose(1, 2).contiguous()
         *grads, dbias_r = call.kernel.backward(
             dout_r, q_r, k_r, v_r, out_r, lse_r, causal=causal, scale=call.scale, bias=bias
@@ -145,11 +146,12 @@ def backward_op(
         return grads
 
     def attend_own(block: OwnBlock) -> None:
-        for heads, rows in pieces(block.heads, block.rows):
-            q_r, *results_r = (as_queries(rectangle(x, heads, rows)) for x in (q_BLGRD, *results))
-            k_v = (as_keys(rectangle(x, heads, rows)) for x in (k, v))
-            grads = attend(heads.table, [rows], [rows], call.causal, q_r, *k_v, *results_r)
-            del q_r, results_r  # These may be copies, which take memory.
+        for heads, rows in pieces(block.heads, block.rows, call.in_place):
+            queries = [as_queries(rectangle(x, heads, rows), call.in_place) for x in (q_BLGRD, *results[:2])]
+            k_v = (as_keys(rectangle(x, heads, rows), call.in_place) for x in (k, v))
+            lse_r = as_queries(rectangle(results[2], heads, rows))
+            grads = attend(heads.table, [rows], [rows], call.causal, queries[0], *k_v, *queries[1:], lse_r)
+            del queries  # These may be copies, which take memory.
             for total in (dq, dk, dv):
                 total.add(block.branch, heads, rows, grads.pop(0))
 

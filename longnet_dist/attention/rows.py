@@ -32,13 +32,14 @@ def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
     )
 
 
-def pieces(heads: Heads, rows: Rows) -> Iterator[tuple[Heads, Rows]]:
+def pieces(heads: Heads, rows: Rows, in_place: bool = False) -> Iterator[tuple[Heads, Rows]]:
     """Cut a rectangle into parts that kernels can attend without copies, because one stride serves each dimension.
 
     Segments and phases have different strides. So a rectangle of several of both is cut along the smaller number, and
-    into at least about four parts, because the results of a part take memory beside those of all.
+    into at least about four parts, because the results of a part take memory beside those of all. If the kernel attends
+    rectangles `in_place`, they stay whole.
     """
-    if 1 in (rows.segments, heads.phases):
+    if in_place or 1 in (rows.segments, heads.phases):
         yield heads, rows
         return
     by_phase = heads.phases <= rows.segments
@@ -51,17 +52,18 @@ def pieces(heads: Heads, rows: Rows) -> Iterator[tuple[Heads, Rows]]:
             yield part_heads, replace(rows, first=rows.first + start, position=position, segments=count)
 
 
-def as_keys(x_BSFJMD: Tensor) -> Tensor:
+def as_keys(x_BSFJMD: Tensor, in_place: bool = False) -> Tensor:
     """Reshape K or V of a rectangle for a kernel, (B, S, F, J, M, D) -> (b = B S F, J, M, D).
 
-    The result is a view if strides allow it, else a copy.
+    The result is a view if strides allow it, else a copy. A kernel that attends rectangles `in_place` gets them as
+    they are.
     """
-    return x_BSFJMD.flatten(0, 2)
+    return x_BSFJMD if in_place else x_BSFJMD.flatten(0, 2)
 
 
-def as_queries(x_BSFIMR: Tensor) -> Tensor:
+def as_queries(x_BSFIMR: Tensor, in_place: bool = False) -> Tensor:
     """Reshape a tensor with query heads for a kernel, (B, S, F, I, M, R, ...) -> (b = B S F, I, M R, ...)."""
-    return x_BSFIMR.flatten(0, 2).flatten(2, 3)
+    return x_BSFIMR if in_place else x_BSFIMR.flatten(0, 2).flatten(2, 3)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

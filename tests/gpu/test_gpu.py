@@ -10,7 +10,8 @@ import torch
 from torch.testing import assert_close
 
 import longnet_dist
-from longnet_dist import Pattern, dilated_attention
+from longnet_dist import Pattern, T5Bias, dilated_attention
+from longnet_dist.attention.kernels import KERNELS, KernelRequest, choose_kernel
 from longnet_dist.attention.merging import collected
 from longnet_dist.models.loss import linear_token_loss, token_loss
 from longnet_dist.plan.blocks import make_plan
@@ -30,6 +31,67 @@ def test_every_head_dim_equals_the_oracle(head_dim, G):
     case = Case(Pattern((64, 100, 300), (1, 3, 5)), N=300, H=4, G=G, B=2, D=head_dim, causal=True)
     errors = largest_errors(case)
     assert all(error < 4 * EPS for error in errors), errors  # Fails for NaN, too.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 100, 128, 256])
+@pytest.mark.parametrize(
+    ("causal", "biased", "G"), [(True, False, 4), (False, False, 1), (True, True, 2), (False, True, 4)]
+)
+def test_triton_equals_the_oracle(dtype, head_dim, causal, biased, G):
+    case = Case(Pattern((64, 100, 300), (1, 3, 5)), N=300, H=4, G=G, B=2, D=head_dim, causal=causal, biased=biased)
+    inputs = {name: x.detach().to(dtype).cuda().requires_grad_() for name, x in case.tensors().items()}
+    out = dilated_attention(**case.arguments(inputs), kernel="triton")
+    results = [out, *torch.autograd.grad(out, list(inputs.values()), case.dout(dtype).cuda())]
+    exact = {name: x.detach().double().cpu().requires_grad_() for name, x in inputs.items()}
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for actual, expected in zip(results, case.oracle(inputs=exact), strict=True):
+        size = expected.abs().max().clamp(min=1)
+        assert_close(actual.double().cpu() / size, expected / size, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_triton_equals_eager_where_its_blocks_are_large(causal):
+    q, k, v, dout = torch.randn(4, 2, 700, 4, 64, device="cuda").unbind()
+    k, v = k[:, :, :2], v[:, :, :2]
+    actual, expected = [], []
+    for kernel, results in (("triton", actual), ("eager", expected)):
+        table = torch.linspace(-1, 1, 128, device="cuda").view(32, 4).requires_grad_()
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        bias = T5Bias(table, max_distance=500)
+        out = dilated_attention(*inputs, Pattern((700, 512), (1, 2)), causal=causal, bias=bias, kernel=kernel)
+        results += [out, *torch.autograd.grad(out, [*inputs, table], dout)]
+    for a, b in zip(actual, expected, strict=True):
+        size = b.abs().max().clamp(min=1)
+        assert_close(a / size, b / size, rtol=0, atol=1e-5)
+
+
+def test_triton_gives_equal_bits_twice():
+    q = torch.randn(1, 4096, 4, 64, device="cuda", dtype=torch.bfloat16)
+    results = []
+    for _ in range(2):
+        leaf = q.clone().requires_grad_()
+        out = dilated_attention(leaf, leaf, leaf, Pattern((1024, 4096), (1, 4)), causal=True, kernel="triton")
+        results.append((out, *torch.autograd.grad(out.sum(), leaf)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_triton_attends_many_short_rectangles():
+    q = torch.randn(1, 140_000, 2, 16, device="cuda", requires_grad=True)
+    out = dilated_attention(q, q, q, Pattern((2,), (1,)), causal=True, kernel="triton")
+    out.sum().backward()
+    assert_close(out[:, ::2], q[:, ::2])  # The first token of a segment sees only itself.
+    assert q.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "biased"),
+    [(torch.float32, 64, False), (torch.bfloat16, 64, True), (torch.bfloat16, 40, True), (torch.bfloat16, 12, False)],
+)
+def test_what_flash_attention_refuses_is_computed_in_triton(dtype, head_dim, biased):
+    chosen = choose_kernel("auto", KernelRequest(torch.device("cuda"), dtype, head_dim, bias=biased))
+    assert chosen is KERNELS["triton"]
 
 
 def test_float32_says_that_it_is_slow():

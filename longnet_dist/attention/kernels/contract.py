@@ -78,7 +78,12 @@ class RectangleBias(Protocol):
 
 
 class Kernel(Protocol):
-    """Dense attention on rectangles, forward and backward. A module with these three functions is a kernel."""
+    """Dense attention on rectangles, forward and backward. A module with these three functions is a kernel.
+
+    A kernel with a constant `IN_PLACE = True` also takes views of any strides that have three batch dimensions and two
+    of heads: q, dout and out (B, S, F, I, M, R, D) and k, v (B, S, F, J, M, D), where b = B S F, G = M and H = M R.
+    Its results have the shapes below.
+    """
 
     def unsupported(self, request: KernelRequest) -> list[str]:
         """Return the reasons why this kernel cannot serve the request; empty if it can."""

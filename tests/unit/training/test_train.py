@@ -102,7 +102,7 @@ def test_paths_may_be_strings(tmp_path):
     [
         ({"position": "alibi"}, "'alibi'; it must be one of rotary, xpos, none"),
         ({"activation_checkpointing": "some"}, "one of none, selective, full"),
-        ({"kernel": "fast"}, "one of auto, torch, eager"),
+        ({"kernel": "fast"}, "one of auto, torch, triton, eager"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
 
+IN_PLACE = True
+"""It addresses every dimension of a rectangle by a stride; see `contract.Kernel`."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_HEAD_DIM = 256
 

@@ -25,11 +25,14 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor) -> tl.tensor:
-    """Return a @ b + total in float32; `total` may be None. float32 is computed as such, not in TF32."""
+    """Return a @ b + total in float32; `total` may be None.
+
+    Of float32, tensor cores multiply three pairs of TF32 parts, which together are as exact as float32.
+    """
     if INTERPRETED:  # NumPy has no bfloat16.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
+    return tl.dot(a, b, total, input_precision="tf32x3")
 
 
 @triton.jit
