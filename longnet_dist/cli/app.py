@@ -26,12 +26,13 @@ from longnet_dist import __version__
 from longnet_dist.best_effort import BestEffort
 from longnet_dist.cli.doctor import run_doctor
 from longnet_dist.cli.draw import run_draw
-from longnet_dist.cli.evaluate import run_eval
 from longnet_dist.cli.export import run_export
+from longnet_dist.cli.generate import run_generate
 from longnet_dist.cli.options import PathError, check_values, path_registry
 from longnet_dist.cli.plan import run_calibrate, run_plan
 from longnet_dist.cli.report import run_report
-from longnet_dist.cli.score import run_embed_slides, run_score
+from longnet_dist.cli.score import run_eval, run_score
+from longnet_dist.cli.slides import run_embed_slides
 from longnet_dist.cli.tokenize import run_tokenize
 from longnet_dist.cli.train import resumed, run_train
 
@@ -40,6 +41,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "tokenize": run_tokenize,
     "eval": run_eval,
     "score": run_score,
+    "generate": run_generate,
     "embed-slides": run_embed_slides,
     "export": run_export,
     "report": run_report,

@@ -1,15 +1,17 @@
-"""`longnet-dist score`, the log-likelihood of files, and `longnet-dist embed-slides`, embeddings of whole slides."""
+"""`longnet-dist score`, the log-likelihood of files, and `longnet-dist eval`, bits per byte by position."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import tyro
 
 from longnet_dist.checkpoints.storage import storage_path
+from longnet_dist.cli.options import Run, check_positive
 
 
 def run_score(
@@ -20,7 +22,8 @@ def run_score(
 ) -> None:
     """Print how likely a model finds files: log-likelihood, and bits per byte.
 
-    Each file is one sequence. Under torchrun, all ranks share it.
+    Each file is one sequence, of any length: one process reads it part by part in constant memory, unless --tokens is
+    given. Under torchrun, all ranks share it.
 
     Args:
         files: Files to score.
@@ -36,8 +39,9 @@ def run_score(
     import torch
     import torch.distributed as dist
 
-    from longnet_dist.data.tokenizers import load_tokenizer
+    from longnet_dist.data.tokenizers import Bytes, load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
+    from longnet_dist.inference.stream import FileBytes, Progress, can_stream, nats_by_position
     from longnet_dist.training.evaluation import evaluated
     from longnet_dist.training.job import find_tokenizer
     from longnet_dist.training.state import is_export
@@ -46,6 +50,11 @@ def run_score(
         folder = storage_path(model)
         tokenizer = load_tokenizer(loaded.tokenizer_file if is_export(folder) else find_tokenizer(folder))
         for file in files:
+            if mesh_of_run is None and not tokens and tokenizer.name == Bytes.name and can_stream(loaded):
+                source = FileBytes(file)
+                ((_, count, nats),) = nats_by_position(loaded, source, progress=Progress(len(source)))
+                _print(file, -nats, count, len(source), as_json)
+                continue
             text = file.read_bytes()
             ids = torch.from_numpy(tokenizer.encode([text])[0].astype("int64"))
             if len(ids) < 2:
@@ -53,70 +62,99 @@ def run_score(
             mesh = mesh_of_run and SequenceMesh(dist.group.WORLD, loaded.config.pattern, len(ids))
             scores = loaded.score(ids, mesh)
             if mesh is None or mesh.rank == 0:
-                _print(file, scores.tolist(), len(text), tokens, as_json)
+                each = scores.tolist()
+                _print(file, math.fsum(each), len(each), len(text), as_json, each if tokens else None)
 
 
-def _print(file: Path, scores: list[float], num_bytes: int, tokens: bool, as_json: bool) -> None:
-    total = math.fsum(scores)
+def _print(
+    file: Path, total: float, count: int, num_bytes: int, as_json: bool, scores: list[float] | None = None
+) -> None:
     bits = -total / math.log(2) / num_bytes
     if as_json:
-        result = {"file": str(file), "log_likelihood": total, "tokens": len(scores), "bits_per_byte": bits}
-        print(json.dumps(result | ({"log_likelihoods": scores} if tokens else {})))
+        result = {"file": str(file), "log_likelihood": total, "tokens": count, "bits_per_byte": bits}
+        print(json.dumps(result | ({} if scores is None else {"log_likelihoods": scores})))
         return
     print(
-        f"{file}: log-likelihood {total:,.1f} nats over {len(scores):,} tokens, "
-        f"{total / len(scores):.4f} per token; {bits:.4f} bits per byte"
+        f"{file}: log-likelihood {total:,.1f} nats over {count:,} tokens, {total / count:.4f} per token; {bits:.4f} "
+        "bits per byte"
     )
-    if tokens:
+    if scores is not None:
         print("\n".join(f"{score:.6f}" for score in scores))
 
 
-def run_embed_slides(
-    tiles: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="TILES...")]],
-    weights: str,
-    out: Path,
-    all_layers: bool = False,
-    global_pool: bool = False,
-    tile_size: int = 256,
-    padding: Literal["torchscale", "none"] = "torchscale",
-    device: str | None = None,
+def run_eval(
+    run: Run,
+    data: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
+    seq_len: int | None = None,
+    sequences: int = 8,
+    edges: tuple[int, ...] = (256, 1024, 2048, 4096, 8192, 16384, 32768),
+    stream: Path | None = None,
+    state: Path | None = None,
 ) -> None:
-    """Embed whole slides with Prov-GigaPath's slide encoder.
+    """Print a run's bits per byte on held-out data, by the number of tokens that the model has seen.
 
-    A slide that cannot be embedded is named, and the others are still embedded; the exit status is then 1. Under
-    torchrun, all ranks share each slide.
+    Under torchrun, all ranks share each sequence, or each part of a stream.
 
     Args:
-        tiles: Files of tile features (.h5, .pt, .npz), each one slide, or folders of them.
-        weights: The file slide_encoder.pth, or hf_hub:OWNER/NAME.
-        out: Folder for the results, one NAME.npz for each slide.
-        all_layers: Write the embeddings of all layers, too.
-        global_pool: Average over tiles, instead of reading the class token.
-        tile_size: Side of a tile in pixels, in the unit of the coordinates.
-        padding: Attention as the weights were trained (torchscale), or exact (none).
-        device: Device of torch; by default a GPU if there is one, under torchrun one for each rank.
+        run: Folder of the run, or its URL in an object store; or of an export, with --data.
+        data: Files, folders, globs and hf: datasets, as for train; by default the run's own held-out data.
+        tokenizer: Tokenizer file for the data; by default that of the run.
+        seq_len: Tokens per sequence; by default that of the run.
+        sequences: Largest number of sequences to evaluate.
+        edges: Positions in the sequence at which one row of the table ends and the next begins.
+        stream: File of any length, of bytes, to evaluate as one sequence in constant memory, instead of other data.
+        state: File in which --stream saves its state every minute, so that the same command goes on after a kill.
     """
-    if tile_size < 1:
-        raise ValueError(f"--tile-size is {tile_size}; it must be at least 1")
-    import torch
+    check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
+    for edge in edges:
+        check_positive({"edges": edge})
+    if any(a >= b for a, b in itertools.pairwise(edges)):
+        raise ValueError(f"--edges are {' '.join(map(str, edges))}; each must be above the one before")
+    if tokenizer is not None and not data:
+        raise ValueError("--tokenizer is for --data; the data that the run held out has the run's own tokenizer")
+    if state is not None and stream is None:
+        raise ValueError("--state is for --stream")
+    if stream is not None:
+        if data or seq_len is not None:
+            raise ValueError("--stream FILE is the data, as one sequence; leave out --data and --seq-len")
+        _evaluate_stream(run, stream, state, edges)
+        return
+    from longnet_dist.inference.evaluate import bits_by_position
+    from longnet_dist.training.evaluation import evaluated, held_out_tokens
+
+    with evaluated(storage_path(run), seq_len) as (model, config, mesh):
+        held_out = held_out_tokens(storage_path(run), config, model, data, tokenizer)
+        rows = bits_by_position(model, held_out, config.seq_len, sequences, edges, mesh)
+    if mesh is not None and mesh.rank > 0:
+        return
+    reach = model.config.pattern.reach(config.seq_len)
+    if reach < config.seq_len:
+        print(f"a token of this model sees at most {reach:,} of the {config.seq_len:,} tokens")
+    _print_rows(rows)
+
+
+def _evaluate_stream(run: str, file: Path, state: Path | None, edges: tuple[int, ...]) -> None:
+    """Print the table of a file that is read part by part."""
     import torch.distributed as dist
 
-    from longnet_dist.inference.slides import embed_slides, find_tile_files
-    from longnet_dist.models.slide_encoder import SlideEncoder
-    from longnet_dist.training.config import TrainConfig
-    from longnet_dist.training.processes import init_processes
+    from longnet_dist.inference.stream import FileBytes, Progress, can_stream, nats_by_position
+    from longnet_dist.training.evaluation import evaluated
 
-    files = find_tile_files(tiles)
-    with init_processes(TrainConfig(), None if device is None else torch.device(device)) as chosen:
-        # The weights were trained on slides of up to 1,024 x 1,024 tiles, which decides the segment lengths.
-        model = SlideEncoder.from_pretrained(
-            weights,
-            device=chosen,
-            slide_size=1024 * tile_size,
-            tile_size=tile_size,
-            global_pool=global_pool,
-            padding=padding,
-        )
-        failed = embed_slides(model, files, out, all_layers, dist.group.WORLD if dist.is_initialized() else None)
-    if failed:
-        raise RuntimeError(f"{len(failed)} of {len(files)} slides failed: {', '.join(map(str, failed))}")
+    if not file.is_file():
+        raise ValueError(f"--stream {file} is no file")
+    with evaluated(storage_path(run)) as (model, _, mesh):
+        if not can_stream(model):
+            raise ValueError("--stream needs a model with rotary positions or biases, and no zero rows")
+        source, group = FileBytes(file), None if mesh is None else dist.group.WORLD
+        options: dict[str, Any] = {"state": state, "identity": f"{run} on {file.resolve()}", "group": group}
+        is_first = mesh is None or mesh.rank == 0
+        ranges = nats_by_position(model, source, edges, **options, progress=Progress(len(source)) if is_first else None)
+    if is_first:
+        _print_rows([(first, last, nats / (last - first) / math.log(2)) for first, last, nats in ranges])
+
+
+def _print_rows(rows: list[tuple[int, int, float]]) -> None:
+    print(f"{'tokens seen':>17}  bits per byte  perplexity per byte")
+    for first, last, bits in rows:
+        print(f"{first + 1:>7} to {last:>6}  {bits:13.3f}  {2**bits:19.3f}")

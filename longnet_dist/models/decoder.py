@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -197,10 +197,15 @@ class LongNet(nn.Module):
         top_p: float = 1.0,
         seed: int = 0,
         mesh: SequenceMesh | None = None,
+        progress: Callable[[int], object] | None = None,
     ) -> Iterator[Tensor]:
-        """Yield the tokens that `generate` would add to (B, N), one after the other: (B,), int64."""
+        """Yield the tokens that `generate` would add to (B, N), one after the other: (B,), int64.
+
+        `progress` is called with the number of tokens of the prompt that were read, after each part. For the other
+        arguments see `generate`.
+        """
         sampling = Sampling(temperature, top_k, top_p)
-        return stream_tokens(self, prompt, max_new_tokens, sampling, seed=seed, mesh=mesh)
+        return stream_tokens(self, prompt, max_new_tokens, sampling, seed=seed, mesh=mesh, progress=progress)
 
     def score(self, text_or_ids: str | bytes | Tensor, mesh: SequenceMesh | None = None) -> Tensor:
         """Compute the log-likelihood of each token given the tokens before it, in nats, without gradients.

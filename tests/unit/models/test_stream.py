@@ -1,0 +1,79 @@
+"""A failure here means: a stream that is read part by part, or resumed, has another likelihood than the whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longnet_dist import LongNetConfig
+from longnet_dist.inference.stream import FileBytes, Repeated, nats_by_position
+
+CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32, 512), dilation_rates=(1, 4, 16))
+EDGES = (10, 100, 4000)
+
+
+def build():
+    torch.manual_seed(0)
+    return CONFIG.build(dtype=torch.float64).eval()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "text"
+    path.write_bytes(bytes(i * i % 251 for i in range(1000)))
+    return path
+
+
+def whole(model, file):
+    """Return the negative log-likelihood of each range of positions, from one forward."""
+    ids = torch.tensor(list(file.read_bytes()))
+    nats = -model.score(ids)
+    return [(a, b, nats[a:b].sum().item()) for a, b in ((0, 10), (10, 100), (100, 999))]
+
+
+@pytest.mark.parametrize("part", [1000, 64, 37])
+def test_a_stream_has_the_likelihood_of_the_whole(file, part):
+    model, read = build(), []
+    found = nats_by_position(model, FileBytes(file), EDGES, part=part, progress=read.append)
+    assert sum(read) == 999
+    for (a, b, nats), (first, last, expected) in zip(found, whole(model, file), strict=True):
+        assert (a, b) == (first, last)
+        assert nats == pytest.approx(expected, abs=1e-9)
+
+
+class KilledError(Exception):
+    """Ends a stream."""
+
+
+def test_a_killed_stream_resumes_to_the_same_number(file, tmp_path):
+    """The state is saved after each part; the second call reads only what is left, and removes the state."""
+    model, state, read = build(), tmp_path / "state", []
+
+    def die(tokens):
+        read.append(tokens)
+        if sum(read) == 640:
+            raise KilledError
+
+    options = {"part": 64, "state": state, "save_every": 0, "identity": "this"}
+    with pytest.raises(KilledError):
+        nats_by_position(model, FileBytes(file), EDGES, **options, progress=die)
+    assert state.exists()
+    with pytest.raises(ValueError, match=r"is the state of this; .*, not of that; "):
+        nats_by_position(model, FileBytes(file), EDGES, **(options | {"identity": "that"}))
+    again = []
+    resumed = nats_by_position(model, FileBytes(file), EDGES, **options, progress=again.append)
+    assert again == [576, 64, 64, 64, 64, 64, 64, 39]  # The part after the last saving is read again.
+    assert resumed == nats_by_position(model, FileBytes(file), EDGES, part=64)
+    assert not state.exists()
+
+
+def test_tokens_can_be_repeated():
+    tokens = Repeated(torch.arange(5).numpy(), 12)
+    assert len(tokens) == 12
+    assert tokens.read(3, 12).tolist() == [3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_a_file_of_one_byte_raises(tmp_path):
+    (tmp_path / "x").write_bytes(b"x")
+    with pytest.raises(ValueError, match="has 1 tokens; the first is not predicted"):
+        FileBytes(tmp_path / "x")
