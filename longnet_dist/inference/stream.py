@@ -74,21 +74,29 @@ class Progress:
 
     Args:
         total: the number of tokens.
-        done: how many of them were read before.
         every: seconds between two lines.
     """
 
-    def __init__(self, total: int, done: int = 0, every: float = 10.0) -> None:
-        self._total, self._done, self._before, self._every = total, done, done, every
-        self._began = self._printed = time.monotonic()
+    def __init__(self, total: int, every: float = 10.0) -> None:
+        self._total, self._every, self._done = total, every, 0
+        self._first: tuple[float, int] | None = None
+        self._printed = time.monotonic()
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second since the first call, which may tell of those that an earlier run has read."""
+        if self._first is None:
+            return 0.0
+        began, before = self._first
+        return (self._done - before) / max(1e-9, time.monotonic() - began)
 
     def __call__(self, tokens: int) -> None:
         """Count tokens that were read."""
         self._done += tokens
         now = time.monotonic()
-        if now - self._printed >= self._every:
-            self._printed = now
-            speed = (self._done - self._before) / (now - self._began)
+        self._first = self._first or (now, self._done)
+        if now - self._printed >= self._every and self.speed > 0:
+            self._printed, speed = now, self.speed
             left = (self._total - self._done) / speed
             print(
                 f"read {self._done:,} of {self._total:,} tokens ({self._done / self._total:.1%}), {speed:,.0f} a "

@@ -12,7 +12,19 @@ import pytest
 
 import longnet_dist
 
-COMMANDS = ("train", "tokenize", "eval", "score", "embed-slides", "export", "report", "draw", "plan", "doctor")
+COMMANDS = (
+    "train",
+    "tokenize",
+    "eval",
+    "score",
+    "generate",
+    "embed-slides",
+    "export",
+    "report",
+    "draw",
+    "plan",
+    "doctor",
+)
 
 
 def test_public_names_are_what_their_modules_define():

@@ -1,0 +1,76 @@
+"""A failure here means: on the command line, a text is continued or read as a stream otherwise than by the model."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from longnet_dist import LongNet, LongNetConfig
+from longnet_dist.cli import app
+
+
+@pytest.fixture
+def export(tmp_path, monkeypatch):
+    """The folder of an exported model, beside a file of text, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    config = LongNetConfig(d_model=16, num_layers=1, num_heads=2, segment_lengths=(8, 64), dilation_rates=(1, 4))
+    config.build().save_pretrained("model")
+    (tmp_path / "text").write_bytes(bytes(i * i % 251 for i in range(300)))
+    return "model"
+
+
+@pytest.mark.parametrize("prompt", [["--prompt", "one text"], ["--prompt-file", "text"]])
+def test_generate_continues_a_text(export, prompt, capfdbinary):
+    arguments = ["generate", export, *prompt, "--max-new-tokens", "20", "--temperature", "1", "--seed", "3"]
+    assert app.main(arguments) == 0
+    text = b"one text" if prompt[0] == "--prompt" else Path("text").read_bytes()
+    ids = torch.tensor(list(text))[None]
+    expected = LongNet.from_pretrained(export).generate(ids, 20, temperature=1.0, seed=3, stop=[256])[0, len(text) :]
+    assert capfdbinary.readouterr().out == bytes(i for i in expected.tolist() if i < 256) + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give the text to continue, by --prompt or --prompt-file"),
+        (["--prompt", "a", "--prompt-file", "text"], "by --prompt or --prompt-file"),
+        (["--prompt-file", "missing"], "--prompt-file missing is no file"),
+        (["--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0"),
+    ],
+)
+def test_mistakes_of_generate_are_one_line(export, arguments, message, capsys):
+    assert app.main(["generate", export, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_eval_and_score_read_a_file_as_a_stream(export, capsys):
+    assert app.main(["eval", export, "--stream", "text", "--edges", "100", "--state", "state"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    scores = LongNet.from_pretrained(export).score(Path("text").read_bytes())
+    for row, part in zip(rows, (scores[:100], scores[100:]), strict=True):
+        assert float(row[3]) == pytest.approx(-part.double().mean().item() / math.log(2), abs=2e-3)
+    assert app.main(["score", "text", "--model", export, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == 299
+    assert found["log_likelihood"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--state", "state"], "--state is for --stream"),
+        (["--stream", "missing"], "--stream missing is no file"),
+        (["--stream", "text", "--seq-len", "10"], "leave out --data and --seq-len"),
+    ],
+)
+def test_mistakes_of_streams_are_one_line(export, arguments, message, capsys):
+    assert app.main(["eval", export, *arguments]) == 2
+    assert message in capsys.readouterr().err
