@@ -193,7 +193,7 @@ class StepRunner:
 
     def _hide(self, tokens: Tensor, stream: TokenStream, number: int) -> tuple[Tensor, Tensor]:
         """Hide tokens of this rank's rows of a sequence; it depends on the seed, the stream and the number alone."""
-        seed = self.config.seed % (1 << 64), int(stream is self.corpus.validation), number
+        seed = self.config.seed % (1 << 64), int(stream == self.corpus.validation), number
         return mask_tokens(
             tokens,
             self.config.seq_len,

@@ -99,6 +99,19 @@ def test_an_interrupted_run_hides_the_same_tokens(config, tmp_path, documents):
     assert tuple(parts) == whole.losses
 
 
+def test_training_and_validation_hide_other_tokens(config, monkeypatch):
+    """The first sequence of each has the number 0."""
+    seeds = []
+
+    def record(*arguments, seed, **options):
+        seeds.append(seed)
+        return mask_tokens(*arguments, seed=seed, **options)
+
+    monkeypatch.setattr(longnet_dist.training.steps, "mask_tokens", record)
+    longnet_dist.train(dataclasses.replace(config, objective="mlm", steps=1, validation_sequences=1))
+    assert seeds == [(0, 0, 0), (0, 1, 0)]
+
+
 def test_a_decoder_is_no_encoder(tmp_path):
     longnet_dist.LongNetConfig(d_model=16, num_layers=1).build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a decoder, for LongNet\.from_pretrained"):

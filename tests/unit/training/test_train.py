@@ -100,7 +100,7 @@ def test_paths_may_be_strings(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"position": "alibi"}, "'alibi'; it must be one of rotary, xpos, none"),
+        ({"position": "learned"}, "'learned'; it must be one of rotary, xpos, alibi, t5, none"),
         ({"activation_checkpointing": "some"}, "one of none, selective, full"),
         ({"kernel": "fast"}, "one of auto, torch, triton, eager"),
         ({"num_layers": 0}, "num_layers is 0"),
