@@ -14,6 +14,7 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import metadata
 
 import pytest
 import torch
@@ -25,6 +26,16 @@ from longnet_dist.attention.kernels import KernelRequest, eager, triton
 from tests.cases import Case, output_and_gradients
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+
+
+def version_of(package: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
+
+
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or (version_of("triton") < (3, 9) and version_of("numpy") >= (2, 4)),
+    reason="no triton, or one whose interpreter cannot loop with this version of NumPy",
+)
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
 
 
@@ -119,7 +130,7 @@ def drawn(seed: int) -> Rectangle:
 
 
 NAMED = [
-    Rectangle(1, 70, 70, 1, 2, 16, True, key_runs=()),
+    Rectangle(1, 70, 70, 1, 2, 16, True),
     Rectangle(2, 67, 67, 1, 1, 16, True, key_runs=((0, 67),)),
     Rectangle(2, 40, 70, 1, 1, 16, False, key_runs=((3, 33), (201, 37)), transposed=True),
     Rectangle(1, 1, 1, 1, 1, 128, True, torch.bfloat16),
@@ -127,7 +138,7 @@ NAMED = [
 ]
 
 
-@needs_triton
+@interpreted
 @pytest.mark.parametrize("case", [*NAMED, *map(drawn, range(8))], ids=str)
 def test_rectangles_equal_eager_in_float64(interpreter, case):
     actual = interpreter.submit(results_of_triton, case).result()
@@ -139,12 +150,12 @@ def test_rectangles_equal_eager_in_float64(interpreter, case):
         assert_close(a.double() / size, b.double() / size, rtol=0, atol=ROUNDING[case.dtype])
 
 
-@needs_triton
+@interpreted
 @pytest.mark.parametrize(
     "case",
     [
-        Case(Pattern((8, 21), (1, 3)), N=21, H=4, G=2, B=1, D=8, causal=True, biased=True),
-        Case(Pattern((10, 20), (2, 5), "blocked"), N=23, H=2, G=2, B=2, D=16, causal=False, biased=True),
+        Case(Pattern((8, 16), (1, 2)), N=17, H=4, G=2, B=1, D=8, causal=True, biased=True),
+        Case(Pattern((10, 20), (2, 5), "blocked"), N=23, H=2, G=2, B=1, D=16, causal=False, biased=True),
     ],
     ids=["causal", "full"],
 )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +25,8 @@ _DIAGONAL_BLOCK = 32
 _NO_BIAS: tuple[None, tuple[int, int, int], tuple[int, int]] = (None, (0, 0, 0), (1, 0))
 
 
-class Sizes(NamedTuple):
+@dataclass(frozen=True)
+class Sizes:
     """The sizes of a call: b rectangles, I queries, J keys, H query heads, of which R share each of G, head dim D."""
 
     b: int
@@ -134,14 +136,14 @@ def backward(
         grad_values = torch.zeros_like(table.values)
         ends = [first for first, _ in table.runs[1:]] + [n.J]
         for (first, index), end in zip(table.runs, ends, strict=True):
-            run = n._replace(J=end - first)
+            run = replace(n, J=end - first)
             sums = torch.empty(
                 *(n.b, n.H, run.diagonals(causal), 2 * _DIAGONAL_BLOCK), dtype=torch.float32, device=q.device
             )
             keys = (x[:, :, :, first:end] for x in (k, v))
             bias_gradient[(sums[..., 0].numel(),)](
                 dout, q, *keys, lse, delta, sums, n.rectangles, *strides, n.I, run.J, n.H, n.R, scores_scale,
-                *_arguments(table._replace(runs=((0, index - first),))), CAUSAL=causal, BLOCK=_DIAGONAL_BLOCK,
+                *_arguments(DistanceTable(table.values, ((0, index - first),))), CAUSAL=causal, BLOCK=_DIAGONAL_BLOCK,
                 num_warps=4, num_stages=1, **n.dim(), **_OPTIONS,
             )  # fmt: skip
             _add_diagonals(grad_values, sums, index - first, run, causal)

@@ -27,9 +27,9 @@ _LOW_PRECISION: dict[str, tuple[Candidate, ...]] = {
     "key_gradients": ((64, 128, 8, 2), (64, 64, 8, 2), (32, 64, 8, 2), (64, 64, 4, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
 }
 _FLOAT32: dict[str, tuple[Candidate, ...]] = {
-    "forward": ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1)),
-    "query_gradient": ((64, 32, 8, 1), (32, 32, 4, 1)),
-    "key_gradients": ((32, 64, 8, 1), (32, 32, 4, 1)),
+    "forward": ((64, 64, 8, 1), (64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    "query_gradient": ((64, 32, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
+    "key_gradients": ((32, 64, 8, 1), (32, 32, 4, 1), (32, 32, 8, 1)),
 }
 _INTERPRETED: dict[str, Candidate] = {
     "forward": (32, 64, 1, 1),
