@@ -17,11 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from gpu import one_line
-from gpu_timing import Emit, Run, Sizes, attention_run, floor_run, measure, ours, torchscale_style
+from gpu_timing import Emit, Run, Sizes, attention_run, floor_run, measure, ours, profile, torchscale_style
 from measure import dtype_name
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity
 
 from longnet_dist import LongNetConfig, Pattern, SequenceMesh, dense_reference, dilated_attention, next_token_labels
 from longnet_dist.attention.kernels import Kernel
@@ -319,25 +318,6 @@ def launches(sizes: Sizes, emit: Emit) -> None:
             continue
         emit(kernel=name, **{"pass": "forward"} | forward)
         emit(kernel=name, **{"pass": "backward"} | backward)
-
-
-def profile(run: Run, device: str) -> dict[str, Any]:
-    """Return the launches of a run, the milliseconds that they take, and the longest; on a CPU, torch's operators."""
-    cuda = device == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
-        run()
-        if cuda:
-            torch.cuda.synchronize()
-    which = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
-    events = [event for event in profiler.key_averages() if event.device_type == which]
-    total = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 for event in events}
-    longest = sorted(events, key=lambda event: total[event.key], reverse=True)[:6]
-    return {
-        "launches": sum(event.count for event in events),
-        "kernel_ms": round(sum(total.values()), 3),
-        "longest": "; ".join(f"{event.key[:60]} x{event.count}: {total[event.key]:.2f} ms" for event in longest),
-    }
 
 
 PARTS: dict[str, Callable[[Sizes, Emit], None]] = {

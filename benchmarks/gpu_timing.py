@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from gpu import one_line
 from torch import Tensor
+from torch.profiler import ProfilerActivity
 
 from longnet_dist import Pattern, dilated_attention
 from longnet_dist.attention.kernels import KERNELS, Kernel, KernelRequest
@@ -152,6 +153,25 @@ def peak_mib(run: Run, device: str) -> int | None:
     run()
     torch.cuda.synchronize()
     return round((torch.cuda.max_memory_allocated() - before) / 2**20)
+
+
+def profile(run: Run, device: str) -> dict[str, Any]:
+    """Return the launches of a run, the milliseconds that they take, and the longest; on a CPU, torch's operators."""
+    cuda = device == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+    which = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [event for event in profiler.key_averages() if event.device_type == which]
+    total = {event.key: (event.self_device_time_total if cuda else event.self_cpu_time_total) / 1e3 for event in events}
+    longest = sorted(events, key=lambda event: total[event.key], reverse=True)[:6]
+    return {
+        "launches": sum(event.count for event in events),
+        "kernel_ms": round(sum(total.values()), 3),
+        "longest": "; ".join(f"{event.key[:60]} x{event.count}: {total[event.key]:.2f} ms" for event in longest),
+    }
 
 
 def attention_run(attend: Callable[..., Tensor], inputs: list[Tensor], backward: bool) -> Run:
