@@ -74,7 +74,7 @@ class Rectangle:
         query = self.key_runs[0][0] if self.causal else 60
         return BiasOfRectangle(
             T5Bias(parameters[0].t(), 40), parameters, query + 3 * torch.arange(self.I), torch.cat(positions),
-            self.causal, 2, 3, (query, self.I), self.key_runs,
+            torch.zeros(self.b, dtype=torch.int64), self.causal, 2, 3, (query, self.I), self.key_runs,
         )  # fmt: skip
 
 
