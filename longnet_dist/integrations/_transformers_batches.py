@@ -207,6 +207,8 @@ class CheckInputs:
         self.warned = False
         self.has_documents: bool | None = None
         """Whether the forward that runs has documents; None outside one, as when a layer is computed again."""
+        self.past: Any = None
+        """The cache of the forward that runs, a `DilatedPast`; None without one."""
         self.has_target: Tensor | None = None
         """`has_target` of the last batch, if it had documents or padding, and the model has no mesh."""
 
@@ -218,6 +220,10 @@ class CheckInputs:
         rows = tokens if tokens is not None else inputs.get("inputs_embeds")
         if rows is None:
             return arguments, inputs
+        past = inputs.get("cache", inputs.get("past_key_values"))
+        self.past = past if hasattr(past, "of_layer") else None
+        if self.past is not None:
+            return arguments, self._continued(inputs, rows)
         mesh, reach = self.mesh, self.pattern.reach(rows.shape[1])
         if mesh is None and reach < rows.shape[1] and not self.warned:  # A mesh has warned when it was made.
             self.warned = True
@@ -259,7 +265,24 @@ class CheckInputs:
 
     def leave(self, *_: Any) -> None:
         """End the forward: a hook after it, which also runs if it raises."""
-        self.has_documents = None
+        self.has_documents = self.past = None
+
+    def _continued(self, inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+        """Return the inputs of rows that continue a past, with their positions."""
+        mask = inputs.pop("attention_mask", None)
+        seen = self.past.get_seq_length()
+        positions = torch.arange(seen, seen + rows.shape[1], device=rows.device).expand(rows.shape[:2])
+        given = inputs.get("position_ids")
+        problem = None
+        if self.mesh is not None:
+            problem = "a model with a mesh cannot continue from a cache: call apply(model) without one first"
+        elif inputs.get(OFFSETS) is not None or (mask is not None and (mask.dim() != 2 or not bool((mask == 1).all()))):
+            problem = "a cache is for whole sequences without padding: call generate(..., use_cache=False)"
+        elif given is not None and not bool((given == positions).all()):
+            problem = f"position_ids must go on from the {seen} tokens of the cache: leave them out, and they do"
+        if problem:
+            refuse(problem, self.mesh)
+        return inputs | {"position_ids": positions}
 
     def _mask(self, inputs: dict[str, Any], rows: Tensor) -> Tensor | None:
         """Take the mask of padding out of a forward's inputs: (B, L), uint8, 2 for what is neither 0 nor 1."""

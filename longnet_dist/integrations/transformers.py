@@ -8,7 +8,7 @@ What cannot be exact raises a ValueError with the reason:
 
 - padding between the tokens of a document;
 - sliding windows, soft caps, attention sinks and attention dropout;
-- a cache of past keys, and generate on a model with a mesh;
+- caches but `DilatedPast`, which `generate` uses by itself, and generate on a model with a mesh;
 - rotary frequencies that were cast with the model, and values of another head dim;
 - across ranks, other layers that look beyond one token, as they would see only this rank's rows.
 """
@@ -16,6 +16,7 @@ What cannot be exact raises a ValueError with the reason:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from types import MethodType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -33,10 +34,11 @@ from longnet_dist.integrations._transformers_batches import (
     split_batch,
     split_checked_batch,
 )
+from longnet_dist.integrations._transformers_cache import DilatedPast
 from longnet_dist.models.loss import IGNORED, next_token_labels, token_loss
 from longnet_dist.plan.pattern import Pattern
 
-__all__ = ["NAME", "apply", "problem_of_batch", "register", "split_batch", "split_checked_batch"]
+__all__ = ["NAME", "DilatedPast", "apply", "problem_of_batch", "register", "split_batch", "split_checked_batch"]
 
 NAME = "longnet_dist"
 """The name under which dilated attention is registered in transformers."""
@@ -109,8 +111,8 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
     model.config.attn_implementation = NAME
     if mesh is not None and mesh.size > 1:
         object.__setattr__(model, "generate", _refuse_to_generate)
-    else:
-        vars(model).pop("generate", None)
+    elif hasattr(type(model), "generate"):
+        object.__setattr__(model, "generate", MethodType(_generate, model))
     for previous in vars(model).get("_longnet_dist_hooks", ()):
         previous.remove()
     hooks = (
@@ -118,6 +120,7 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
         model.base_model.register_forward_hook(inputs.leave, always_call=True),
     )
     object.__setattr__(model, "_longnet_dist_hooks", hooks)
+    object.__setattr__(model, "_longnet_dist_inputs", inputs)
     model.loss_function = _Loss(mesh, inputs)
     return model
 
@@ -130,10 +133,25 @@ def _pattern_of(model: PreTrainedModel) -> Pattern:
     return Pattern(**saved)
 
 
+def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
+    """Call the model's own `generate` with a cache of constant memory; without one for padded prompts."""
+    config = options.get("generation_config") or (args[0] if args else None) or model.generation_config
+    tokens = options.get("input_ids") if inputs is None else inputs
+    mask, padding = options.get("attention_mask"), options.get("pad_token_id", config.pad_token_id)
+    if mask is None and tokens is not None and isinstance(padding, int):
+        mask = tokens != padding
+    uses_cache = options.get("use_cache", config.use_cache) is not False
+    if mask is not None and not bool((mask != 0).all()):
+        options["use_cache"] = False
+    elif uses_cache and options.get("cache", options.get("past_key_values")) is None:
+        options["cache"] = DilatedPast(model._longnet_dist_inputs.pattern)
+    return type(model).generate(model, inputs, *args, **options)
+
+
 def _refuse_to_generate(*_: Any, **__: Any) -> NoReturn:
     raise ValueError(
         "generate needs whole sequences, and this model has a mesh, whose ranks hold parts of them: call apply(model) "
-        "without a mesh first, and generate(..., use_cache=False) on one rank, or on each for itself"
+        "without a mesh first, and generate on one rank, or on each for itself"
     )
 
 
@@ -213,8 +231,8 @@ def _attention(
         problem = "a prepared attention mask cannot be used: the pattern says which keys a query sees"
     if problem is None and key.shape[2] != query.shape[2]:
         problem = (
-            f"{query.shape[2]} new tokens and {key.shape[2]} keys: decoding with a cache of past keys is not supported "
-            "yet; call generate(..., use_cache=False), which is exact"
+            f"{query.shape[2]} new tokens and {key.shape[2]} keys: of caches only DilatedPast is supported; call "
+            "generate, which uses it, or generate(..., use_cache=False)"
         )
     offsets = options.get(OFFSETS)
     if problem is None and stamp.inputs.has_documents not in (None, offsets is not None):
@@ -222,7 +240,8 @@ def _attention(
     if problem:
         refuse(problem, stamp.mesh)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    options_of_call = {"causal": True, "scale": scaling, "mesh": stamp.mesh}
+    past = None if stamp.inputs.past is None else stamp.inputs.past.of_layer(module.layer_idx)
+    options_of_call = {"causal": True, "scale": scaling, "mesh": stamp.mesh, "cache": past}
     return dilated_attention(q, k, v, stamp.pattern, cu_seqlens=offsets, **options_of_call), None
 
 

@@ -243,8 +243,10 @@ def test_generate_is_exact_without_a_cache_and_raises_with_one():
     for _ in range(5):
         expected = torch.cat((expected, model(expected).logits[:, -1:].argmax(-1)), 1)
     assert generated.tolist() == expected.tolist()
-    with pytest.raises(ValueError, match="use_cache=False"):
-        model.generate(tokens, use_cache=True, **options)
+    from transformers import DynamicCache
+
+    with pytest.raises(ValueError, match=r"only DilatedPast is supported.*use_cache=False"):
+        model.generate(tokens, cache=DynamicCache(), **options)
 
 
 def test_a_model_that_was_saved_and_loaded_again_needs_apply_alone(tmp_path):
