@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from longnet_dist.attention.exchanges.all_gather import AllGather
 from longnet_dist.attention.exchanges.all_to_all import AllToAll
 from longnet_dist.attention.exchanges.exchange import SendNeeded
 from longnet_dist.attention.kernels import Kernel, choose_kernel
+from longnet_dist.attention.kernels.contract import PackedKernel
 from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh, mesh_of
 from longnet_dist.plan.blocks import Plan, Rows, SharedBranch
@@ -46,6 +48,7 @@ class Call:
     bias: PositionBias | None
     num_kv_heads: int
     shares_collectives: bool
+    packs: bool = False
 
     @classmethod
     def of(
@@ -59,12 +62,19 @@ class Call:
         mesh = mesh_of(options.mesh)
         plan = plan_of(q, k, options, () if cu_seqlens is None else tuple(cu_seqlens.tolist()))
         shares = mesh is not None and len(plan.shared) > 0 and mesh.shares_collectives(_layer_size(q, k, options))
-        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares)
+        request = replace(kernel_request(q, bias), variable_lengths=True)
+        packs = cu_seqlens is not None and bias is None and not kernel.unsupported(request)
+        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares, packs)
 
     @property
     def in_place(self) -> bool:
         """Whether the kernel attends rectangles in place; see `contract.Kernel`."""
         return getattr(self.kernel, "IN_PLACE", False)
+
+    @property
+    def packed_kernel(self) -> PackedKernel | None:
+        """The kernel, if it attends the squares of many documents in one call; None without documents."""
+        return cast(PackedKernel, self.kernel) if self.packs else None
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""

@@ -23,7 +23,7 @@ from torch import Tensor
 from longnet_dist.attention.arguments import SCHEMA, Options, agree, offsets_problem
 from longnet_dist.attention.call import Call, HeadTable, plan_of, retained_sizes, unit_stride
 from longnet_dist.attention.merging import merged_rows, summed_rows
-from longnet_dist.attention.rows import accumulation_dtype, as_keys, as_queries, pieces, rectangle
+from longnet_dist.attention.rows import accumulation_dtype, as_keys, as_queries, packing, pieces, rectangle
 from longnet_dist.plan.blocks import OwnBlock, Rows
 
 
@@ -71,7 +71,18 @@ def forward_op(
         out, lse = call.kernel.forward(q_r, k_r, v_r, causal=causal, scale=call.scale, bias=bias)
         return out, lse.transpose(1, 2)
 
-    for block in [*call.plan.local, *call.plan.own]:
+    if (packed := call.packed_kernel) is not None:
+        for group in call.plan.groups:
+            packs = packing(group, len(q), q.device)
+            q_p, k_p, v_p = (packs.pack(x) for x in (q_BLGRD, k, v))
+            out, lse = packed.forward_packed(
+                q_p.flatten(1, 2), k_p, v_p, packs.offsets, packs.longest, causal=call.causal, scale=call.scale
+            )
+            out, lse = out.reshape(q_p.shape), lse.reshape(q_p.shape[:-1])
+            out, lse = (x.unflatten(0, (len(q), -1)) for x in (out, lse))
+            for rows, (first, end) in zip(group.rows, packs.parts, strict=True):
+                merged.merge(group.branch, group.heads, rows, out[:, first:end], lse[:, first:end])
+    for block in [*call.plan.local, *call.plan.own] if packed is None else ():
         for heads, rows in pieces(block.heads, block.rows, call.in_place):
             q_r, *k_v = (rectangle(x, heads, rows) for x in (q_BLGRD, k, v))
             q_k_v = as_queries(q_r, call.in_place), *(as_keys(x, call.in_place) for x in k_v)
@@ -155,7 +166,19 @@ def backward_op(
             for total in (dq, dk, dv):
                 total.add(block.branch, heads, rows, grads.pop(0))
 
-    for block in call.plan.local:
+    if (packed := call.packed_kernel) is not None:
+        for group in call.plan.groups:
+            packs = packing(group, len(q), q.device)
+            q_p, dout_p, out_p, lse_p, k_p, v_p = (packs.pack(x) for x in (q_BLGRD, *results, k, v))
+            q_h, dout_h, out_h, lse_h = (x.flatten(1, 2) for x in (q_p, dout_p, out_p, lse_p))
+            packed_grads = packed.backward_packed(
+                dout_h, q_h, k_p, v_p, out_h, lse_h, packs.offsets, packs.longest, causal=call.causal, scale=call.scale
+            )
+            for total, of_group, like in zip((dq, dk, dv), packed_grads, (q_p, k_p, v_p), strict=True):
+                by_sequence = of_group.reshape(like.shape).unflatten(0, (len(q), -1))
+                for rows, (first, end) in zip(group.rows, packs.parts, strict=True):
+                    total.add(group.branch, group.heads, rows, by_sequence[:, first:end])
+    for block in call.plan.local if packed is None else ():
         attend_own(block)
     for exchange in exchanges:
         for a in exchange.arrivals():
@@ -163,7 +186,7 @@ def backward_op(
             exchange.put_gradients(a, *attend(a.heads, a.query_rows, a.key_rows, a.causal, a.q, a.k, a.v, *a.backward))
         exchange.start_return()
     collectives.launch()
-    for block in call.plan.own:
+    for block in call.plan.own if packed is None else ():
         attend_own(block)
     for exchange in exchanges:
         for branch, heads, rows, *parts in exchange.returned_gradients():

@@ -1,14 +1,16 @@
-"""Rectangles of rows: views of them, and their shapes in kernels."""
+"""Rectangles of rows: views of them, their shapes in kernels, and the packing of many."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longnet_dist.plan.blocks import Heads, Rows
+from longnet_dist.plan.blocks import BlockGroup, Heads, Rows
 
 
 def rectangle(x_BLG: Tensor, heads: Heads, rows: Rows) -> Tensor:
@@ -64,6 +66,47 @@ def as_keys(x_BSFJMD: Tensor, in_place: bool = False) -> Tensor:
 def as_queries(x_BSFIMR: Tensor, in_place: bool = False) -> Tensor:
     """Reshape a tensor with query heads for a kernel, (B, S, F, I, M, R, ...) -> (b = B S F, I, M R, ...)."""
     return x_BSFIMR if in_place else x_BSFIMR.flatten(0, 2).flatten(2, 3)
+
+
+class Packing(NamedTuple):
+    """Where the rows of a group's squares lie, for a kernel that takes variable lengths.
+
+    Args:
+        rows, heads: the row and the key/value head of each packed row and head, int64, (T, M): T rows of a sequence.
+        offsets: where each square begins, over all sequences of the batch, and the last one ends: int32.
+        longest: the most rows of a square.
+        parts: the packed rows of each of the group's rectangles: (first, end).
+    """
+
+    rows: Tensor
+    heads: Tensor
+    offsets: Tensor
+    longest: int
+    parts: tuple[tuple[int, int], ...]
+
+    def pack(self, x_BLG: Tensor) -> Tensor:
+        """Copy rows and heads: (B, L, G, ...) -> (B T, M, ...)."""
+        return x_BLG[:, self.rows, self.heads].flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def packing(group: BlockGroup, batch: int, device: torch.device) -> Packing:
+    """Return the packing of a group of blocks, whose squares are the phases of segments."""
+    heads = group.heads
+    by_phase = torch.tensor(heads.table, dtype=torch.int64)
+    rows_of_all, heads_of_all, sizes, parts = [], [], [], []
+    end = 0
+    for rows in group.rows:
+        segments, phases, count = (torch.arange(n) for n in (rows.segments, heads.phases, rows.count))
+        starts = rows.first + segments[:, None] * rows.segment_step + phases * rows.phase_step
+        rows_of_all.append((starts[..., None] + count * rows.step).flatten())
+        heads_of_all.append(by_phase[None, :, None].expand(rows.segments, -1, rows.count, -1).flatten(0, 2))
+        sizes += [rows.count] * (rows.segments * heads.phases)
+        parts.append((end, end := end + len(rows_of_all[-1])))
+    offsets = torch.tensor([0, *sizes * batch]).cumsum(0)
+    indices = torch.cat(rows_of_all)[:, None].expand(-1, heads.per_phase), torch.cat(heads_of_all)
+    row_table, head_table, cumulative = (x.to(device) for x in (*indices, offsets.to(torch.int32)))
+    return Packing(row_table, head_table, cumulative, max(sizes), tuple(parts))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

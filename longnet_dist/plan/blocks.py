@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from longnet_dist.plan.exchange import SharedSegment
 from longnet_dist.plan.pattern import Branch, Pattern
@@ -115,6 +115,15 @@ class SharedBranch:
         return sum(queries for queries, _ in counts), sum(keys for _, keys in counts)
 
 
+@dataclass(frozen=True, eq=False)
+class BlockGroup:
+    """The own blocks of a branch that have the same heads: one call of a kernel that takes variable lengths."""
+
+    branch: int
+    heads: Heads
+    rows: tuple[Rows, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What one rank computes.
@@ -131,6 +140,14 @@ class Plan:
     def first_shared(self) -> int:
         """The number of the first branch with an exchange; a large number if there is none."""
         return min((shared.number for shared in self.shared), default=1 << 30)
+
+    @cached_property
+    def groups(self) -> tuple[BlockGroup, ...]:
+        """The `local` and `own` blocks by branch and heads."""
+        rows: dict[tuple[int, Heads], list[Rows]] = {}
+        for block in (*self.local, *self.own):
+            rows.setdefault((block.branch, block.heads), []).append(block.rows)
+        return tuple(BlockGroup(*key, tuple(of_group)) for key, of_group in rows.items())
 
 
 def make_plan(

@@ -23,7 +23,7 @@ class KernelRequest:
         head_dim: D.
         bias: whether scores get a position bias, whose parameters need a gradient.
         bias_by_distance: whether that depends on the distance of two tokens alone, and not on where they are.
-        variable_lengths: whether one call holds rectangles of different sizes. No caller needs it yet.
+        variable_lengths: whether one call holds squares of different sizes; see `PackedKernel`.
         strided_views: whether inputs may have any strides, except that the last is 1.
         accumulates: whether results are merged into existing tensors, in place of new ones. No caller
             needs it yet.
@@ -121,3 +121,39 @@ class Kernel(Protocol):
         `out` and `lse` are those of *all* branches merged. The ordinary flash backward is then the exact
         gradient through the mixing (docs/decisions/exact-mixing-gradient.md).
         """
+
+
+class PackedKernel(Kernel, Protocol):
+    """A kernel that attends squares of different sizes in one call, without a bias: it serves `variable_lengths`.
+
+    The rows of all squares are packed one after the other: T rows in all.
+    """
+
+    def forward_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, *, causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Attend: q (T, H, D) and k, v (T, G, D) -> out (T, H, D), lse (T, H).
+
+        Args:
+            q, k, v: the packed rows.
+            offsets: where each square begins, and the last one ends: int32, on the device of q.
+            longest: the most rows of a square.
+            causal: whether a query sees only keys up to its own.
+            scale: the factor of the scores.
+        """
+
+    def backward_packed(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        offsets: Tensor,
+        longest: int,
+        *,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return (dq, dk, dv); `out` and `lse` are those of all branches, as in `Kernel.backward`."""

@@ -22,8 +22,8 @@ def unsupported(request: KernelRequest) -> list[str]:
     reasons = []
     if request.bias:
         reasons.append("it has no gradient for a position bias")
-    if request.variable_lengths:
-        reasons.append("it takes rectangles of one size")
+    if request.variable_lengths and device.type != "cuda":
+        reasons.append(f"on {device.type} it takes rectangles of one size")
     if request.accumulates:
         reasons.append("it returns new tensors")
     if device.type == "cuda":
@@ -100,6 +100,40 @@ def backward(
     grads = internals.cpu_flash_attention_backward(*inputs, lse, 0.0, causal, scale=scale)
     dq, dk, dv = (grad.to(q.dtype) for grad in _transpose_heads(*grads))
     return dq, dk, dv, None
+
+
+def forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend squares of different sizes on CUDA; see `contract.PackedKernel.forward_packed`."""
+    q, k, v = _aligned(q, k, v)
+    out, lse, *_ = internals.cuda_flash_attention(
+        q, k, v, offsets, offsets, longest, longest, 0.0, causal, False, scale=scale
+    )
+    return out, lse.t()
+
+
+def backward_packed(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    longest: int,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients on CUDA; see `contract.PackedKernel.backward_packed`."""
+    dout, q, k, v, out = _aligned(dout, q, k, v, out)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    dq, dk, dv = internals.cuda_flash_attention_backward(
+        dout, q, k, v, out, lse.t().contiguous(), offsets, offsets, longest, longest, 0.0, causal,
+        no_dropout, no_dropout.new_empty(0), scale=scale,
+    )  # fmt: skip
+    return dq, dk, dv
 
 
 def _as_fast(*tensors: Tensor) -> list[Tensor]:
