@@ -36,7 +36,7 @@ def read_over_ranks_then_alone(group, case, sizes, strategy):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.exhaustive]), 2, 4])
 def test_reading_over_ranks_and_going_on_alone(pool, world, strategy):
     """A first part of any length; and parts that are whole segments, or lie in one at a multiple of its rate."""
     unaligned = Pattern((8, 24, 50, 200), (1, 3, 7, 4))

@@ -62,7 +62,7 @@ def test_packed_documents_equal_each_document_alone(pool, world):
     examples = []
 
     @settings(
-        max_examples=40, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        max_examples=25, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(documents(max(1, world)))

@@ -91,7 +91,7 @@ def _exchange_at_full_size(pipe: Any, rank: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("rank", [0, 2047, 4095])
+@pytest.mark.parametrize("rank", [2047, *(pytest.param(rank, marks=pytest.mark.exhaustive) for rank in (0, 4095))])
 def test_a_rank_of_4096_receives_at_most_50_megabytes_a_layer(rank):
     """With 16,384 tokens a rank, 32 heads of 128, 8 key/value heads and bfloat16, forward and backward together."""
     receiver, sender = multiprocessing.get_context("spawn").Pipe()

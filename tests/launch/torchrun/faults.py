@@ -46,8 +46,8 @@ def windows_with_fault(self, step, micro, all_ranks=False):
     return windows(self, step, micro, all_ranks)
 
 
-def loss_with_fault(self, stream, indices):
-    value = loss(self, stream, indices)
+def loss_with_fault(self, *args):
+    value = loss(self, *args)
     if FAULT == "loss nan" and now == STEP and os.environ["RANK"] == RANK:
         value = value * float("nan")
     if WHERE == "backward" and value.requires_grad:
