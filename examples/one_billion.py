@@ -54,7 +54,7 @@ def main(
         num_layers: Number of layers of the model.
     """
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     group = dist.group.WORLD if dist.is_initialized() else None
     is_first = group is None or group.rank() == 0

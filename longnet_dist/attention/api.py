@@ -122,7 +122,7 @@ def dilated_attention(
         raise ValueError(message)
     parameters = None if bias is None else bias.parameters
     if cache is not None:
-        if message := problem_of_cache(cache, q, k, options, offsets is not None):
+        if message := problem_of_cache(cache, q, k, v, bias, options, offsets is not None):
             refuse(message, mesh)
         out, lse = attend_after(q, k, v, bias, options, cache)
         return (out, lse) if return_lse else out

@@ -125,16 +125,26 @@ class DilatedCache:
                 rectangle(target, *places).copy_(rectangle(source, *places))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, to save it: the length and the rows."""
-        return {"length": self.length, "rows": self.rows}
+        """Return the state, to save it: the pattern, the length and the rows."""
+        return {"pattern": str(self.pattern), "length": self.length, "rows": self.rows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state of a cache of the same sizes."""
-        self.rows.copy_(state["rows"])
+        """Continue from a saved state of a cache of the same pattern and sizes.
+
+        Raises:
+            ValueError: for a state of another cache.
+        """
+        rows = state["rows"]
+        theirs, ours = (state["pattern"], rows.shape, rows.dtype), (str(self.pattern), self.rows.shape, self.rows.dtype)
+        if theirs != ours:
+            raise ValueError(f"the state is of a cache of {theirs}, and this one is of {ours}")
+        self.rows.copy_(rows)
         self.length = int(state["length"])
 
 
-def problem_of_cache(cache: DilatedCache, q: Tensor, k: Tensor, options: Options, documents: bool) -> str | None:
+def problem_of_cache(
+    cache: DilatedCache, q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options, documents: bool
+) -> str | None:
     """Describe why a call cannot continue from a cache; None if it can."""
     if not isinstance(cache, DilatedCache):
         return f"cache is a {type(cache).__name__}; it must be a longnet_dist.DilatedCache"
@@ -150,7 +160,8 @@ def problem_of_cache(cache: DilatedCache, q: Tensor, k: Tensor, options: Options
     if (batch, heads, dim) != (len(k), *k.shape[2:]) or (cache.rows.dtype, cache.rows.device) != (k.dtype, k.device):
         sizes = f"({batch}, L, {heads}, {dim}), {cache.rows.dtype} on {cache.rows.device}"
         return f"k is {tuple(k.shape)}, {k.dtype} on {k.device}, and the cache is for (B, L, G, D) = {sizes}"
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+    inputs = q, k, v, *(() if bias is None else (bias.parameters,))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
         return "a cache is for inference, without gradients: call under torch.no_grad()"
     mesh = mesh_of(options.mesh)
     branch = None if mesh is None else misaligned_branch(cache.pattern, cache.length, mesh.seq_len)

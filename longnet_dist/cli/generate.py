@@ -20,7 +20,7 @@ def run_generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> None:
-    """Print how a model continues a text, as it comes, in memory that does not grow with the text.
+    """Print how a model continues a text, as it comes, from caches that do not grow with the text.
 
     Under torchrun, all ranks read the prompt together.
 

@@ -103,7 +103,7 @@ def run_eval(
         seq_len: Tokens per sequence; by default that of the run.
         sequences: Largest number of sequences to evaluate.
         edges: Positions in the sequence at which one row of the table ends and the next begins.
-        stream: File of any length, of bytes, to evaluate as one sequence in constant memory, instead of other data.
+        stream: File of any length to evaluate as one sequence, in constant memory, instead of other data.
         state: File in which --stream saves its state every minute, so that the same command goes on after a kill.
     """
     check_positive({"sequences": sequences} | ({} if seq_len is None else {"seq-len": seq_len}))
@@ -138,20 +138,32 @@ def _evaluate_stream(run: str, file: Path, state: Path | None, edges: tuple[int,
     """Print the table of a file that is read part by part."""
     import torch.distributed as dist
 
-    from longnet_dist.inference.stream import FileBytes, Progress, can_stream, nats_by_position
+    from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+    from longnet_dist.inference.stream import FileBytes, Progress, Repeated, Tokens, can_stream, nats_by_position
     from longnet_dist.training.evaluation import evaluated
+    from longnet_dist.training.job import find_tokenizer
+    from longnet_dist.training.state import is_export
 
     if not file.is_file():
         raise ValueError(f"--stream {file} is no file")
     with evaluated(storage_path(run)) as (model, _, mesh):
         if not can_stream(model):
             raise ValueError("--stream needs a model with rotary positions or biases, and no zero rows")
-        source, group = FileBytes(file), None if mesh is None else dist.group.WORLD
-        options: dict[str, Any] = {"state": state, "identity": f"{run} on {file.resolve()}", "group": group}
+        folder = storage_path(run)
+        tokenizer = load_tokenizer(model.tokenizer_file if is_export(folder) else find_tokenizer(folder))
+        source: Tokens = FileBytes(file)
+        num_bytes = len(source)
+        if tokenizer.name != Bytes.name:  # Its tokens are known when it has read the whole file.
+            ids = tokenizer.encode([file.read_bytes()])[0]
+            source = Repeated(ids, len(ids))
+        group = None if mesh is None else dist.group.WORLD
+        identity = f"{run} on {file.resolve()} of {file.stat().st_mtime_ns}"
+        options: dict[str, Any] = {"state": state, "identity": identity, "group": group}
         is_first = mesh is None or mesh.rank == 0
         ranges = nats_by_position(model, source, edges, **options, progress=Progress(len(source)) if is_first else None)
     if is_first:
-        _print_rows([(first, last, nats / (last - first) / math.log(2)) for first, last, nats in ranges])
+        scale = len(source) / num_bytes / math.log(2)
+        _print_rows([(first, last, nats / (last - first) * scale) for first, last, nats in ranges])
 
 
 def _print_rows(rows: list[tuple[int, int, float]]) -> None:

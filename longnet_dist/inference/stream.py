@@ -150,7 +150,8 @@ def nats_by_position(
     inner = [edge for edge in edges if 0 < edge < count]
     sums = torch.zeros(len(inner) + 1, dtype=torch.float64)
     caches, read = model.new_cache(), 0
-    identity = f"{identity}; {count + 1} tokens; edges {inner}; {model.config}"
+    weights = sum(p.detach().double().sum().item() for p in model.parameters())
+    identity = f"{identity}; {count + 1} tokens; edges {inner}; {model.config} with weights of sum {weights!r}"
     if state is not None and state.exists():
         read = _load(state, identity, caches, sums)
     if progress is not None and read:
@@ -165,11 +166,11 @@ def nats_by_position(
         mesh = meshes.get(size)
         first, end = (0, size) if mesh is None else (mesh.shard.start, mesh.shard.stop)
         features = model.features(ids[None, first:end], mesh, cache=caches)
-        nats = linear_token_losses(features, model.output.weight, ids[None, first + 1 : end + 1])[0].double().cpu()
-        positions = torch.arange(read + first, read + end)
-        ranges = torch.bucketize(positions, torch.tensor(inner, dtype=torch.int64), right=True)
-        of_part = torch.zeros_like(sums).index_add_(0, ranges, nats)
-        sums += of_part if mesh is None else mesh.sum(of_part)
+        nats = linear_token_losses(features, model.output.weight, ids[None, first + 1 : end + 1])[0].double()
+        positions = torch.arange(read + first, read + end, device=device)
+        ranges = torch.bucketize(positions, torch.tensor(inner, dtype=torch.int64, device=device), right=True)
+        of_part = torch.zeros(len(sums), dtype=torch.float64, device=device).index_add_(0, ranges, nats)
+        sums += (of_part if mesh is None else mesh.sum(of_part)).cpu()
         read += size
         if progress is not None:
             progress(size)

@@ -16,7 +16,6 @@ What cannot be exact raises a ValueError with the reason:
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from types import MethodType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -112,7 +111,7 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
     if mesh is not None and mesh.size > 1:
         object.__setattr__(model, "generate", _refuse_to_generate)
     elif hasattr(type(model), "generate"):
-        object.__setattr__(model, "generate", MethodType(_generate, model))
+        object.__setattr__(model, "generate", _Generate(model, pattern))
     for previous in vars(model).get("_longnet_dist_hooks", ()):
         previous.remove()
     hooks = (
@@ -120,7 +119,6 @@ def apply(model: PreTrainedModel, pattern: Pattern | None = None, mesh: Sequence
         model.base_model.register_forward_hook(inputs.leave, always_call=True),
     )
     object.__setattr__(model, "_longnet_dist_hooks", hooks)
-    object.__setattr__(model, "_longnet_dist_inputs", inputs)
     model.loss_function = _Loss(mesh, inputs)
     return model
 
@@ -133,19 +131,26 @@ def _pattern_of(model: PreTrainedModel) -> Pattern:
     return Pattern(**saved)
 
 
-def _generate(model: Any, inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
-    """Call the model's own `generate` with a cache of constant memory; without one for padded prompts."""
-    config = options.get("generation_config") or (args[0] if args else None) or model.generation_config
-    tokens = options.get("input_ids") if inputs is None else inputs
-    mask, padding = options.get("attention_mask"), options.get("pad_token_id", config.pad_token_id)
-    if mask is None and tokens is not None and isinstance(padding, int):
-        mask = tokens != padding
-    uses_cache = options.get("use_cache", config.use_cache) is not False
-    if mask is not None and not bool((mask != 0).all()):
-        options["use_cache"] = False
-    elif uses_cache and options.get("cache", options.get("past_key_values")) is None:
-        options["cache"] = DilatedPast(model._longnet_dist_inputs.pattern)
-    return type(model).generate(model, inputs, *args, **options)
+class _Generate:
+    """The `generate` of a model, with a cache of constant memory; without one for padded prompts."""
+
+    def __init__(self, model: PreTrainedModel, pattern: Pattern) -> None:
+        self.model, self.pattern = model, pattern
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **options: Any) -> Any:
+        """See transformers' `GenerationMixin.generate`."""
+        model: Any = self.model
+        config = options.get("generation_config") or (args[0] if args else None) or model.generation_config
+        tokens = options.get("input_ids") if inputs is None else inputs
+        mask, padding = options.get("attention_mask"), options.get("pad_token_id", config.pad_token_id)
+        if mask is None and tokens is not None and isinstance(padding, int):
+            mask = tokens != padding
+        uses_cache = options.get("use_cache", config.use_cache) is not False
+        if mask is not None and not bool((mask != 0).all()):
+            options["use_cache"] = False
+        elif uses_cache and options.get("cache", options.get("past_key_values")) is None:
+            options["cache"] = DilatedPast(self.pattern)
+        return type(model).generate(model, inputs, *args, **options)
 
 
 def _refuse_to_generate(*_: Any, **__: Any) -> NoReturn:

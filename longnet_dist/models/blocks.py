@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longnet_dist.attention.cache import DilatedCache
-from longnet_dist.distributed.mesh import SequenceMesh
+from longnet_dist.distributed.mesh import SequenceMesh, refuse
 from longnet_dist.models.config import LongNetConfig
 from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.block import Block
@@ -100,6 +100,8 @@ def run_blocks(
     Raises:
         ValueError: if a shape is wrong, or the mesh has another pattern or length.
     """
+    if cache is not None and (problem := _problem_of_caches(cache, len(blocks))):
+        refuse(problem, mesh)
     rotation: Rotation | None = None
     with saved_tensors_hooks(_to_cpu, _from_cpu) if config.offload_activations else nullcontext():
         for block, past in zip(blocks, cache or repeat(None, len(blocks)), strict=True):
@@ -110,6 +112,19 @@ def run_blocks(
             if observe is not None:
                 observe(x)
     return x
+
+
+def _problem_of_caches(cache: Sequence[DilatedCache], num_blocks: int) -> str | None:
+    """Describe why caches are not those of the blocks after one sequence; None if they are."""
+    if len(cache) != num_blocks:
+        return f"there are {len(cache)} caches for {num_blocks} layers: model.new_cache() makes one for each"
+    lengths = [past.length for past in cache]
+    if len(set(lengths)) > 1:
+        return (
+            f"the layers' caches have seen {lengths} tokens: a call ended in between. Make new ones, or reset() each, "
+            "and read the sequence again"
+        )
+    return None
 
 
 def _with_checkpointing(block: Block, config: LongNetConfig) -> Callable[..., Tensor]:

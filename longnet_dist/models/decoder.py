@@ -159,7 +159,7 @@ class LongNet(nn.Module):
         seed: int = 0,
         mesh: SequenceMesh | None = None,
     ) -> Tensor | list[Tensor]:
-        """Continue sequences token by token, in memory that does not grow with their length.
+        """Continue sequences token by token, from caches that do not grow with their length; call it in eval mode.
 
         Args:
             prompt: token ids, (B, N), int64, N >= 1; or sequences of any lengths, (N,) each, which are continued one

@@ -52,7 +52,8 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1)
         # On the CPU in float64, so that a seed gives the same tokens on every device.
-        scores = logits.double().cpu() / self.temperature
+        scores = logits.double().cpu()
+        scores = (scores - scores.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             kept = scores.topk(min(self.top_k, scores.shape[-1])).values
             scores = scores.masked_fill(scores < kept[:, -1:], -torch.inf)

@@ -43,6 +43,15 @@ def test_padded_prompts_are_generated_without_the_cache():
     assert together[0, 20:].tolist() == alone[0, 15:].tolist()
 
 
+def test_a_model_can_be_pickled():
+    import pickle
+
+    model = make_model("llama").eval()
+    loaded, tokens = pickle.loads(pickle.dumps(model)), draw(20)["input_ids"].clamp(min=1)
+    options = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": None, "use_cache": True}
+    assert loaded.generate(tokens, **options).tolist() == model.generate(tokens, **options).tolist()
+
+
 def test_wrong_uses_of_the_cache_raise():
     from longnet_dist.integrations.transformers import DilatedPast
 

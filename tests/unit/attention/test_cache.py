@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from longnet_dist import DilatedCache, Pattern, dense_reference, dilated_attention
+from longnet_dist import DilatedCache, Pattern, T5Bias, dense_reference, dilated_attention
 from tests.cases import Case, cases
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -79,6 +79,8 @@ def test_sequences_can_be_reordered_saved_and_forgotten():
     again.load_state_dict(saved)
     out = dilated_attention(*(x[:, 30:] for x in (q, k, v)), case.pattern, causal=True, cache=again)
     assert_close(out, dense_reference(q, k, v, case.pattern, causal=True)[:, 30:], **EXACT)
+    with pytest.raises(ValueError, match=r"the state is of a cache of .*, and this one is of"):
+        DilatedCache(case.pattern, 1, case.G, case.D, dtype=torch.float64).load_state_dict(saved)
     again.reset()
     out = dilated_attention(q, k, v, case.pattern, causal=True, cache=again)
     assert_close(out, dense_reference(q, k, v, case.pattern, causal=True), **EXACT)
@@ -90,7 +92,11 @@ def test_sequences_can_be_reordered_saved_and_forgotten():
         ({"causal": False}, "attention must be causal"),
         ({"pattern": Pattern((8,), (1,))}, "is not the cache's"),
         ({"lengths": torch.tensor([3, 3])}, "use a cache for each document"),
-        ({"q": torch.zeros(2, 4, 4, 8, requires_grad=True)}, "without gradients: call under torch.no_grad"),
+        *(
+            ({x: torch.zeros(2, 4, 4, 8, requires_grad=True)}, "without gradients: call under torch.no_grad")
+            for x in "qkv"
+        ),
+        ({"bias": T5Bias(torch.zeros(8, 4, requires_grad=True))}, "without gradients: call under torch.no_grad"),
         (dict.fromkeys("qkv", torch.zeros(1, 4, 4, 8)), r"k is \(1, 4, 4, 8\).*\(2, L, 4, 8\)"),
         (dict.fromkeys("qkv", torch.zeros(2, 4, 4, 8).double()), "torch.float64 on cpu, and the cache is for"),
         ({"cache": {}}, "cache is a dict; it must be a longnet_dist.DilatedCache"),

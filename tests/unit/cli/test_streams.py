@@ -63,6 +63,29 @@ def test_eval_and_score_read_a_file_as_a_stream(export, capsys):
     assert found["log_likelihood"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
 
 
+def test_a_stream_is_read_by_the_tokenizer_of_the_model(tmp_path, monkeypatch, capsys):
+    """Bits per byte are those of `score`, which encodes the file, too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["hello world of long text and more text"] * 50, trainer)
+    tokenizer.save("tokenizer.json")
+    Path("text").write_text("hello world of text " * 20)
+    config = LongNetConfig(300, 16, 1, 2, segment_lengths=(8, 64), dilation_rates=(1, 4))
+    config.build().save_pretrained("model", "tokenizer.json")
+    assert app.main(["score", "text", "--model", "model", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert app.main(["eval", "model", "--stream", "text"]) == 0
+    bits = float(capsys.readouterr().out.splitlines()[1].split()[3])
+    assert found["tokens"] < 200
+    assert bits == pytest.approx(found["bits_per_byte"] * (found["tokens"] + 1) / found["tokens"], abs=2e-3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

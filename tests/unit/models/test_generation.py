@@ -75,6 +75,7 @@ def test_draws_follow_the_probabilities():
         (Sampling(1.0, top_p=0.76), [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
         (Sampling(0.5), [x / 0.345 for x in (0.25, 0.0625, 0.0225, 0.01)]),
         (Sampling(), [1.0, 0, 0, 0]),
+        (Sampling(1e-310), [1.0, 0, 0, 0]),
     ):
         shares = sampling.draw(logits, generator).bincount(minlength=4) / 20_000
         assert_close(shares, torch.tensor(expected), rtol=0, atol=0.015)
@@ -96,6 +97,19 @@ def test_wrong_options_raise(options, message):
     arguments = {"prompt": torch.zeros(1, 3, dtype=torch.int64), "max_new_tokens": 2} | options
     with pytest.raises(ValueError, match=message):
         build().generate(**arguments)
+
+
+def test_caches_of_other_lengths_or_numbers_raise():
+    """After a call that ended between two layers, a retry would be silently wrong."""
+    model, tokens = build(), torch.zeros(1, 3, dtype=torch.int64)
+    cache = model.new_cache()
+    with torch.no_grad():
+        model(tokens, cache=cache)
+        cache[1].length = 1
+        with pytest.raises(ValueError, match=r"have seen \[3, 1\] tokens"):
+            model(tokens, cache=cache)
+        with pytest.raises(ValueError, match="there are 1 caches for 2 layers"):
+            model(tokens, cache=cache[:1])
 
 
 def test_xpos_and_zero_rows_name_the_alternative():
