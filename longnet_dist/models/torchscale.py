@@ -27,6 +27,7 @@ _LAYER = {
 }
 """The names of a block's parts in torchscale."""
 _XPOS = "self_attn.xpos.scale"
+_KINDS = {"A", "B"}
 
 
 def encoder_from_state_dict(
@@ -38,7 +39,7 @@ def encoder_from_state_dict(
     padding: str = "torchscale",
     scale_embedding: bool = False,
 ) -> LongNetEncoder:
-    """Build the encoder of torchscale's `LongNetEncoder` weights, with sub-LayerNorm, in eval mode.
+    """Build the encoder of torchscale's `LongNetEncoder` weights, in eval mode; with two kinds of tokens if multiway.
 
     Without token embeddings in `state_dict`, the encoder takes vectors of width d_model as they are: `input_dim` is
     d_model, and the projection is the identity.
@@ -63,6 +64,7 @@ def encoder_from_state_dict(
         config if embedding is None else replace(config, vocab_size=len(embedding)),
         input_dim=config.d_model if embedding is None else None,
         final_norm=any(name.startswith("layer_norm.") for name in weights),
+        multiway=is_multiway(weights),
         dtype=_dtype(weights),
     )
     given = rename_weights(weights, config, scale_embedding)
@@ -82,7 +84,7 @@ def decoder_from_state_dict(
     padding: str = "torchscale",
     scale_embedding: bool = False,
 ) -> LongNet:
-    """Build the language model of torchscale's `LongNetDecoder` weights, with sub-LayerNorm, in eval mode.
+    """Build the language model of torchscale's `LongNetDecoder` weights, in eval mode.
 
     Positions are those of xPos if the weights have its scales, and otherwise none.
 
@@ -94,6 +96,8 @@ def decoder_from_state_dict(
         ValueError: if weights are missing, unexpected, or of a wrong shape; the message lists all of them.
     """
     weights = dict(state_dict)
+    if is_multiway(weights):
+        raise ValueError("these are multiway weights, of two kinds of tokens, which only an encoder has here")
     config = read_config(weights, num_heads, segment_lengths, dilation_rates, padding)
     vocab_size = len(weights["embed_tokens.weight"]) if "embed_tokens.weight" in weights else config.vocab_size
     model = LongNet(replace(config, vocab_size=vocab_size, tie_embeddings=False), dtype=_dtype(weights))
@@ -161,12 +165,10 @@ def read_config(
     Raises:
         ValueError: if there are no layers, or one is missing.
     """
-    if any(".A." in name or ".B." in name for name in weights):
-        raise ValueError("these are multiway weights, of two kinds of tokens; pass the half of them that you need")
     layers = {
         int(name.split(".")[1]) for name in weights if name.startswith("layers.") and name.split(".")[1].isdigit()
     }
-    fc1 = weights.get("layers.0.ffn.fc1.weight")
+    fc1 = _first_matrix(weights)
     if fc1 is None or fc1.dim() != 2 or layers != set(range(len(layers))):
         raise ValueError(
             "the weights have no layers.0.ffn.fc1.weight (hidden width, d_model), or lack a layer; names must begin "
@@ -182,11 +184,24 @@ def read_config(
         head_phases="blocked",
         padding=padding,
         position="xpos" if any(name.endswith(_XPOS) for name in weights) else "none",
+        sub_layernorm=any("inner_attn_ln" in name or "ffn_layernorm" in name for name in weights),
     )
 
 
+def is_multiway(weights: Mapping[str, Tensor]) -> bool:
+    """Return whether torchscale's weights are of two kinds of tokens, A and B; see `Multiway`."""
+    return any(_KINDS & set(name.split(".")) for name in weights)
+
+
+def _first_matrix(weights: Mapping[str, Tensor]) -> Tensor | None:
+    names = (f"layers.0.ffn.{kind}fc1.weight" for kind in ("", "A."))
+    return next((weights[name] for name in names if name in weights), None)
+
+
 def _dtype(weights: Mapping[str, Tensor]) -> torch.dtype:
-    return weights["layers.0.ffn.fc1.weight"].dtype
+    matrix = _first_matrix(weights)
+    assert matrix is not None
+    return matrix.dtype
 
 
 def rename_weights(weights: Mapping[str, Tensor], config: LongNetConfig, scale_embedding: bool) -> dict[str, Tensor]:
@@ -203,12 +218,27 @@ def rename_weights(weights: Mapping[str, Tensor], config: LongNetConfig, scale_e
         for ours, theirs in _LAYER.items():
             names |= {f"layers.{i}.{theirs}.{end}": f"blocks.{i}.{ours}.{end}" for end in ("weight", "bias")}
     fixed = [f"layers.{i}.{_XPOS}" for i in range(config.num_layers)]  # Not learned: `Rotation` computes them.
-    result = {names.get(name, name): x for name, x in weights.items() if name not in fixed}
+    result = {_renamed(name, names): x for name, x in weights.items() if name not in fixed}
     for name, x in result.items():
         if name == "embedding.weight" and not scale_embedding:
             result[name] = x / config.d_model**0.5
-        rotated = config.position == "xpos" and name.rpartition(".")[0].rpartition(".")[2] in ("q_proj", "k_proj")
+        rotated = config.position == "xpos" and not {"q_proj", "k_proj"}.isdisjoint(name.split("."))
         if rotated and x.shape[0] == config.d_model:
             # torchscale rotates dimensions 2 i and 2 i + 1 of a head together; `Rotation` i and i + D / 2.
             result[name] = x.unflatten(0, (config.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)
     return result
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Rename a weight; the kind of a multiway one stays behind the module that has two."""
+    parts = name.split(".")
+    kind = next((part for part in parts if part in _KINDS), None)
+    if kind is None:
+        return names.get(name, name)
+    parts.remove(kind)
+    ours = names.get(".".join(parts))
+    if ours is None:
+        return name
+    renamed = ours.split(".")
+    renamed.insert(renamed.index("ffn") + 1 if "ffn" in renamed else len(renamed) - 1, kind)
+    return ".".join(renamed)

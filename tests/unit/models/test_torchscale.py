@@ -143,6 +143,8 @@ def published_blocks(x, weights, num_layers, H, branches, *, causal=False, xpos=
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     def norm(x, name):
+        if f"{name}.weight" not in weights:  # Without sub-LayerNorm.
+            return x
         return layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
 
     for i in range(num_layers):
@@ -208,8 +210,38 @@ def test_every_weight_that_does_not_fit_is_named():
         assert problem in str(error.value)
     with pytest.raises(ValueError, match=r"no layers.0.ffn.fc1.weight .* there are none"):
         encoder_from_state_dict({}, **options)
-    with pytest.raises(ValueError, match="multiway"):
-        encoder_from_state_dict({"layers.0.ffn.A.fc1.weight": torch.zeros(3)}, **options)
+    with pytest.raises(ValueError, match="multiway weights, of two kinds of tokens, which only an encoder has"):
+        decoder_from_state_dict({"layers.0.ffn.A.fc1.weight": torch.zeros(3, 3)}, **options)
+
+
+def multiway_name(name, kind):
+    """Return the name that torchscale gives a weight of one of its two kinds."""
+    module, _, end = name.rpartition(".")
+    return name.replace("ffn.", f"ffn.{kind}.") if "ffn." in name else f"{module}.{kind}.{end}"
+
+
+def test_multiway_weights_have_two_kinds_of_tokens():
+    """Sequences of one kind have the results of that kind's weights; a mixed one has other results than both."""
+    kinds = {kind: weights_of_torchscale() for kind in "AB"}
+    for x in kinds["B"].values():
+        x += 0.1 * torch.randn_like(x)
+    both = {multiway_name(name, kind): x for kind, weights in kinds.items() for name, x in weights.items()}
+    branches = {"num_heads": 4, "segment_lengths": (8, 32), "dilation_rates": (1, 4)}
+    x, second = torch.randn(1, 40, 24, dtype=torch.float64), torch.ones(1, 40, dtype=torch.bool)
+    encoder = encoder_from_state_dict(both, **branches)
+    alone = [encoder_from_state_dict(weights, **branches)(x) for weights in kinds.values()]
+    assert_close(encoder(x), alone[0], rtol=0, atol=1e-12)
+    assert_close(encoder(x, token_types=~second), alone[0], rtol=0, atol=1e-12)
+    assert_close(encoder(x, token_types=second), alone[1], rtol=0, atol=1e-12)
+    mixed = encoder(x, token_types=torch.arange(40)[None] % 2 == 0)
+    assert all((mixed - other).abs().max() > 1e-3 for other in alone)
+
+
+def test_weights_without_sub_layernorm():
+    weights = {name: x for name, x in weights_of_torchscale().items() if "_ln" not in name and "ffn_layer" not in name}
+    branches, x = BRANCHES[1], torch.randn(1, 40, 24, dtype=torch.float64)
+    encoder = encoder_from_state_dict(weights, num_heads=4, segment_lengths=branches[0], dilation_rates=branches[1])
+    assert_close(encoder(x)[0], published_blocks(x[0], weights, 2, 4, branches), rtol=0, atol=1e-12)
 
 
 def test_without_padding_attention_is_exact():
