@@ -84,11 +84,7 @@ def read_prompt(
     if prompt.dim() != 2 or not prompt.shape[1]:
         refuse(f"the prompt is {tuple(prompt.shape)}; it must be (B, N) with at least one token", mesh)
     if mesh is not None and mesh.size > 1:
-        features = model.features(mesh.split(prompt), mesh, cache=cache)
-        logits = features.new_zeros(len(prompt), model.config.vocab_size)
-        if mesh.shard.stop == mesh.seq_len and mesh.shard.num_rows:
-            logits = model.output(features[:, -1])
-        logits = mesh.sum(logits)
+        logits = last_logits(model, model.features(mesh.split(prompt), mesh, cache=cache), mesh)
         if progress is not None:
             progress(prompt.shape[1])
         return logits
@@ -97,6 +93,47 @@ def read_prompt(
         if progress is not None:
             progress(part.shape[1])
     return model.output(features[:, -1])
+
+
+@torch.no_grad()
+def last_logits(model: LongNet, features: Tensor, mesh: SequenceMesh) -> Tensor:
+    """Return the logits of the token after a sequence, on every rank: (B, vocab_size). Collective.
+
+    Args:
+        model: the model, in eval mode.
+        features: (B, L, d_model), this rank's rows.
+        mesh: the ranks that hold the sequence.
+    """
+    logits = features.new_zeros(len(features), model.config.vocab_size)
+    if mesh.shard.stop == mesh.seq_len and mesh.shard.num_rows:
+        logits = model.output(features[:, -1])
+    return mesh.sum(logits)
+
+
+def draw_tokens(
+    model: LongNet,
+    logits: Tensor,
+    cache: Sequence[DilatedCache],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[Tensor]:
+    """Yield the next token of each sequence, (B,), int64, up to `max_new_tokens` times.
+
+    Args:
+        model: the model, in eval mode.
+        logits: the result of `read_prompt`.
+        cache: the caches that it filled.
+        max_new_tokens: how many tokens to draw.
+        sampling: how to draw them.
+        seed: the seed of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(max_new_tokens):
+        tokens = sampling.draw(logits, generator)
+        yield tokens
+        if number + 1 < max_new_tokens:
+            logits = read_prompt(model, tokens[:, None], cache)
 
 
 def stream_tokens(
@@ -117,14 +154,9 @@ def stream_tokens(
         sampling: how to draw them.
         seed: the seed of the draws.
     """
-    generator = torch.Generator().manual_seed(seed)
     cache = model.new_cache(len(prompt))
     logits = read_prompt(model, prompt, cache, mesh, progress)
-    for number in range(max_new_tokens):
-        tokens = sampling.draw(logits, generator)
-        yield tokens
-        if number + 1 < max_new_tokens:
-            logits = read_prompt(model, tokens[:, None], cache)
+    yield from draw_tokens(model, logits, cache, max_new_tokens, sampling, seed)
 
 
 def continue_sequences(

@@ -114,9 +114,9 @@ class CallQueue:
         if request.folder is not None:
             write_index(request.folder, results, request.num_rows, request.dim)
             return request.folder
-        # A pooled embedding is complete on the first rank, and the others return None.
-        pooled = request.operation == "embed" and results[-1] is None
-        return results[0] if pooled else torch.cat(results, request.dim)
+        # A pooled embedding and a continuation are complete on the first rank, and the others return None.
+        complete = request.operation == "generate" or (request.operation == "embed" and results[-1] is None)
+        return results[0] if complete else torch.cat(results, request.dim)
 
     def _re_form(self) -> None:
         with contextlib.suppress(GangError):  # The next call tries again, and reports its failure.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -147,7 +147,35 @@ class SequenceParallelGang:
         """
         return self.submit("embed", document, pooling=pooling, out=out).result()
 
-    def submit(self, method: Literal["dilated_attention", "score", "embed"], *arguments: Any, **options: Any) -> Call:
+    def generate(
+        self,
+        document: Document,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        stop: Sequence[int] = (),
+        seed: int = 0,
+    ) -> Any:
+        """Return how the model continues a document, which all ranks read together, in memory of a constant size.
+
+        Args:
+            document: as for `score`.
+            max_new_tokens, temperature, top_k, top_p, stop, seed: see `LongNet.generate`.
+
+        Returns:
+            The new tokens, int64, (T,), T <= max_new_tokens; the last one may be of `stop`.
+
+        Raises:
+            GangError, ValueError: as for `dilated_attention`.
+        """
+        options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "stop": stop, "seed": seed}
+        return self.submit("generate", document, max_new_tokens, **options).result()
+
+    def submit(
+        self, method: Literal["dilated_attention", "score", "embed", "generate"], *arguments: Any, **options: Any
+    ) -> Call:
         """Queue a call to one of the methods above, and return without waiting for it.
 
         Calls run in the order of submission.
@@ -171,6 +199,7 @@ class SequenceParallelGang:
             "dilated_attention": self._requests.attention,
             "score": self._requests.score,
             "embed": self._requests.embed,
+            "generate": self._requests.generate,
         }
         if not isinstance(method, str) or method not in builders:
             raise ValueError(f"method is {method!r}; it must be one of {', '.join(builders)}")

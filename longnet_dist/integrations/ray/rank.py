@@ -8,7 +8,7 @@ import resource
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +25,7 @@ from longnet_dist.inference.embed import embeddings
 from longnet_dist.integrations.ray.rows import Rows
 from longnet_dist.integrations.ray.store import join_group
 from longnet_dist.models.decoder import LongNet
+from longnet_dist.models.generation import Sampling, draw_tokens, last_logits
 from longnet_dist.models.loss import log_likelihoods
 from longnet_dist.plan.pattern import Pattern
 
@@ -72,7 +73,7 @@ class Rank:
         """Run an operation on this rank's part of a sequence. Collective over the gang.
 
         Args:
-            operation: `attention`, `score` or `embed`.
+            operation: `attention`, `score`, `embed` or `generate`.
             num_rows: N, the length of the whole sequence.
             arguments: the other arguments of the operation.
         """
@@ -132,6 +133,21 @@ class Rank:
         if pooling is None:
             return self._return_or_write(result, out, mesh, dim=0)
         return result.cpu() if self.rank == 0 else None
+
+    def _generate(
+        self, num_rows: int, document: Rows, max_new_tokens: int, sampling: Sampling, stop: Sequence[int], seed: int
+    ) -> Tensor | None:
+        mesh, model = self._mesh(self._loaded.config.pattern, num_rows), self._loaded
+        tokens, cache = self._tokens(mesh, document, mesh.shard.start, mesh.shard.stop), model.new_cache()
+        logits = last_logits(model, model.features(tokens, mesh, cache=cache), mesh)
+        # Every rank has the whole caches now, and one of them is enough to go on.
+        drawn: list[int] = []
+        if self.rank == 0:
+            for token in draw_tokens(model, logits, cache, max_new_tokens, sampling, seed):
+                drawn.append(int(token.item()))
+                if drawn[-1] in stop:
+                    break
+        return torch.tensor(drawn, dtype=torch.int64) if self.rank == 0 else None
 
     def _tokens(self, mesh: SequenceMesh, document: Rows, start: int, stop: int) -> Tensor:
         def read() -> Tensor:

@@ -22,6 +22,7 @@ from longnet_dist.attention.kernels import KERNELS
 from longnet_dist.data.tokenizers import Bytes, Tokenizer
 from longnet_dist.integrations.ray.rows import Rows, copy_rows, map_file
 from longnet_dist.models.config import LongNetConfig, read_exported_config
+from longnet_dist.models.generation import Sampling
 from longnet_dist.paths import local_path
 from longnet_dist.plan.pattern import Pattern
 from longnet_dist.plan.shard import Shard, choose_chunk
@@ -40,7 +41,7 @@ class Request:
     """One operation for all ranks of a gang."""
 
     operation: str
-    """The operation of `Rank.run`: `attention`, `score` or `embed`."""
+    """The operation of `Rank.run`."""
     num_rows: int
     """N, the length of the sequence."""
     dim: int
@@ -56,7 +57,6 @@ class DeferredRequest:
     """A request that a Ray task builds from the values of ObjectRefs, which this process never holds."""
 
     operation: str
-    """The operation of `Rank.run`."""
     header: ObjectRef
     """The number of rows and the dimension of the result, or as text what is wrong with the values."""
     arguments: list[ObjectRef]
@@ -157,6 +157,24 @@ class RequestBuilder:
         parts, num_rows = self._split_document(document)
         folder = _output_folder(out)
         return Request("embed", num_rows, 0, [[rows, pooling, folder and str(folder)] for rows in parts], folder)
+
+    def generate(
+        self,
+        document: Document,
+        max_new_tokens: int,
+        *,
+        stop: Sequence[int] = (),
+        seed: int = 0,
+        out: None = None,
+        **sampling: Any,
+    ) -> Request | DeferredRequest:
+        """Build the request of `SequenceParallelGang.generate`."""
+        options = max_new_tokens, Sampling(**sampling), tuple(stop), seed
+        if isinstance(document, ObjectRef):
+            sampling |= {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
+            return self._defer("generate", [document], out, **sampling)
+        parts, rows = self._split_document(document)
+        return Request("generate", rows, 0, [[part, *options] for part in parts], None)
 
     def _defer(self, operation: str, sources: list[Any], out: Path | str | None, **options: Any) -> DeferredRequest:
         """Start a task that builds the request where the values of the ObjectRefs are, and reserves nothing."""

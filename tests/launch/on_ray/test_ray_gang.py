@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from longnet_dist import LongNetConfig, Pattern, dense_reference, next_token_labels
+from longnet_dist import LongNet, LongNetConfig, Pattern, dense_reference, next_token_labels
 from longnet_dist.models.loss import linear_token_losses
 from tests.launch.jobs import ROOT
 
@@ -92,6 +92,11 @@ def test_a_gang_equals_the_oracle_and_the_model(ray_nodes, exported, tmp_path, r
         written = gang.embed(tmp_path / "book.bin", pooling=None, out=tmp_path / "features")
         files = sorted(p for p in written.iterdir() if p.suffix == ".npy")
         assert_close(torch.from_numpy(np.concatenate([np.load(p) for p in files])), features, rtol=0, atol=1e-12)
+        options = {"temperature": 1.0, "seed": 4, "stop": [256]}
+        prompt = torch.tensor(list(DOCUMENT[:40]))
+        expected = LongNet.from_pretrained(folder).generate(prompt[None], 12, **options)[0, 40:]
+        assert gang.generate(DOCUMENT[:40], 12, **options).tolist() == expected.tolist()
+        assert gang.submit("generate", ray.put(DOCUMENT[:40]), 12, **options).result().tolist() == expected.tolist()
         # Calls are futures, and run in order.
         calls = [gang.submit("score", DOCUMENT[:n]) for n in (50, 301, 100)]
         assert_close(calls[2].result(), scores[:99], rtol=0, atol=1e-12)
@@ -126,13 +131,14 @@ def assert_mistakes_are_reported(gang, folder):
         (lambda: gang.score(np.array([2**63], np.uint64)), "holds 9223372036854775808"),
         (lambda: gang.score(None), "the document is None; it must be text"),
         (lambda: gang.submit("score", DOCUMENT).result("soon"), "timeout is 'soon'; it must be None, or at least 0"),
-        (lambda: gang.submit(["score"], DOCUMENT), "must be one of dilated_attention, score, embed"),
+        (lambda: gang.submit(["score"], DOCUMENT), "must be one of dilated_attention, score, embed, generate"),
         (lambda: gang.score(DOCUMENT, out=folder / "book.bin"), "book.bin cannot be created"),
         (lambda: gang.score([]), "at least one token"),
         (lambda: gang.score([1.5, 2.0]), "they must be integers"),
         (lambda: gang.score(folder / "missing.bin"), "no such file"),
         (lambda: gang.embed(DOCUMENT, pooling="max"), "pooling is 'max'"),
-        (lambda: gang.submit("generate", DOCUMENT), "must be one of dilated_attention, score, embed"),
+        (lambda: gang.generate(DOCUMENT, 3, top_p=2.0), "top_p is 2.0; it must be above 0"),
+        (lambda: gang.submit("translate", DOCUMENT), "must be one of dilated_attention, score, embed, generate"),
     ]
     for mistake, message in mistakes:
         with pytest.raises(ValueError, match=message):
