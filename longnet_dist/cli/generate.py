@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import codecs
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def run_generate(
         progress = Progress(ids.shape[1]) if mesh is None or mesh.rank == 0 else None
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         drawn: list[int] = []
-        written = 0
+        written, characters = 0, codecs.getincrementaldecoder("utf-8")("replace")
         for token in model.stream(ids, max_new_tokens, mesh=mesh, progress=progress, **options):
             if token.item() == tokenizer.end_of_document:
                 break
@@ -68,9 +68,7 @@ def run_generate(
             # A character may be several tokens, so all of them are decoded again.
             continuation = tokenizer.decode(drawn)
             if progress is not None and not continuation.endswith("\N{REPLACEMENT CHARACTER}".encode()):
-                sys.stdout.buffer.write(continuation[written:])
-                sys.stdout.buffer.flush()
+                print(characters.decode(continuation[written:]), end="", flush=True)
                 written = len(continuation)
         if progress is not None:
-            sys.stdout.buffer.write(tokenizer.decode(drawn)[written:] + b"\n")
-            sys.stdout.buffer.flush()
+            print(characters.decode(tokenizer.decode(drawn)[written:], final=True))

@@ -91,6 +91,9 @@ class LongNetConfig:
                 continue
             if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
                 raise ValueError(f"{name} is {size!r}; it must be an integer of at least 1 and at most 2^48")
+        original = self.original_max_position_embeddings
+        if not isinstance(original, int) or not 0 <= original <= MAX_SIZE:
+            raise ValueError(f"original_max_position_embeddings is {original!r}; it must be 0 to 2^48")
         if isinstance(self.qk_norm, bool):  # As earlier versions wrote it.
             object.__setattr__(self, "qk_norm", "rms" if self.qk_norm else "none")
         for name, choices in _CHOICES.items():

@@ -115,7 +115,10 @@ def outcome(arguments: list[str]) -> object:
         process.join()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] if name == "generate" else []) for name in COMMANDS],
+)
 @pytest.mark.timeout(600)
 def test_nonsense_on_the_command_line_is_refused(command, tmp_path, monkeypatch):
     """A new option is covered as soon as it has a type. Each value must be refused with exit status 1 or 2.
