@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longnet_dist.checkpoints.storage import storage_path
-from longnet_dist.cli.options import Run
+from longnet_dist.cli.options import Run, check_positive
 
 
 def run_generate(
@@ -36,6 +36,9 @@ def run_generate(
     """
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give the text to continue, by --prompt or --prompt-file")
+    check_positive({"max-new-tokens": max_new_tokens} | ({} if top_k is None else {"top-k": top_k}))
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"--seed is {seed}; it must be 0 or more, and below 2^63")
     if prompt_file is not None and not prompt_file.is_file():
         raise ValueError(f"--prompt-file {prompt_file} is no file")
     import torch

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from longnet_dist.checkpoints.checkpoints import Checkpoints
-from longnet_dist.checkpoints.storage import storage_path
+from longnet_dist.checkpoints.storage import as_os_error, storage_path
 from longnet_dist.checkpoints.verification import State
 from longnet_dist.data.tokenizers import Bytes
 from longnet_dist.distributed.patience import Patience
@@ -190,14 +190,15 @@ def initialise(
     model: LongNet | LongNetEncoder | None = None
     their_tokens_by, problem = Bytes.name, None
     try:
-        if is_export(source):
-            model = LongNet.from_pretrained(source)
-            about = json.loads((source / "config.json").read_text()).get("tokenizer") or {}
-            their_tokens_by = about.get("name", Bytes.name)
-        else:
-            model, options = _load_checkpoint(source)
-            their_tokens_by = options.get("tokens_by", Bytes.name)
-        problem = _describe_misfit(dict(model.named_parameters()), weights.by_name)
+        with as_os_error():
+            if is_export(source):
+                model = LongNet.from_pretrained(source)
+                about = json.loads((source / "config.json").read_text()).get("tokenizer") or {}
+                their_tokens_by = about.get("name", Bytes.name)
+            else:
+                model, options = _load_checkpoint(source)
+                their_tokens_by = options.get("tokens_by", Bytes.name)
+            problem = _describe_misfit(dict(model.named_parameters()), weights.by_name)
     except (OSError, ValueError) as error:
         problem = str(error)
     if problem := next((p for p in patience.gather(problem, f"load {source}") if p), None):
