@@ -262,7 +262,7 @@ class _Trainer:
             f"checkpoint: {self.checkpoints.latest}\n"
             + ("" if is_mlm else f"next: longnet-dist eval {self.folder}    bits per byte, by position\n")
             + f"{'next: ' if is_mlm else '      '}longnet-dist report {self.folder}    its curves\n"
-            f"      longnet-dist export {self.folder} FOLDER    for LongNet{'Encoder' * (self.config.objective == 'mlm')}.from_pretrained"
+            f"      longnet-dist export {self.folder} FOLDER    for LongNet{'Encoder' * is_mlm}.from_pretrained"
         )
 
     def _save_checkpoint(self, step: int, log: RunLog) -> None:
