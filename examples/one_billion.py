@@ -9,6 +9,7 @@ After an interruption, the same command goes on where it was.
 
 from __future__ import annotations
 
+import math
 import os
 import resource
 import time
@@ -21,7 +22,7 @@ import tyro
 
 from longnet_dist import LongNetConfig, Pattern, TrainConfig
 from longnet_dist.cli.options import Count
-from longnet_dist.inference.stream import Progress, Repeated, bits, nats_by_position
+from longnet_dist.inference.stream import Progress, Repeated, nats_by_position
 from longnet_dist.training.job import load_corpus
 
 LONGEST = 1 << 30
@@ -77,7 +78,7 @@ def main(
         print(f"caches of {cache / 2**20:.1f} MiB; peak resident memory {peak / 2**20:,.0f} MiB")
         print(f"{'tokens seen':>27}  bits per byte")
         for first, last, nats in ranges:
-            print(f"{first + 1:>13,} to {last:>13,}  {bits(nats) / (last - first):.4f}")
+            print(f"{first + 1:>13,} to {last:>13,}  {nats / math.log(2) / (last - first):.4f}")
     if group is not None:
         dist.destroy_process_group()
 

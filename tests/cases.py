@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -67,6 +68,22 @@ def output_and_gradients(case: Case, dtype: torch.dtype = torch.float64, **optio
     inputs = case.tensors(dtype)
     out = dilated_attention(**case.arguments(inputs), **options)
     return [out, *torch.autograd.grad(out, list(inputs.values()), case.dout(dtype))]
+
+
+def drawn(strategy: st.SearchStrategy, count: int) -> list:
+    """Draw examples, the same in every run, to send them to other processes."""
+    examples = []
+
+    @settings(
+        max_examples=count, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(strategy)
+    def collect(example):
+        examples.append(example)
+
+    collect()
+    return examples
 
 
 @st.composite

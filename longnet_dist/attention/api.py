@@ -117,9 +117,9 @@ def dilated_attention(
     )
     num_tokens = q.shape[1] if mesh is None else mesh.seq_len
     offsets = to_offsets(cu_seqlens, lengths, len(q), num_tokens, mesh)
-    # Over a mesh the operator checks, because there the ranks compare their arguments.
-    if mesh is None and (message := problem(q, k, v, bias, options)):
-        raise ValueError(message)
+    # Over a mesh the operator checks, because there the ranks compare their arguments; with a cache, work precedes it.
+    if (mesh is None or cache is not None) and (message := problem(q, k, v, bias, options)):
+        refuse(message, mesh)
     parameters = None if bias is None else bias.parameters
     if cache is not None:
         if message := problem_of_cache(cache, q, k, v, bias, options, offsets is not None):

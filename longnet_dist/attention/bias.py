@@ -198,7 +198,7 @@ class BiasOfRectangle:
         bias: the bias of the call.
         parameters: its parameters for the heads of each rectangle, (b, H, P).
         query_positions, key_positions: global positions in the first rectangle, int64, (I,) and (J,).
-        shift: (b,), what to add to them for each rectangle.
+        shift: (b,), what to add to them for each rectangle; None if the bias depends on distances alone.
         causal: whether a query sees only keys at or before it.
         distinct: rectangle b has the parameters of b % `distinct`.
         rate: consecutive positions of a run are `rate` tokens apart.
@@ -210,7 +210,7 @@ class BiasOfRectangle:
     parameters: Tensor
     query_positions: Tensor
     key_positions: Tensor
-    shift: Tensor
+    shift: Tensor | None
     causal: bool
     distinct: int
     rate: int
@@ -220,6 +220,8 @@ class BiasOfRectangle:
     def of(self, rows: slice) -> Tensor:
         """The term added to the scores of these query rows: (b, H, rows, J)."""
         queries = self.query_positions[rows]
+        if self.shift is None:
+            return self.bias.values(self.parameters, queries[:, None] - self.key_positions[None, :], self.causal)
         return self.bias.between(self.parameters, queries, self.key_positions, self.shift, self.causal)
 
     def accumulate_(self, grad_parameters: Tensor, grad_scores: Tensor, rows: slice) -> None:

@@ -85,7 +85,10 @@ class DilatedCache:
 
     def branch_rows(self, number: int) -> Tensor:
         """Return the keys and values of a branch: (2, B, slots, G, D), a view."""
-        return self.rows.narrow(2, sum(self._slots[:number]), self._slots[number])
+        return self._of_branch(self.rows, number)
+
+    def _of_branch(self, rows: Tensor, number: int) -> Tensor:
+        return rows.narrow(2, sum(self._slots[:number]), self._slots[number])
 
     def append(self, k: Tensor, v: Tensor, mesh: SequenceMesh | None = None) -> None:
         """Keep what later tokens can see of new rows, (B, L, G, D). With a mesh, collective: every rank keeps all.
@@ -96,33 +99,25 @@ class DilatedCache:
         """
         if mesh is None or mesh.everyone is None:
             end = self.length + k.shape[1]
-            if k.shape[1]:
-                self._copy(k, v, self.length, end, end)
+            self._copy(k, v, self.length, end, end, self.rows)
         else:
             end = self.length + mesh.seq_len
-            self._copy_from_ranks(k, v, mesh, end)
+            first, stop = self.length + mesh.shard.start, self.length + mesh.shard.stop
+            gathered = torch.zeros_like(self.rows)
+            self._copy(k, v, first, stop, end, gathered)
+            mesh.everyone.all_reduce(gathered, "gathering the rows that a cache keeps")
+            for block in kept_blocks(self.pattern, k.shape[2], self.length, end, end):
+                both = self.branch_rows(block.branch), self._of_branch(gathered, block.branch)
+                for target, source in zip(*both, strict=True):
+                    places = block.heads, block.slots
+                    rectangle(target, *places).copy_(rectangle(source, *places))
         self.length = end
 
-    def _copy(self, k: Tensor, v: Tensor, lo: int, hi: int, end: int) -> None:
-        """Keep the rows [lo, hi), of which k and v hold all, after `end` rows in all."""
-        for block in kept_blocks(self.pattern, k.shape[2], lo, hi, end):
-            of_branch = self.branch_rows(block.branch)
-            for target, x in zip(of_branch, (k, v), strict=True):
+    def _copy(self, k: Tensor, v: Tensor, lo: int, hi: int, end: int, into: Tensor) -> None:
+        """Copy what is kept of the rows [lo, hi), of which k and v hold all, after `end` rows in all."""
+        for block in kept_blocks(self.pattern, k.shape[2], lo, hi, end) if lo < hi else ():
+            for target, x in zip(self._of_branch(into, block.branch), (k, v), strict=True):
                 rectangle(target, block.heads, block.slots).copy_(rectangle(x, block.heads, block.rows))
-
-    def _copy_from_ranks(self, k: Tensor, v: Tensor, mesh: SequenceMesh, end: int) -> None:
-        communicator, start = mesh.everyone, self.length
-        assert communicator is not None
-        gathered = DilatedCache.__new__(DilatedCache)
-        gathered.pattern, gathered._slots, gathered.rows = self.pattern, self._slots, torch.zeros_like(self.rows)
-        if mesh.shard.num_rows:
-            gathered._copy(k, v, start + mesh.shard.start, start + mesh.shard.stop, end)
-        communicator.all_reduce(gathered.rows, "gathering the rows that a cache keeps")
-        for block in kept_blocks(self.pattern, k.shape[2], start, end, end):
-            targets, sources = self.branch_rows(block.branch), gathered.branch_rows(block.branch)
-            for target, source in zip(targets, sources, strict=True):
-                places = block.heads, block.slots
-                rectangle(target, *places).copy_(rectangle(source, *places))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state, to save it: the pattern, the length and the rows."""

@@ -48,7 +48,8 @@ class Call:
     bias: PositionBias | None
     num_kv_heads: int
     shares_collectives: bool
-    packs: bool = False
+    packed_kernel: PackedKernel | None = None
+    """The kernel, if it attends the squares of many documents in one call; None without documents."""
 
     @classmethod
     def of(
@@ -62,19 +63,16 @@ class Call:
         mesh = mesh_of(options.mesh)
         plan = plan_of(q, k, options, () if cu_seqlens is None else tuple(cu_seqlens.tolist()))
         shares = mesh is not None and len(plan.shared) > 0 and mesh.shares_collectives(_layer_size(q, k, options))
-        request = replace(kernel_request(q, bias), variable_lengths=True)
-        packs = cu_seqlens is not None and bias is None and not kernel.unsupported(request)
-        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares, packs)
+        packed = None
+        if cu_seqlens is not None and bias is None:
+            request = replace(kernel_request(q, bias), variable_lengths=True)
+            packed = None if kernel.unsupported(request) else cast(PackedKernel, kernel)
+        return cls(plan, kernel, mesh, options.causal, options.scale, bias, k.shape[2], shares, packed)
 
     @property
     def in_place(self) -> bool:
         """Whether the kernel attends rectangles in place; see `contract.Kernel`."""
         return getattr(self.kernel, "IN_PLACE", False)
-
-    @property
-    def packed_kernel(self) -> PackedKernel | None:
-        """The kernel, if it attends the squares of many documents in one call; None without documents."""
-        return cast(PackedKernel, self.kernel) if self.packs else None
 
     def by_kv_head(self, x: Tensor) -> Tensor:
         """View (B, L, H, ...) as (B, L, G, H / G, ...)."""
@@ -90,11 +88,7 @@ class Call:
         parameters = by_kv_head[torch.tensor(heads, device=by_kv_head.device)].flatten(1, 2)
         parameters = parameters.repeat(rectangles // len(heads), 1, 1)
         queries, keys = (_positions(runs, parameters.device) for runs in (query_rows, key_rows))
-        # Rectangles are numbered by sequence, then segment, then phase.
-        first, segments = query_rows[0], torch.arange(query_rows[0].segments, device=parameters.device)
-        phases = torch.arange(len(heads), device=parameters.device)
-        shift = (segments[:, None] * first.segment_step + phases * first.phase_step).flatten()
-        shift = shift.repeat(rectangles // len(shift))
+        shift = None if self.bias.by_distance else _shifts(query_rows[0], len(heads), rectangles, parameters.device)
         (query_run,), key_runs = ([(rows.position, rows.count) for rows in runs] for runs in (query_rows, key_rows))
         return BiasOfRectangle(
             self.bias,
@@ -171,6 +165,13 @@ def _layer_size(q: Tensor, k: Tensor, options: Options) -> LayerSize:
 def unit_stride(x: Tensor) -> Tensor:
     """Return `x` with a contiguous last dimension, which kernels need; copied only if necessary."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _shifts(rows: Rows, num_phases: int, rectangles: int, device: torch.device) -> Tensor:
+    """Return how many rows each rectangle lies behind the first, (b,); in the order of sequence, segment and phase."""
+    segments, phases = torch.arange(rows.segments, device=device), torch.arange(num_phases, device=device)
+    shifts = (segments[:, None] * rows.segment_step + phases * rows.phase_step).flatten()
+    return shifts.repeat(rectangles // len(shifts))
 
 
 def _positions(runs: Sequence[Rows], device: torch.device) -> Tensor:

@@ -44,17 +44,14 @@ def run_generate(
     import torch
     import torch.distributed as dist
 
-    from longnet_dist.data.tokenizers import load_tokenizer
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.inference.stream import Progress
-    from longnet_dist.training.evaluation import evaluated
-    from longnet_dist.training.job import find_tokenizer
-    from longnet_dist.training.state import is_export
+    from longnet_dist.training.evaluation import evaluated, tokenizer_of
 
     text = prompt_file.read_bytes() if prompt_file is not None else str(prompt).encode()
     folder = storage_path(run)
     with evaluated(folder) as (model, _, mesh_of_run):
-        tokenizer = load_tokenizer(model.tokenizer_file if is_export(folder) else find_tokenizer(folder))
+        tokenizer = tokenizer_of(folder, model)
         ids = torch.from_numpy(tokenizer.encode([text])[0].astype("int64"))[None]
         if not ids.shape[1]:
             raise ValueError("the text to continue is empty; it needs at least one token")

@@ -39,16 +39,13 @@ def run_score(
     import torch
     import torch.distributed as dist
 
-    from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+    from longnet_dist.data.tokenizers import Bytes
     from longnet_dist.distributed.mesh import SequenceMesh
     from longnet_dist.inference.stream import FileBytes, Progress, can_stream, nats_by_position
-    from longnet_dist.training.evaluation import evaluated
-    from longnet_dist.training.job import find_tokenizer
-    from longnet_dist.training.state import is_export
+    from longnet_dist.training.evaluation import evaluated, tokenizer_of
 
     with evaluated(storage_path(model)) as (loaded, _, mesh_of_run):
-        folder = storage_path(model)
-        tokenizer = load_tokenizer(loaded.tokenizer_file if is_export(folder) else find_tokenizer(folder))
+        tokenizer = tokenizer_of(storage_path(model), loaded)
         for file in files:
             if mesh_of_run is None and not tokens and tokenizer.name == Bytes.name and can_stream(loaded):
                 source = FileBytes(file)
@@ -138,19 +135,16 @@ def _evaluate_stream(run: str, file: Path, state: Path | None, edges: tuple[int,
     """Print the table of a file that is read part by part."""
     import torch.distributed as dist
 
-    from longnet_dist.data.tokenizers import Bytes, load_tokenizer
+    from longnet_dist.data.tokenizers import Bytes
     from longnet_dist.inference.stream import FileBytes, Progress, Repeated, Tokens, can_stream, nats_by_position
-    from longnet_dist.training.evaluation import evaluated
-    from longnet_dist.training.job import find_tokenizer
-    from longnet_dist.training.state import is_export
+    from longnet_dist.training.evaluation import evaluated, tokenizer_of
 
     if not file.is_file():
         raise ValueError(f"--stream {file} is no file")
     with evaluated(storage_path(run)) as (model, _, mesh):
         if not can_stream(model):
             raise ValueError("--stream needs a model with rotary positions or biases, and no zero rows")
-        folder = storage_path(run)
-        tokenizer = load_tokenizer(model.tokenizer_file if is_export(folder) else find_tokenizer(folder))
+        tokenizer = tokenizer_of(storage_path(run), model)
         source: Tokens = FileBytes(file)
         num_bytes = len(source)
         if tokenizer.name != Bytes.name:  # Its tokens are known when it has read the whole file.

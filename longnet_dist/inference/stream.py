@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import time
@@ -150,10 +149,11 @@ def nats_by_position(
     inner = [edge for edge in edges if 0 < edge < count]
     sums = torch.zeros(len(inner) + 1, dtype=torch.float64)
     caches, read = model.new_cache(), 0
-    weights = sum(p.detach().double().sum().item() for p in model.parameters())
-    identity = f"{identity}; {count + 1} tokens; edges {inner}; {model.config} with weights of sum {weights!r}"
-    if state is not None and state.exists():
-        read = _load(state, identity, caches, sums)
+    if state is not None:
+        weights = sum(p.detach().double().sum().item() for p in model.parameters())
+        identity = f"{identity}; {count + 1} tokens; edges {inner}; {model.config} with weights of sum {weights!r}"
+        if state.exists():
+            read = _load(state, identity, caches, sums)
     if progress is not None and read:
         progress(read)
     meshes: dict[int, SequenceMesh] = {}
@@ -180,11 +180,6 @@ def nats_by_position(
     if state is not None and (group is None or group.rank() == 0):
         state.unlink(missing_ok=True)
     return list(zip([0, *inner], [*inner, count], sums.tolist(), strict=True))
-
-
-def bits(nats: float) -> float:
-    """Convert nats to bits."""
-    return nats / math.log(2)
 
 
 def _save(file: Path, state: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from longnet_dist.data.corpus import open_corpus
 from longnet_dist.data.shards import TokenStream
-from longnet_dist.data.tokenizers import load_tokenizer
+from longnet_dist.data.tokenizers import Tokenizer, load_tokenizer
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.training.config import TrainConfig
-from longnet_dist.training.job import load_corpus, read_config
+from longnet_dist.training.job import find_tokenizer, load_corpus, read_config
 from longnet_dist.training.processes import init_processes
 from longnet_dist.training.state import is_export, load_model
 
@@ -46,6 +46,15 @@ def evaluated(folder: Path, seq_len: int | None = None) -> Iterator[tuple[LongNe
             )
         mesh = SequenceMesh(dist.group.WORLD, model.config.pattern, config.seq_len) if dist.is_initialized() else None
         yield model.to(device).eval(), config, mesh
+
+
+def tokenizer_of(folder: Path, model: LongNet) -> Tokenizer:
+    """Return the tokenizer of the model of a run or an export.
+
+    Raises:
+        ValueError: if its file is missing, or is another tokenizer now.
+    """
+    return load_tokenizer(model.tokenizer_file if is_export(folder) else find_tokenizer(folder))
 
 
 def load_name(run: Path) -> str:

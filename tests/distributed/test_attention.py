@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
@@ -17,7 +16,7 @@ from longnet_dist.attention.experimental.block_sparse import block_sparse_attent
 from longnet_dist.attention.experimental.hashed import hashed_attention
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases, output_and_gradients
+from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases, drawn, output_and_gradients
 from tests.pool import WORLDS
 
 ALIGNED = Pattern((8, 16, 64), (1, 2, 4))
@@ -73,17 +72,7 @@ def cases_and_options(draw, world: int):
 @pytest.mark.parametrize("world", WORLDS)
 def test_drawn_cases_equal_the_oracle(pool, world):
     """Cases have any pattern, N and chunk, so some ranks have fewer rows than others, or none."""
-    examples = []
-
-    @settings(
-        max_examples=100, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases_and_options(world))
-    def collect(example):
-        examples.append(example)
-
-    collect()
+    examples = drawn(cases_and_options(world), 100)
     pool.run(world, check, examples)
 
 
@@ -116,17 +105,7 @@ def check_low_precision(group, cases_and_options, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_drawn_cases_in_low_precision_are_as_near_the_oracle_as_one_process(pool, dtype):
-    examples = []
-
-    @settings(
-        max_examples=60, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases_and_options(4))
-    def collect(example):
-        examples.append(example)
-
-    collect()
+    examples = drawn(cases_and_options(4), 60)
     pool.run(4, check_low_precision, examples, dtype)
 
 

@@ -56,6 +56,21 @@ def error_of_a_misaligned_part(group):
     return str(caught.value)
 
 
+def error_of_other_heads_on_one_rank(group):
+    mesh = SequenceMesh(group, ALIGNED, 64)
+    cache = DilatedCache(ALIGNED, 1, 2, 8)
+    k = torch.zeros(1, mesh.shard.num_rows, 2, 8)
+    q = torch.zeros(1, mesh.shard.num_rows, 3 if mesh.rank == 1 else 4, 8)
+    with pytest.raises(ValueError, match=r"rank 1: .*3 query heads cannot share 2 key/value heads") as caught:
+        dilated_attention(q, k, k, ALIGNED, causal=True, mesh=mesh, cache=cache)
+    return str(caught.value)
+
+
+def test_wrong_heads_on_one_rank_raise_on_every_rank(pool):
+    """Work that precedes the exchange must not fail on that rank alone, while others wait."""
+    assert len(set(pool.run(2, error_of_other_heads_on_one_rank, limit=30))) == 1
+
+
 def test_parts_that_are_cut_otherwise_raise_on_every_rank(pool):
     assert len(set(pool.run(2, error_of_a_misaligned_part))) == 1
 

@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from longnet_dist import (
@@ -20,7 +19,7 @@ from longnet_dist import (
 )
 from longnet_dist.functional import scaled_dot_product_dilated_attention
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases
+from tests.cases import NO_LATENCY, SLOW_STARTS, Case, cases, drawn
 from tests.pool import WORLDS
 
 
@@ -86,17 +85,7 @@ def documents(draw, world: int):
 @pytest.mark.parametrize("world", [0, *WORLDS])
 def test_documents_equal_each_document_alone(pool, world):
     """On one device without a mesh (0), and over ranks, whose edges cut documents anywhere."""
-    examples = []
-
-    @settings(
-        max_examples=80, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(documents(max(1, world)))
-    def collect(example):
-        examples.append(example)
-
-    collect()
+    examples = drawn(documents(max(1, world)), 80)
     if world:
         pool.run(world, check, examples)
     else:

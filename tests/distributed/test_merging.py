@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 from torch.testing import assert_close
 
 from longnet_dist import Pattern
 from longnet_dist.attention import merging
 from longnet_dist.attention.merging import collected
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import Case, output_and_gradients
+from tests.cases import Case, drawn, output_and_gradients
 from tests.distributed.test_attention import UNALIGNED, cases_and_options, check_low_precision, distributed
 from tests.unit.attention.test_merging import load_interpreted
 
@@ -19,17 +18,7 @@ from tests.unit.attention.test_merging import load_interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_drawn_cases_over_two_ranks_are_as_near_the_oracle_as_one_process(pool, dtype):
     """Queries of shared segments have results over this rank's keys and over those of the other rank."""
-    examples = []
-
-    @settings(
-        max_examples=40, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(cases_and_options(2))
-    def collect(example):
-        examples.append(example)
-
-    collect()
+    examples = drawn(cases_and_options(2), 40)
     pool.run(2, check_low_precision, examples, dtype)
 
 

@@ -249,6 +249,7 @@ def test_a_missing_rank_is_an_attributed_error_within_the_time_limit(strategy, d
     assert "rank 2 of the sequence failed while comparing the ranks' arguments" in first
     assert f"rank 2 of the sequence failed while {doing} of branch (w=64, r=4) over ranks 0 to 3" in later
     assert "time limit 2 s" in later
+    assert "a rank of that group ended, or did not make the same call" in later
 
 
 class DyingKernel:

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
 
 from longnet_dist import Pattern, dilated_attention
 from longnet_dist.attention.kernels import KERNELS, eager
-from tests.cases import Case
+from tests.cases import Case, drawn
 from tests.distributed.test_documents import check, documents, results
 
 
@@ -59,17 +58,7 @@ def check_packed(group, examples):
 
 @pytest.mark.parametrize("world", [0, 2, 4])
 def test_packed_documents_equal_each_document_alone(pool, world):
-    examples = []
-
-    @settings(
-        max_examples=25, deadline=None, phases=[Phase.generate], derandomize=True, database=None,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
-    @given(documents(max(1, world)))
-    def collect(example):
-        examples.append(example)
-
-    collect()
+    examples = drawn(documents(max(1, world)), 25)
     if world:
         pool.run(world, check_packed, examples)
     else:

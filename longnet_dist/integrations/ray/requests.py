@@ -30,10 +30,7 @@ from longnet_dist.plan.shard import Shard, choose_chunk
 Source: TypeAlias = Tensor | np.ndarray | Path | str | ObjectRef
 Document: TypeAlias = Source | bytes | Sequence[int]
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (
-    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
-    *(torch.uint16, torch.uint32, torch.uint64),
-)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -41,7 +38,7 @@ class Request:
     """One operation for all ranks of a gang."""
 
     operation: str
-    """The operation of `Rank.run`."""
+    """The operation of `Rank.run`: `attention`, `score`, `embed` or `generate`."""
     num_rows: int
     """N, the length of the sequence."""
     dim: int
@@ -57,6 +54,7 @@ class DeferredRequest:
     """A request that a Ray task builds from the values of ObjectRefs, which this process never holds."""
 
     operation: str
+    """The operation of `Rank.run`."""
     header: ObjectRef
     """The number of rows and the dimension of the result, or as text what is wrong with the values."""
     arguments: list[ObjectRef]
@@ -171,8 +169,9 @@ class RequestBuilder:
         """Build the request of `SequenceParallelGang.generate`."""
         options = max_new_tokens, Sampling(**sampling), tuple(stop), seed
         if isinstance(document, ObjectRef):
-            sampling |= {"max_new_tokens": max_new_tokens, "stop": stop, "seed": seed}
-            return self._defer("generate", [document], out, **sampling)
+            return self._defer(
+                "generate", [document], out, **sampling, max_new_tokens=max_new_tokens, stop=stop, seed=seed
+            )
         parts, rows = self._split_document(document)
         return Request("generate", rows, 0, [[part, *options] for part in parts], None)
 
