@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,6 +150,57 @@ def cuda_flash_attention_backward(*args: Any, **options: Any) -> Any:
     Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
     """
     return torch.ops.aten._flash_attention_backward(*args, **options)
+
+
+def cudnn_attention(*args: Any, **options: Any) -> Any:
+    """Call the forward of cuDNN's attention, which returns (out, lse, ...).
+
+    The public `scaled_dot_product_attention` returns no lse. Seen in torch 2.13.
+    """
+    return torch.ops.aten._cudnn_attention_forward(*args, **options)
+
+
+def cudnn_attention_backward(*args: Any, **options: Any) -> Any:
+    """Call the backward of cuDNN's attention.
+
+    Unlike autograd, it accepts an `out` and `lse` that were merged over several calls. Seen in torch 2.13.
+    """
+    return torch.ops.aten._cudnn_attention_backward(*args, **options)
+
+
+FLASH_ATTN = {
+    2: "flash_attn.flash_attn_interface",
+    3: "flash_attn_interface",
+    4: "flash_attn.cute.interface",
+}
+"""The modules of the versions of flash-attn."""
+
+
+def flash_attn(version: int, name: str) -> Any:
+    """Return a private function of flash-attn: forward or backward, of rectangles or of packed rows.
+
+    The public functions accept no `out` and `lse` that were merged over several calls. Read in the sources of
+    flash-attn 2.7.4 to 2.8.3, FlashAttention 3 of August 2026, and flash-attn-4 4.0.0b36.
+    """
+    return getattr(importlib.import_module(FLASH_ATTN[version]), name)
+
+
+@functools.cache
+def problem_of_flash_attn(version: int) -> str | None:
+    """Return why a version of flash-attn cannot be used in this process; None if it can.
+
+    Packages that are compiled for another torch fail when they are imported, in many ways.
+    """
+    module = FLASH_ATTN[version]
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module == error.name or module.startswith(f"{error.name}.")):
+            return "is not installed"
+        return f"does not import: {error}"
+    except Exception as error:
+        return f"does not import: {type(error).__name__}: {error}"
+    return None
 
 
 def checkpoint_files(folder: Path, rank: int) -> list[str]:

@@ -80,8 +80,8 @@ def forward_op(
             )
             out, lse = out.reshape(q_p.shape), lse.reshape(q_p.shape[:-1])
             out, lse = (x.unflatten(0, (len(q), -1)) for x in (out, lse))
-            for rows, (first, end) in zip(group.rows, packs.parts, strict=True):
-                merged.merge(group.branch, group.heads, rows, out[:, first:end], lse[:, first:end])
+            for block, (first, end) in zip(group.blocks, packs.parts, strict=True):
+                merged.merge(group.branch, block.heads, block.rows, out[:, first:end], lse[:, first:end])
     for block in [*call.plan.local, *call.plan.own] if packed is None else ():
         for heads, rows in pieces(block.heads, block.rows, call.in_place):
             q_r, *k_v = (rectangle(x, heads, rows) for x in (q_BLGRD, k, v))
@@ -176,8 +176,8 @@ def backward_op(
             )
             for total, of_group, like in zip((dq, dk, dv), packed_grads, (q_p, k_p, v_p), strict=True):
                 by_sequence = of_group.reshape(like.shape).unflatten(0, (len(q), -1))
-                for rows, (first, end) in zip(group.rows, packs.parts, strict=True):
-                    total.add(group.branch, group.heads, rows, by_sequence[:, first:end])
+                for block, (first, end) in zip(group.blocks, packs.parts, strict=True):
+                    total.add(group.branch, block.heads, block.rows, by_sequence[:, first:end])
     for block in call.plan.local if packed is None else ():
         attend_own(block)
     for exchange in exchanges:

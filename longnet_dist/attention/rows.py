@@ -75,7 +75,7 @@ class Packing(NamedTuple):
         rows, heads: the row and the key/value head of each packed row and head, int64, (T, M): T rows of a sequence.
         offsets: where each square begins, over all sequences of the batch, and the last one ends: int32.
         longest: the most rows of a square.
-        parts: the packed rows of each of the group's rectangles: (first, end).
+        parts: the packed rows of each of the group's blocks: (first, end).
     """
 
     rows: Tensor
@@ -92,11 +92,11 @@ class Packing(NamedTuple):
 @lru_cache(maxsize=64)
 def packing(group: BlockGroup, batch: int, device: torch.device) -> Packing:
     """Return the packing of a group of blocks, whose squares are the phases of segments."""
-    heads = group.heads
-    by_phase = torch.tensor(heads.table, dtype=torch.int64)
     rows_of_all, heads_of_all, sizes, parts = [], [], [], []
     end = 0
-    for rows in group.rows:
+    for block in group.blocks:
+        heads, rows = block.heads, block.rows
+        by_phase = torch.tensor(heads.table, dtype=torch.int64)
         segments, phases, count = (torch.arange(n) for n in (rows.segments, heads.phases, rows.count))
         starts = rows.first + segments[:, None] * rows.segment_step + phases * rows.phase_step
         rows_of_all.append((starts[..., None] + count * rows.step).flatten())
@@ -104,7 +104,8 @@ def packing(group: BlockGroup, batch: int, device: torch.device) -> Packing:
         sizes += [rows.count] * (rows.segments * heads.phases)
         parts.append((end, end := end + len(rows_of_all[-1])))
     offsets = torch.tensor([0, *sizes * batch]).cumsum(0)
-    indices = torch.cat(rows_of_all)[:, None].expand(-1, heads.per_phase), torch.cat(heads_of_all)
+    all_heads = torch.cat(heads_of_all)
+    indices = torch.cat(rows_of_all)[:, None].expand_as(all_heads), all_heads
     row_table, head_table, cumulative = (x.to(device) for x in (*indices, offsets.to(torch.int32)))
     return Packing(row_table, head_table, cumulative, max(sizes), tuple(parts))
 

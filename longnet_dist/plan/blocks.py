@@ -117,11 +117,10 @@ class SharedBranch:
 
 @dataclass(frozen=True, eq=False)
 class BlockGroup:
-    """The own blocks of a branch that have the same heads: one call of a kernel that takes variable lengths."""
+    """Own blocks of a branch with the same number of heads per phase: one call of a kernel for variable lengths."""
 
     branch: int
-    heads: Heads
-    rows: tuple[Rows, ...]
+    blocks: tuple[OwnBlock, ...]
 
 
 @dataclass(frozen=True)
@@ -143,11 +142,11 @@ class Plan:
 
     @cached_property
     def groups(self) -> tuple[BlockGroup, ...]:
-        """The `local` and `own` blocks by branch and heads."""
-        rows: dict[tuple[int, Heads], list[Rows]] = {}
+        """The `local` and `own` blocks by branch and number of heads per phase."""
+        blocks: dict[tuple[int, int], list[OwnBlock]] = {}
         for block in (*self.local, *self.own):
-            rows.setdefault((block.branch, block.heads), []).append(block.rows)
-        return tuple(BlockGroup(*key, tuple(of_group)) for key, of_group in rows.items())
+            blocks.setdefault((block.branch, block.heads.per_phase), []).append(block)
+        return tuple(BlockGroup(branch, tuple(of_group)) for (branch, _), of_group in blocks.items())
 
 
 def make_plan(

@@ -27,6 +27,8 @@ class KernelRequest:
         strided_views: whether inputs may have any strides, except that the last is 1.
         accumulates: whether results are merged into existing tensors, in place of new ones. No caller
             needs it yet.
+        capability: the compute capability of the GPU, such as (9, 0); by default that of the device, and None if
+            this machine has no NVIDIA GPU.
     """
 
     device: torch.device
@@ -37,11 +39,20 @@ class KernelRequest:
     variable_lengths: bool = False
     strided_views: bool = True
     accumulates: bool = False
+    capability: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.capability is None and self.device.type == "cuda" and _has_nvidia_gpu():
+            object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
 
     def __str__(self) -> str:
         needs = [name for name in ("bias", "variable_lengths", "accumulates") if getattr(self, name)]
         extra = f" and {', '.join(needs).replace('_', ' ')}" if needs else ""
         return f"{self.dtype} on {self.device.type} with head dim {self.head_dim}{extra}"
+
+
+def _has_nvidia_gpu() -> bool:
+    return torch.version.hip is None and torch.cuda.is_available()
 
 
 class DistanceTable(NamedTuple):

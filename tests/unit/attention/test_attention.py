@@ -207,7 +207,7 @@ def test_inputs_may_start_at_any_address(device, offset):
         ({"q": torch.zeros(1, 8, 3, 4)}, "3 query heads cannot share 2"),
         ({"q": torch.zeros(1, 8, 2, 4, dtype=torch.float64)}, "one dtype"),
         ({"pattern": (8, 1)}, "must be a longnet_dist.Pattern"),
-        ({"kernel": "warp"}, "'warp'; it must be one of auto, torch, triton, eager"),
+        ({"kernel": "warp"}, "'warp'; it must be one of auto, flash, torch, triton, eager, cudnn"),
         ({"kernel": "torch", "bias": T5Bias(torch.zeros(8, 2))}, "torch: it has no gradient for a position bias"),
         ({"bias": T5Bias(torch.zeros(8, 3))}, "with H = 2"),
         ({"bias": T5Bias(torch.zeros(7, 2))}, "7 buckets"),

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 import longnet_dist
 from longnet_dist import internals
+from tests.unit.attention.flash_signatures import PARAMETERS
 
 PACKAGE = Path(longnet_dist.__file__).parent
 DOCUMENTED = {"os._exit", "from _typeshed import WriteableBuffer"}
@@ -77,6 +78,23 @@ def cuda_flash_attention():
     """Without a GPU, check that the operators have the arguments that are passed by name."""
     schemas = [getattr(torch.ops.aten, f"_flash_attention_{name}").default._schema for name in ("forward", "backward")]
     return all("scale" in [argument.name for argument in schema.arguments] for schema in schemas)
+
+
+def cudnn_attention():
+    """Without a GPU, check the numbers and names of the operators' arguments, and that cumulative sizes may be None."""
+    names = [
+        [argument.name for argument in getattr(torch.ops.aten, f"_cudnn_attention_{name}").default._schema.arguments]
+        for name in ("forward", "backward")
+    ]
+    return [len(x) for x in names] == [13, 16] and all(x[-1] == "scale" for x in names)
+
+
+def flash_attn_2():
+    return all(callable(internals.flash_attn(2, name)) for name in PARAMETERS[2, "2.7.4 to 2.8.3"])
+
+
+def flash_attn_4():
+    return all(callable(internals.flash_attn(4, name)) for name in PARAMETERS[4, "4.0.0b36"])
 
 
 def python_unpickler():
@@ -195,6 +213,9 @@ CHECKS = {
     ("torch", "autograd.forward_ad._current_level"): forward_mode,
     ("torch", "aten._scaled_dot_product_flash_attention_for_cpu, with out and lse, and its backward"): flash_attention,
     ("torch", "aten._flash_attention_forward and its backward"): cuda_flash_attention,
+    ("torch", "aten._cudnn_attention_forward and its backward"): cudnn_attention,
+    ("flash-attn", "the private functions of flash_attn_interface"): flash_attn_2,
+    ("flash-attn-4", "the private functions of cute.interface"): flash_attn_4,
     ("torch", internals.UNSHARED_RENDEZVOUS): unshared_rendezvous,
     ("torch", "the private names in a checkpoint's metadata"): checkpoint_metadata_names,
     ("torch", "the names of a checkpoint's files"): checkpoint_files,

@@ -102,7 +102,7 @@ def test_paths_may_be_strings(tmp_path):
     [
         ({"position": "learned"}, "'learned'; it must be one of rotary, xpos, alibi, t5, none"),
         ({"activation_checkpointing": "some"}, "one of none, selective, full"),
-        ({"kernel": "fast"}, "one of auto, torch, triton, eager"),
+        ({"kernel": "fast"}, "one of auto, flash, torch, triton, eager, cudnn"),
         ({"num_layers": 0}, "num_layers is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],

@@ -36,7 +36,7 @@ def unsupported(request: KernelRequest) -> list[str]:
     if request.head_dim > _MAX_HEAD_DIM:
         reasons.append(f"it takes head dims up to {_MAX_HEAD_DIM}, not {request.head_dim}")
     if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability(device)[0] < 8:
+        if request.capability is not None and request.capability < (8, 0):
             reasons.append("it needs a GPU of compute capability 8.0 or above")
     elif device.type != "cpu":
         reasons.append(f"it runs on CUDA, not on {device.type}")

@@ -1,0 +1,134 @@
+"""FlashAttention as its users install it: flash-attn 2, FlashAttention 3 or flash-attn-4.
+
+The version that is taken is the first of `_ORDER` that is installed and serves the request.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from longnet_dist import internals
+from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
+from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, joined, problems
+from longnet_dist.attention.kernels.flash_calls import Calls, Squares, Version2, Version3, Version4
+
+
+class _Version(NamedTuple):
+    calls: Calls
+    package: str
+
+
+_VERSIONS = {
+    2: _Version(Version2(), "flash-attn>=2.7.4"),
+    3: _Version(Version3(), "FlashAttention 3 (the folder hopper of the flash-attention repository)"),
+    4: _Version(Version4(), "flash-attn-4"),
+}
+_ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}
+"""For each major compute capability the versions that run on it, fastest first, as their authors say.
+
+flash-attn-4 has no backward for 8, and FlashAttention 3 is for 9.
+"""
+
+
+def unsupported(request: KernelRequest) -> list[str]:
+    """Return the reasons why this kernel cannot serve the request; empty if it can."""
+    return problems(request) or _version(request)[1]
+
+
+def version(request: KernelRequest) -> int | None:
+    """Return the version that serves a request; None if none does."""
+    return None if problems(request) else _version(request)[0]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend; see `contract.Kernel.forward`."""
+    calls = _calls(q)
+    results = []
+    for part in in_batches(q, k, v):
+        q, k, v = aligned(*part)
+        results.append(calls.forward(q, k, v, None, causal, scale))
+    out, lse = joined(results)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    bias: RectangleBias | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Compute the gradients; see `contract.Kernel.backward`."""
+    calls, grads = _calls(q), []
+    for *tensors, lse_of_part in in_batches(dout, q, k, v, out, lse):
+        dout, q, k, v, out = aligned(*tensors)
+        grads.append(calls.backward(dout, q, k, v, out, lse_of_part.contiguous(), None, causal, scale))
+    dq, dk, dv = joined(grads)
+    return dq, dk, dv, None
+
+
+def forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend squares of different sizes; see `contract.PackedKernel.forward_packed`."""
+    q, k, v = aligned(q, k, v)
+    out, lse = _calls(q).forward(q, k, v, Squares(offsets, longest), causal, scale)
+    return out, lse.t()
+
+
+def backward_packed(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    longest: int,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients; see `contract.PackedKernel.backward_packed`."""
+    dout, q, k, v, out = aligned(dout, q, k, v, out)
+    squares = Squares(offsets, longest)
+    return _calls(q).backward(dout, q, k, v, out, lse.t().contiguous(), squares, causal, scale)
+
+
+def _calls(q: Tensor) -> Calls:
+    chosen, reasons = _version(KernelRequest(q.device, q.dtype, q.shape[-1]))
+    if chosen is None:
+        raise ImportError("; ".join(reasons))
+    return _VERSIONS[chosen].calls
+
+
+def _version(request: KernelRequest) -> tuple[int | None, list[str]]:
+    """Return the version that serves a request that some version serves, or the reasons why each cannot."""
+    if request.capability is None:
+        return None, ["it needs an NVIDIA GPU, and finds none here"]
+    major, reasons = request.capability[0], []
+    for number in _ORDER.get(major, (2,)):
+        reason = internals.problem_of_flash_attn(number) or _limit(number, request)
+        if reason is None:
+            return number, []
+        reasons.append(f"{_VERSIONS[number].package} {reason}")
+    return None, reasons
+
+
+def _limit(number: int, request: KernelRequest) -> str | None:
+    assert request.capability is not None
+    head_dim, (major, minor) = request.head_dim, request.capability
+    if number == 2 and (major, minor) in ((8, 6), (8, 9), (12, 0), (12, 1)) and 192 < head_dim <= 224:
+        return f"has no backward for head dim {head_dim} on compute capability {major}.{minor}"
+    if number == 4 and major > 9 and head_dim > 128 and (head_dim != 256 or major == 12):
+        return f"takes head dims up to 128{' and 256' * (major < 12)} on compute capability {major}.{minor}"
+    return None
