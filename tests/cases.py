@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
+from importlib import metadata
 
 import pytest
 import torch
@@ -18,6 +20,18 @@ SLOW_STARTS, NO_LATENCY = Hardware("slow starts", 1e12, 1e12, 1.0), Hardware("no
 """With the first, a mesh joins all collectives between the same ranks; with the second none."""
 CPU_KERNELS = "torch", "eager"
 """The kernels that serve a CPU."""
+
+
+def _no_interpreter() -> str | None:
+    """Return why Triton's kernels cannot be interpreted here; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "no triton"
+    triton, numpy = ([int(part) for part in metadata.version(name).split(".")[:2]] for name in ("triton", "numpy"))
+    old = triton < [3, 9] and numpy >= [2, 4]
+    return "the interpreter of this triton cannot loop with this NumPy" if old else None
+
+
+NO_INTERPRETER = _no_interpreter()
 PAPER = Pattern((16, 32, 64), (1, 3, 6))  # r does not divide w, as in the paper's (16384, 6) and (32768, 12).
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, get_type_hints
 
+import torch
 from torch import Tensor
 
 from longnet_dist.attention.bias import PositionBias
@@ -106,16 +107,21 @@ def offsets_problem(q: Tensor, cu_seqlens: Tensor | None, options: Options) -> s
 
 
 def problem(q: Tensor, k: Tensor, v: Tensor, bias: PositionBias | None, options: Options) -> str | None:
-    """Describe what is wrong with the arguments of a call; None if nothing is."""
+    """Describe what is wrong with the arguments of a call; None if nothing is.
+
+    While a call is compiled, kernels are not asked: they look for packages and GPUs, which cannot be traced. They are
+    asked when the operator runs.
+    """
     message = _shape_problem(q, k, v) or _mesh_problem(q, options)
     if message:
         return message
     if bias is not None and (message := bias.problem(q.shape[2], options.causal)):
         return message
-    try:
-        choose_kernel(options.kernel, kernel_request(q, bias))
-    except ValueError as error:
-        return str(error)
+    if not torch.compiler.is_compiling():
+        try:
+            choose_kernel(options.kernel, kernel_request(q, bias))
+        except ValueError as error:
+            return str(error)
     return None
 
 

@@ -10,7 +10,7 @@ from longnet_dist import Pattern
 from longnet_dist.attention import merging
 from longnet_dist.attention.merging import collected
 from longnet_dist.plan.exchange import STRATEGIES
-from tests.cases import Case, drawn, output_and_gradients
+from tests.cases import NO_INTERPRETER, Case, drawn, output_and_gradients
 from tests.distributed.test_attention import UNALIGNED, cases_and_options, check_low_precision, distributed
 from tests.unit.attention.test_merging import load_interpreted
 
@@ -47,6 +47,7 @@ def check_interpreted(group, cases_and_options, dtype):
 
 
 def test_the_triton_kernel_merges_what_arrives_by_each_strategy(pool):
-    pytest.importorskip("triton")
+    if NO_INTERPRETER:
+        pytest.skip(NO_INTERPRETER)
     case = Case(UNALIGNED, N=37, H=2, G=2, B=1, D=8, causal=True)
     pool.run(2, check_interpreted, [(case, {"strategy": strategy}) for strategy in STRATEGIES], torch.bfloat16)

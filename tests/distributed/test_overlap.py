@@ -64,7 +64,7 @@ def attend_while_rows_travel(group, strategy, direction, path):
         out.sum().backward() if direction == "backward" else call()
 
     out = call() if direction == "backward" else None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         step()
     events = [(event.name, event.time_range.start, event.time_range.end) for event in profile.events()]
     return [event[1:] for event in events if "gloo:" in event[0]], min(e[1:] for e in events if e[0] == "attending")

@@ -14,6 +14,7 @@ from longnet_dist import Pattern
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"  # torchtitan imports torch's pipelines.
 )
+pytest.importorskip("torchtitan")
 PATTERN, SEQ_LEN = Pattern((8, 32), (1, 4)), 40
 
 

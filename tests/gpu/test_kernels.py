@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from longnet_dist import Pattern, dense_reference, dilated_attention
-from longnet_dist.attention.kernels import KERNELS, KernelRequest
+from longnet_dist.attention.kernels import KERNELS, KernelRequest, flash
 from tests.cases import PAPER, Case
 from tests.unit.attention.test_operators import LAYOUTS
 
@@ -71,6 +71,16 @@ def test_every_kernel_equals_the_oracle(kernel, name, dtype):
     require(kernel, case.D, dtype)
     errors = largest_errors(case, dtype=dtype, kernel=kernel)
     assert all(error < 4 * torch.finfo(dtype).eps for error in errors), errors  # Fails for NaN, too.
+
+
+@pytest.mark.parametrize("name", ["grouped queries", "not causal", "ragged"])
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_every_version_of_flash_attn_equals_the_oracle(version, name, monkeypatch):
+    monkeypatch.setattr(flash, "_ORDER", {torch.cuda.get_device_capability()[0]: (version,)})
+    case = CASES[name]
+    require("flash", case.D)
+    errors = largest_errors(case, kernel="flash")
+    assert all(error < 4 * torch.finfo(torch.bfloat16).eps for error in errors), errors
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -22,7 +22,7 @@ class _Version(NamedTuple):
 
 _VERSIONS = {
     2: _Version(Version2(), "flash-attn>=2.7.4"),
-    3: _Version(Version3(), "FlashAttention 3 (the folder hopper of the flash-attention repository)"),
+    3: _Version(Version3(), "FlashAttention 3"),
     4: _Version(Version4(), "flash-attn-4"),
 }
 _ORDER = {8: (2,), 9: (3, 4, 2), 10: (4, 2), 11: (4, 2), 12: (2, 4)}

@@ -20,7 +20,7 @@ from longnet_dist.attention.merging import collected, merged_rows, summed_rows
 from longnet_dist.attention.rows import pieces, rectangle
 from longnet_dist.plan.blocks import Heads, Rows, make_plan
 from longnet_dist.plan.shard import Shard
-from tests.cases import Case, cases
+from tests.cases import NO_INTERPRETER, Case, cases
 
 LOW = [torch.bfloat16, torch.float16]
 Drawn = list[tuple[int, Heads, Rows, Tensor, Tensor]]
@@ -106,7 +106,8 @@ def load_interpreted() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def triton_kernel() -> ModuleType:
-    pytest.importorskip("triton")
+    if NO_INTERPRETER:
+        pytest.skip(NO_INTERPRETER)
     return load_interpreted()
 
 

@@ -14,7 +14,6 @@ import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from importlib import metadata
 
 import pytest
 import torch
@@ -23,19 +22,12 @@ from torch.testing import assert_close
 from longnet_dist import Pattern, T5Bias
 from longnet_dist.attention.bias import BiasOfRectangle
 from longnet_dist.attention.kernels import KernelRequest, eager, triton
-from tests.cases import Case, output_and_gradients
+from tests.cases import NO_INTERPRETER, Case, output_and_gradients
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 
 
-def version_of(package: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in metadata.version(package).split(".")[:2])
-
-
-interpreted = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or (version_of("triton") < (3, 9) and version_of("numpy") >= (2, 4)),
-    reason="no triton, or one whose interpreter cannot loop with this version of NumPy",
-)
+interpreted = pytest.mark.skipif(NO_INTERPRETER is not None, reason=str(NO_INTERPRETER))
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4 * 2**-8, torch.float16: 4 * 2**-11}
 
 

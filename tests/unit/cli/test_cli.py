@@ -142,8 +142,36 @@ def test_ranks_must_be_those_of_torchrun(monkeypatch):
 def test_doctor(capsys):
     assert app.main(["doctor"]) == 0
     report = capsys.readouterr().out
-    for expected in ("torch 2.", "gloo: usable", "cpu   float32   torch  usable", "cuda  bfloat16"):
+    for expected in ("torch 2.", "gloo: usable", "cpu   float32   torch: the flash attention", "\n  cuda  "):
         assert expected in report
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--device", "cpu"], "for torch.float32 on cpu with head dim 64:\n  flash  no: it runs on CUDA, not on cpu\n"),
+        (["--device", "cpu", "--bias"], 'eager  usable, and taken by kernel="auto"'),
+        (["--capability", "9.0", "--head-dim", "128"], "for torch.bfloat16 on cuda with head dim 128, compute"),
+        (["--capability", "9.0", "--dtype", "float64"], 'eager  usable, and taken by kernel="auto"'),
+        (["--capability", "7.5"], "torch  no: it needs a GPU of compute capability 8.0 or above"),
+    ],
+)
+def test_doctor_explains_which_kernel_a_call_takes(options, expected, capsys):
+    assert app.main(["doctor", *options]) == 0
+    assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--capability", "9"], "two numbers, such as 9.0"),
+        (["--capability", "9.0", "--device", "cpu"], "only GPUs have a compute capability"),
+        (["--head-dim", "0"], "at least 1"),
+    ],
+)
+def test_doctor_reports_options_that_cannot_work(options, rule, capsys):
+    assert app.main(["doctor", *options]) == 2
+    assert rule in capsys.readouterr().err
 
 
 def test_plan(capsys):
