@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longnet_dist import Pattern, dilated_attention
-from longnet_dist.attention.kernels import KERNELS, eager
+from longnet_dist.attention.kernels import KERNELS, KernelRequest, eager
 from tests.cases import Case, drawn
 from tests.distributed.test_documents import check, documents, results
 
@@ -79,12 +79,15 @@ def test_a_thousand_documents_take_one_call_a_branch():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("causal", [True, False])
-def test_packed_documents_on_a_gpu(causal):
-    """The kernel of torch on CUDA takes the same squares as one call, in bfloat16."""
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_packed_documents_on_a_gpu(kernel, causal):
+    """Most kernels take the same squares as one call, in bfloat16."""
+    if KERNELS[kernel].unsupported(KernelRequest(torch.device("cuda"), torch.bfloat16, 64)):
+        pytest.skip(f"no {kernel}")
     case = Case(Pattern((64, 256), (1, 4)), N=3000, H=8, G=4, B=2, D=64, causal=causal)
     offsets = torch.tensor([0, 1, 1, 700, 1300, 3000])
     inputs = {name: x.detach().bfloat16().cuda().requires_grad_() for name, x in case.tensors().items()}
-    out = dilated_attention(**case.arguments(inputs), cu_seqlens=offsets)
+    out = dilated_attention(**case.arguments(inputs), cu_seqlens=offsets, kernel=kernel)
     grads = torch.autograd.grad(out, list(inputs.values()), case.dout(torch.bfloat16).cuda())
     expected, _, *expected_grads = results(case, cu_seqlens=offsets)
     for actual, exact in zip((out, *grads), (expected, *expected_grads), strict=True):

@@ -23,6 +23,7 @@ from longnet_dist import Pattern, T5Bias
 from longnet_dist.attention.bias import BiasOfRectangle
 from longnet_dist.attention.kernels import KernelRequest, eager, triton
 from tests.cases import NO_INTERPRETER, Case, output_and_gradients
+from tests.distributed.test_packed_documents import Packed
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
 
@@ -80,6 +81,24 @@ def results(case: Rectangle, kernel, dtype: torch.dtype) -> list[torch.Tensor]:
     if dbias is not None:
         grads.append(dbias.unflatten(0, (-1, 2)).sum(0))
     return [out, lse, *grads]
+
+
+def results_of_squares(kernel, dtype: torch.dtype, causal: bool, D: int) -> list[torch.Tensor]:
+    """Return out, lse and the gradients of packed squares, from an out and lse that are merged with something else."""
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 40, 41, 43, 110], dtype=torch.int32)
+    q, dout, k, v = (torch.randn(heads, 110, D).to(dtype).transpose(0, 1) for heads in (4, 4, 2, 2))
+    if kernel is not triton:
+        q, dout, k, v = (x.double() for x in (q, dout, k, v))
+    options = {"causal": causal, "scale": 0.3}
+    out, lse = kernel.forward_packed(q, k, v, offsets, 67, **options)
+    exact, _ = Packed().forward_packed(q.double(), k.double(), v.double(), offsets, 67, **options)
+    merged = (0.8 * exact + 0.1).to(dtype).to(q.dtype)
+    return [out, lse, *kernel.backward_packed(dout, q, k, v, merged, lse + 0.2, offsets, 67, **options)]
+
+
+def squares_in_triton(*options) -> list[torch.Tensor]:
+    return results_of_squares(triton, *options)
 
 
 def interpret() -> None:
@@ -143,6 +162,18 @@ def test_rectangles_equal_eager_in_float64(interpreter, case):
 
 
 @interpreted
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("dtype", "D"), [(torch.float32, 16), (torch.bfloat16, 24)])
+def test_packed_squares_equal_eager_in_float64(interpreter, dtype, D, causal):
+    actual = interpreter.submit(squares_in_triton, dtype, causal, D).result()
+    expected = results_of_squares(Packed(), dtype, causal, D)
+    assert actual[0].dtype == dtype
+    for a, b in zip(actual, expected, strict=True):
+        size = max(1, b.abs().max().item())
+        assert_close(a.double() / size, b.double() / size, rtol=0, atol=ROUNDING[dtype])
+
+
+@interpreted
 @pytest.mark.parametrize(
     "case",
     [
@@ -188,7 +219,10 @@ def test_the_table_by_distance_has_every_bias_and_its_gradient(causal):
         (KernelRequest(torch.device("meta"), torch.float32, 16), "it runs on CUDA, not on meta"),
         (KernelRequest(torch.device("cuda"), torch.float64, 16), "not torch.float64"),
         (KernelRequest(torch.device("cuda"), torch.float32, 257), "head dims up to 256, not 257"),
-        (KernelRequest(torch.device("cuda"), torch.float32, 16, variable_lengths=True), "rectangles of one size"),
+        (
+            KernelRequest(torch.device("cuda"), torch.float32, 16, bias=True, variable_lengths=True),
+            "with a position bias it takes rectangles of one size",
+        ),
     ],
 )
 def test_what_it_refuses(request_, reason):

@@ -25,8 +25,8 @@ def unsupported(request: KernelRequest) -> list[str]:
     """Return the reasons why this kernel cannot serve the request; empty if it can."""
     device = request.device
     reasons = []
-    if request.variable_lengths:
-        reasons.append("it takes rectangles of one size")
+    if request.variable_lengths and request.bias:
+        reasons.append("with a position bias it takes rectangles of one size")
     if request.bias and not request.bias_by_distance:
         reasons.append("it takes biases that depend on the distance of two tokens alone")
     if request.accumulates:
@@ -72,3 +72,33 @@ def backward(
     from longnet_dist.attention.kernels.triton import launch
 
     return launch.backward(dout, q, k, v, out, lse, causal, scale, bias)
+
+
+def forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: int, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend squares of different sizes; see `contract.PackedKernel.forward_packed`."""
+    from longnet_dist.attention.kernels.triton import launch
+
+    out, lse = launch.forward(q, k, v, causal, scale, squares=(offsets, longest))
+    return out, lse.t()
+
+
+def backward_packed(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    offsets: Tensor,
+    longest: int,
+    *,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the gradients; see `contract.PackedKernel.backward_packed`."""
+    from longnet_dist.attention.kernels.triton import launch
+
+    dq, dk, dv, _ = launch.backward(dout, q, k, v, out, lse.t(), causal, scale, squares=(offsets, longest))
+    return dq, dk, dv

@@ -11,6 +11,7 @@ from longnet_dist.attention.kernels.triton.common import (
     dot,
     is_seen,
     load_rows,
+    square_of,
     start_of,
     store_rows,
     unmasked_keys,
@@ -57,13 +58,15 @@ def attend_keys(
 
 
 @tuned("forward")
-@triton.jit(do_not_specialize=["I", "J", "H", "R", "bias_runs", "bias_shape"])
+@triton.jit(do_not_specialize=["result_strides", "I", "J", "H", "R", "bias_runs", "bias_shape"])
 def forward(
     q: tl.tensor,
     k: tl.tensor,
     v: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
+    offsets: tl.tensor,
+    result_strides: tl.tensor,
     sizes: tl.tensor,
     q_strides: tl.tensor,
     k_strides: tl.tensor,
@@ -78,6 +81,7 @@ def forward(
     bias_shape: tl.tensor,
     CAUSAL: tl.constexpr,
     BIASED: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -91,10 +95,14 @@ def forward(
     b = (tl.program_id(0) // blocks // H).to(tl.int64)
     h = tl.program_id(0) // blocks % H
     group = (h // R).to(tl.int64)
+    start, I, J = square_of(b, offsets, I, J, PACKED)
+    if PACKED:
+        if first >= I:
+            return
     rows = first + tl.arange(0, BLOCK_I)
-    q += start_of(b, sizes, q_strides) + group * q_strides[4] + (h % R) * q_strides[5]
-    k += start_of(b, sizes, k_strides) + group * k_strides[4]
-    v += start_of(b, sizes, v_strides) + group * v_strides[4]
+    q += start_of(b, sizes, q_strides) + start * q_strides[3] + group * q_strides[4] + (h % R) * q_strides[5]
+    k += start_of(b, sizes, k_strides) + start * k_strides[3] + group * k_strides[4]
+    v += start_of(b, sizes, v_strides) + start * v_strides[3] + group * v_strides[4]
     if BIASED:
         bias += ((b % bias_shape[0]) * H + h) * bias_shape[1]
     queries = load_rows(q, rows, q_strides[3], I, D, BLOCK_D)
@@ -112,6 +120,7 @@ def forward(
             (total, top, denominator), queries, k, v, rows, j + tl.arange(0, BLOCK_J), k_strides[3], v_strides[3],
             I, J, scale, bias, bias_runs, CAUSAL, BIASED, True, D, BLOCK_D,
         )  # fmt: skip
-    out += (b * I * H + h) * D
+    out += ((b * result_strides[0] + start) * H + h) * D
     store_rows(out, rows, H * D, I, total / denominator[:, None], D, BLOCK_D)
-    tl.store(lse + (b * H + h) * I + rows, (top + tl.log2(denominator)) * LN_2, mask=rows < I)
+    lse += b * result_strides[2] + h.to(tl.int64) * result_strides[3] + start
+    tl.store(lse + rows, (top + tl.log2(denominator)) * LN_2, mask=rows < I)

@@ -6,7 +6,10 @@ atomically, and equal inputs give equal bits.
 
 All tensors of the caller are addressed by strides (batch, segment, phase, row, key/value head, query head in its
 group), so that rectangles need no copy; `sizes` is (segments, phases). Results are contiguous: (b, I, H, D), and
-(b, H, I) for lse and delta. Scores are in units of log 2, because GPUs compute powers of 2.
+(b, H, I) for lse and delta. Squares of different sizes are PACKED: T rows in all, of which square b has those from
+`offsets[b]` to `offsets[b + 1]`; then strides of batches are 0, results are (T, H, D) and (H, T), and I and J are
+those of the longest. `result_strides` are the rows of q and of k from one rectangle to the next, and those of lse and
+delta from one rectangle and from one head to the next. Scores are in units of log 2, because GPUs compute powers of 2.
 
 A bias is a table of (rectangles with a bias of their own, H, N) by token distance, and `bias_shape` its first and
 last size. `bias_runs` is (keys before the gap, index for them, index for others): query i and key j find theirs at
@@ -41,6 +44,17 @@ def start_of(b: tl.tensor, sizes: tl.tensor, strides: tl.tensor) -> tl.tensor:
     phase = b % sizes[1]
     segment = b // sizes[1] % sizes[0]
     return b // sizes[1] // sizes[0] * strides[0] + segment * strides[1] + phase * strides[2]
+
+
+@triton.jit
+def square_of(b: tl.tensor, offsets: tl.tensor, I: tl.tensor, J: tl.tensor, PACKED: tl.constexpr) -> tl.tensor:
+    """The first row of square b among those that are packed, 0 if none are, and the numbers of queries and keys."""
+    first = b * 0
+    if PACKED:
+        first = tl.load(offsets + b).to(tl.int64)
+        I = (tl.load(offsets + b + 1) - first).to(tl.int32)
+        J = I
+    return first, I, J
 
 
 @triton.jit

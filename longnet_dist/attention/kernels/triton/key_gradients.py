@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from longnet_dist.attention.kernels.triton.common import LOG2_E, bias_of, dot, load_rows, start_of, store_rows
+from longnet_dist.attention.kernels.triton.common import (
+    LOG2_E,
+    bias_of,
+    dot,
+    load_rows,
+    square_of,
+    start_of,
+    store_rows,
+)
 from longnet_dist.attention.kernels.triton.tuning import tuned
 
 
@@ -53,7 +61,7 @@ def add_key_gradients(
 
 
 @tuned("key_gradients")
-@triton.jit(do_not_specialize=["I", "J", "G", "R", "bias_runs", "bias_shape"])
+@triton.jit(do_not_specialize=["result_strides", "I", "J", "G", "R", "bias_runs", "bias_shape"])
 def key_gradients(
     dout: tl.tensor,
     q: tl.tensor,
@@ -63,6 +71,8 @@ def key_gradients(
     delta: tl.tensor,
     dk: tl.tensor,
     dv: tl.tensor,
+    offsets: tl.tensor,
+    result_strides: tl.tensor,
     sizes: tl.tensor,
     dout_strides: tl.tensor,
     q_strides: tl.tensor,
@@ -79,6 +89,7 @@ def key_gradients(
     bias_shape: tl.tensor,
     CAUSAL: tl.constexpr,
     BIASED: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -90,11 +101,15 @@ def key_gradients(
     first = tl.program_id(0) % blocks * BLOCK_J
     b = (tl.program_id(0) // blocks // G).to(tl.int64)
     group = (tl.program_id(0) // blocks % G).to(tl.int64)
+    start, I, J = square_of(b, offsets, I, J, PACKED)
+    if PACKED:
+        if first >= J:
+            return
     keys = first + tl.arange(0, BLOCK_J)
-    q += start_of(b, sizes, q_strides) + group * q_strides[4]
-    dout += start_of(b, sizes, dout_strides) + group * dout_strides[4]
-    k += start_of(b, sizes, k_strides) + group * k_strides[4]
-    v += start_of(b, sizes, v_strides) + group * v_strides[4]
+    q += start_of(b, sizes, q_strides) + start * q_strides[3] + group * q_strides[4]
+    dout += start_of(b, sizes, dout_strides) + start * dout_strides[3] + group * dout_strides[4]
+    k += start_of(b, sizes, k_strides) + start * k_strides[3] + group * k_strides[4]
+    v += start_of(b, sizes, v_strides) + start * v_strides[3] + group * v_strides[4]
     k_block = load_rows(k, keys, k_strides[3], J, D, BLOCK_D)
     v_block = load_rows(v, keys, v_strides[3], J, D, BLOCK_D)
     dk_block = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
@@ -105,7 +120,7 @@ def key_gradients(
         lowest = first // BLOCK_I * BLOCK_I
         masked_end = tl.minimum(tl.cdiv(first + BLOCK_J - 1, BLOCK_I) * BLOCK_I, I)
     for r in range(0, R):
-        head = (b * G + group) * R + r
+        head = b * result_strides[2] + (group * R + r) * result_strides[3] + start
         table = bias
         if BIASED:
             table = bias + ((b % bias_shape[0]) * G * R + group * R + r) * bias_shape[1]
@@ -113,15 +128,15 @@ def key_gradients(
             for i in range(lowest, masked_end, BLOCK_I):
                 dk_block, dv_block = add_key_gradients(
                     (dk_block, dv_block), k_block, v_block, q + r * q_strides[5], dout + r * dout_strides[5],
-                    lse + head * I, delta + head * I, i + tl.arange(0, BLOCK_I), keys, q_strides[3], dout_strides[3],
+                    lse + head, delta + head, i + tl.arange(0, BLOCK_I), keys, q_strides[3], dout_strides[3],
                     I, J, scale, table, bias_runs, BIASED, True, D, BLOCK_D,
                 )  # fmt: skip
         for i in range(masked_end, I, BLOCK_I):
             dk_block, dv_block = add_key_gradients(
                 (dk_block, dv_block), k_block, v_block, q + r * q_strides[5], dout + r * dout_strides[5],
-                lse + head * I, delta + head * I, i + tl.arange(0, BLOCK_I), keys, q_strides[3], dout_strides[3],
+                lse + head, delta + head, i + tl.arange(0, BLOCK_I), keys, q_strides[3], dout_strides[3],
                 I, J, scale, table, bias_runs, BIASED, False, D, BLOCK_D,
             )  # fmt: skip
-    start = (b * J * G + group) * D
-    store_rows(dk + start, keys, G * D, J, dk_block * grad_scale, D, BLOCK_D)
-    store_rows(dv + start, keys, G * D, J, dv_block, D, BLOCK_D)
+    result = ((b * result_strides[1] + start) * G + group) * D
+    store_rows(dk + result, keys, G * D, J, dk_block * grad_scale, D, BLOCK_D)
+    store_rows(dv + result, keys, G * D, J, dv_block, D, BLOCK_D)

@@ -27,7 +27,10 @@ _NO_BIAS: tuple[None, tuple[int, int, int], tuple[int, int]] = (None, (0, 0, 0),
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a call: b rectangles, I queries, J keys, H query heads, of which R share each of G, head dim D."""
+    """The sizes of a call: b rectangles, I queries, J keys, H query heads, of which R share each of G, head dim D.
+
+    If squares are packed, there are b of them with `packed_rows` rows in all, and I and J are those of the longest.
+    """
 
     b: int
     I: int
@@ -37,18 +40,47 @@ class Sizes:
     R: int
     D: int
     rectangles: tuple[int, int]
+    packed_rows: int = 0
 
     @classmethod
-    def of(cls, q: Tensor, k: Tensor) -> Sizes:
+    def of(cls, q: Tensor, k: Tensor, squares: tuple[Tensor, int] | None = None) -> Sizes:
         """Return the sizes of a call with these views."""
         batch, segments, phases, num_queries, num_kv_heads, shared_by, dim = q.shape
-        sizes = num_queries, k.shape[3], num_kv_heads * shared_by, num_kv_heads, shared_by, dim
-        return cls(batch * segments * phases, *sizes, (segments, phases))
+        heads = num_kv_heads * shared_by, num_kv_heads, shared_by, dim
+        if squares is not None:
+            offsets, longest = squares
+            return cls(len(offsets) - 1, longest, longest, *heads, (1, 1), num_queries)
+        return cls(batch * segments * phases, num_queries, k.shape[3], *heads, (segments, phases))
+
+    def new_queries(self, like: Tensor) -> Tensor:
+        """Return memory for out or dq: (b, I, H, D), or (T, H, D) if squares are packed."""
+        return like.new_empty(*((self.packed_rows,) if self.packed_rows else (self.b, self.I)), self.H, self.D)
+
+    def new_keys(self, like: Tensor) -> Tensor:
+        """Return memory for dk or dv: (b, J, G, D), or (T, G, D) if squares are packed."""
+        return like.new_empty(*((self.packed_rows,) if self.packed_rows else (self.b, self.J)), self.G, self.D)
+
+    def new_lse(self, like: Tensor) -> Tensor:
+        """Return memory for lse: (b, H, I), or (H, T) if squares are packed."""
+        shape = (self.H, self.packed_rows) if self.packed_rows else (self.b, self.H, self.I)
+        return like.new_empty(shape, dtype=torch.float32)
+
+    @property
+    def result_strides(self) -> tuple[int, int, int, int]:
+        """The argument `result_strides` of the kernels."""
+        return (0, 0, 0, self.packed_rows) if self.packed_rows else (self.I, self.J, self.H * self.I, self.I)
+
+    def strides(self, *views: Tensor) -> list[tuple[int, ...]]:
+        """Return the strides of views for the kernels; those of batches are 0 if squares are packed."""
+        if self.packed_rows:
+            return [(0, 0, 0, *view.stride()[3:-1]) for view in views]
+        return [view.stride()[:-1] for view in views]
 
     def constants(self, causal: bool, bias: DistanceTable | None) -> dict[str, Any]:
         """Return what kernels are compiled for."""
         size = min(max(triton.next_power_of_2(max(self.I, self.J)), SIZES[0]), SIZES[1])
-        return {"CAUSAL": causal, "BIASED": bias is not None, "SIZE": size, **self.dim(), **_OPTIONS}
+        flags = {"CAUSAL": causal, "BIASED": bias is not None, "PACKED": self.packed_rows > 0}
+        return {**flags, "SIZE": size, **self.dim(), **_OPTIONS}
 
     def diagonals(self, causal: bool) -> int:
         """Return the number of diagonals of tiles that have scores."""
@@ -64,19 +96,30 @@ def as_views(q: Tensor, k: Tensor, v: Tensor, *like_q: Tensor) -> list[Tensor]:
     """View queries as (B, S, F, I, M, R, D), and keys and values as (B, S, F, J, M, D)."""
     if q.dim() == 7:
         return [q, k, v, *like_q]
+    if q.dim() == 3:  # Squares that are packed.
+        q, k, v, *like_q = (x[None] for x in (q, k, v, *like_q))  # type: ignore[assignment]
     k, v = (x[:, None, None] for x in (k, v))
     q, *like_q = (x.unflatten(2, (k.shape[4], -1))[:, None, None] for x in (q, *like_q))  # type: ignore[assignment]
     return [q, k, v, *like_q]
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, bias: RectangleBias | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    scale: float,
+    bias: RectangleBias | None = None,
+    squares: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend; returns out (b, I, H, D) and lse (b, H, I)."""
+    """Attend; returns out (b, I, H, D) and lse (b, H, I).
+
+    With `squares`, the offsets of packed squares and the most rows of one, q is (T, H, D), k and v are (T, G, D), and
+    the results (T, H, D) and (H, T).
+    """
     q, k, v = as_views(q, k, v)
-    n = Sizes.of(q, k)
-    out = q.new_empty(n.b, n.I, n.H, n.D)
-    lse = q.new_empty(n.b, n.H, n.I, dtype=torch.float32)
+    n = Sizes.of(q, k, squares)
+    out, lse = n.new_queries(q), n.new_lse(q)
     if not out.numel():
         return out, lse
     table = None if bias is None else bias.by_distance()
@@ -86,8 +129,8 @@ def forward(
 
     with torch.cuda.device_of(q):
         forward_kernel[grid](
-            q, k, v, out, lse, n.rectangles, *_strides(q, k, v), n.I, n.J, n.H, n.R, scale * math.log2(math.e),
-            *_arguments(table), **n.constants(causal, table),
+            q, k, v, out, lse, _offsets(squares), n.result_strides, n.rectangles, *n.strides(q, k, v),
+            n.I, n.J, n.H, n.R, scale * math.log2(math.e), *_arguments(table), **n.constants(causal, table),
         )  # fmt: skip
     return out, lse
 
@@ -101,20 +144,24 @@ def backward(
     lse: Tensor,
     causal: bool,
     scale: float,
-    bias: RectangleBias | None,
+    bias: RectangleBias | None = None,
+    squares: tuple[Tensor, int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return dq (b, I, H, D), dk and dv (b, J, G, D), and the gradient of the bias's parameters or None."""
+    """Return dq (b, I, H, D), dk and dv (b, J, G, D), and the gradient of the bias's parameters or None.
+
+    With `squares`, shapes are those of `forward`.
+    """
     q, k, v, dout, out = as_views(q, k, v, dout, out)
-    n = Sizes.of(q, k)
+    n = Sizes.of(q, k, squares)
     lse = lse.contiguous()
-    dq = q.new_empty(n.b, n.I, n.H, n.D)
-    dk, dv = (k.new_empty(n.b, n.J, n.G, n.D) for _ in range(2))
+    dq, dk, dv = n.new_queries(q), n.new_keys(k), n.new_keys(k)
+    of_squares = _offsets(squares), n.result_strides
     table = None if bias is None else bias.by_distance()
     if not dq.numel():
         return dq, dk.zero_(), dv.zero_(), None if bias is None else torch.zeros_like(bias.parameters)
     delta = torch.empty_like(lse)
     scores_scale = scale * math.log2(math.e)
-    constants, strides = n.constants(causal, table), _strides(dout, q, k, v)
+    constants, strides = n.constants(causal, table), n.strides(dout, q, k, v)
 
     def query_grid(options: dict[str, int]) -> tuple[int]:
         return (n.b * n.H * triton.cdiv(n.I, options["BLOCK_I"]),)
@@ -124,11 +171,11 @@ def backward(
 
     with torch.cuda.device_of(q):
         query_gradient[query_grid](
-            dout, q, k, v, out, lse, delta, dq, n.rectangles, *strides, *_strides(out), n.I, n.J, n.H, n.R,
-            scores_scale, scale, *_arguments(table), **constants,
+            dout, q, k, v, out, lse, delta, dq, *of_squares, n.rectangles, *strides, *n.strides(out),
+            n.I, n.J, n.H, n.R, scores_scale, scale, *_arguments(table), **constants,
         )  # fmt: skip
         key_gradients[key_grid](
-            dout, q, k, v, lse, delta, dk, dv, n.rectangles, *strides, n.I, n.J, n.G, n.R,
+            dout, q, k, v, lse, delta, dk, dv, *of_squares, n.rectangles, *strides, n.I, n.J, n.G, n.R,
             scores_scale, scale, *_arguments(table), **constants,
         )  # fmt: skip
         if bias is None or table is None:
@@ -162,8 +209,8 @@ def _add_diagonals(grad_values: Tensor, sums: Tensor, index: int, n: Sizes, caus
     grad_values[..., index + lowest :][..., :count] += part
 
 
-def _strides(*views: Tensor) -> list[tuple[int, ...]]:
-    return [view.stride()[:-1] for view in views]
+def _offsets(squares: tuple[Tensor, int] | None) -> Tensor | None:
+    return None if squares is None else squares[0]
 
 
 def _arguments(table: DistanceTable | None) -> tuple[Any, tuple[int, int, int], tuple[int, int]]:

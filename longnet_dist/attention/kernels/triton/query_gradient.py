@@ -11,6 +11,7 @@ from longnet_dist.attention.kernels.triton.common import (
     dot,
     is_seen,
     load_rows,
+    square_of,
     start_of,
     store_rows,
     unmasked_keys,
@@ -56,7 +57,7 @@ def add_query_gradient(
 
 
 @tuned("query_gradient")
-@triton.jit(do_not_specialize=["I", "J", "H", "R", "bias_runs", "bias_shape"])
+@triton.jit(do_not_specialize=["result_strides", "I", "J", "H", "R", "bias_runs", "bias_shape"])
 def query_gradient(
     dout: tl.tensor,
     q: tl.tensor,
@@ -66,6 +67,8 @@ def query_gradient(
     lse: tl.tensor,
     delta: tl.tensor,
     dq: tl.tensor,
+    offsets: tl.tensor,
+    result_strides: tl.tensor,
     sizes: tl.tensor,
     dout_strides: tl.tensor,
     q_strides: tl.tensor,
@@ -83,6 +86,7 @@ def query_gradient(
     bias_shape: tl.tensor,
     CAUSAL: tl.constexpr,
     BIASED: tl.constexpr,
+    PACKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     SIZE: tl.constexpr,
@@ -95,20 +99,27 @@ def query_gradient(
     b = (tl.program_id(0) // blocks // H).to(tl.int64)
     h = tl.program_id(0) // blocks % H
     group = (h // R).to(tl.int64)
+    start, I, J = square_of(b, offsets, I, J, PACKED)
+    if PACKED:
+        if first >= I:
+            return
     rows = first + tl.arange(0, BLOCK_I)
-    q += start_of(b, sizes, q_strides) + group * q_strides[4] + (h % R) * q_strides[5]
-    dout += start_of(b, sizes, dout_strides) + group * dout_strides[4] + (h % R) * dout_strides[5]
-    out += start_of(b, sizes, out_strides) + group * out_strides[4] + (h % R) * out_strides[5]
-    k += start_of(b, sizes, k_strides) + group * k_strides[4]
-    v += start_of(b, sizes, v_strides) + group * v_strides[4]
+    q += start_of(b, sizes, q_strides) + start * q_strides[3] + group * q_strides[4] + (h % R) * q_strides[5]
+    dout += start_of(b, sizes, dout_strides) + start * dout_strides[3]
+    dout += group * dout_strides[4] + (h % R) * dout_strides[5]
+    out += start_of(b, sizes, out_strides) + start * out_strides[3]
+    out += group * out_strides[4] + (h % R) * out_strides[5]
+    k += start_of(b, sizes, k_strides) + start * k_strides[3] + group * k_strides[4]
+    v += start_of(b, sizes, v_strides) + start * v_strides[3] + group * v_strides[4]
     if BIASED:
         bias += ((b % bias_shape[0]) * H + h) * bias_shape[1]
     queries = load_rows(q, rows, q_strides[3], I, D, BLOCK_D)
     douts = load_rows(dout, rows, dout_strides[3], I, D, BLOCK_D)
     outs = load_rows(out, rows, out_strides[3], I, D, BLOCK_D)
     deltas = tl.sum(douts.to(tl.float32) * outs.to(tl.float32), 1)
-    tl.store(delta + (b * H + h) * I + rows, deltas, mask=rows < I)
-    log2_sum = tl.load(lse + (b * H + h) * I + rows, mask=rows < I, other=float("inf")) * LOG2_E
+    head = b * result_strides[2] + h.to(tl.int64) * result_strides[3] + start
+    tl.store(delta + head + rows, deltas, mask=rows < I)
+    log2_sum = tl.load(lse + head + rows, mask=rows < I, other=float("inf")) * LOG2_E
     grad = tl.zeros([BLOCK_I, BLOCK_D], tl.float32)
     full, end = unmasked_keys(first, J, CAUSAL, BLOCK_I, BLOCK_J)
     for j in range(0, full, BLOCK_J):
@@ -121,5 +132,5 @@ def query_gradient(
             grad, queries, douts, k, v, log2_sum, deltas, rows, j + tl.arange(0, BLOCK_J), k_strides[3], v_strides[3],
             I, J, scale, bias, bias_runs, CAUSAL, BIASED, True, D, BLOCK_D,
         )  # fmt: skip
-    dq += (b * I * H + h) * D
+    dq += ((b * result_strides[0] + start) * H + h) * D
     store_rows(dq, rows, H * D, I, grad * grad_scale, D, BLOCK_D)
