@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/decoding.py [--picture decoding.png]
 
-- A LongNet whose longest segment has 2^20 tokens, at contexts of 10^4, 10^5 and 10^6 tokens. It reads one prompt, and
-  copies of its caches decode a whole first segment from each context on, so that it is equally full on average.
+- A LongNet whose longest segment has 2^20 tokens, at contexts of about 10^4, 10^5 and 10^6 tokens. It reads one prompt,
+  and copies of its caches decode from there on. The contexts are whole first segments (2,048 tokens) apart, so that in
+  each turn these are equally full: a ratio is the median over turns.
 - A Llama of transformers with random weights and the same sizes, with its own attention and cache, and after `apply`
   with the same pattern and our cache: both by `generate`. The tokens are the last ones before each context. If this is
   a multiple of segment lengths, these segments are full then, and decoding takes longest.
@@ -45,8 +46,8 @@ LONGNET, OURS, FULL = "LongNet", "Llama, dilated attention", "Llama, its own cac
 class Options:
     """The sizes to measure."""
 
-    contexts: tuple[int, ...] = (10_000, 100_000, 1_000_000)
-    """Contexts of the LongNet, in tokens."""
+    contexts: tuple[int, ...] = (10_000, 100_112, 1_001_232)
+    """Contexts of the LongNet in tokens, whole first segments apart."""
     llama_contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Contexts of the Llama, in tokens."""
     width: int = 256
@@ -55,8 +56,8 @@ class Options:
     """Number of layers."""
     tokens: int = 32
     """Tokens of a turn."""
-    turns: int = 64
-    """Measured turns of the LongNet at each context: turns x tokens are a whole first segment."""
+    turns: int = 128
+    """Measured turns of the LongNet at each context: turns x tokens are whole first segments."""
     llama_turns: int = 9
     """Measured turns of the Llama at each context."""
     threads: int = 1
@@ -109,7 +110,7 @@ def llama(options: Options, pattern: Pattern | None) -> Any:
         vocab_size=VOCABULARY,
         hidden_size=options.width,
         intermediate_size=options.width * 43 // 16,  # The proportion of Llama 2 7B.
-        max_position_embeddings=max(options.llama_contexts),
+        max_position_embeddings=1 << 20,
         eos_token_id=None,
         **{"num_hidden_layers": options.layers, "num_attention_heads": options.width // 64},
     )
@@ -156,11 +157,9 @@ def measure(contestants: Contestants, turns: int, options: Options) -> dict[tupl
 @torch.no_grad()
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
-    contestants = longnet_contestants(options)
-    times = measure(contestants, options.turns, options)
-    llamas = llama_contestants(options)
-    times |= measure(llamas, options.llama_turns, options)
-    sizes = {key: contestant.num_bytes() for key, contestant in (contestants | llamas).items()}
+    longnets, llamas = longnet_contestants(options), llama_contestants(options)
+    times = measure(longnets, options.turns, options) | measure(llamas, options.llama_turns, options)
+    sizes = {key: contestant.num_bytes() for key, contestant in (longnets | llamas).items()}
     assert len({size for (name, _), size in sizes.items() if name != FULL}) == 1, sizes
     medians = {key: statistics.median(of_turns) for key, of_turns in times.items()}
     sizes_of_models = f"{options.layers} layers, width {options.width}, {options.width // 64} heads, {VOCABULARY} ids"
@@ -169,7 +168,8 @@ def main(options: Options) -> None:
     for key in sorted(times, key=lambda key: (key[0] != LONGNET, key[1], key[0])):
         name, context = key
         low, _, high = statistics.quantiles(times[key], n=4)
-        ratio = medians[key] / medians[(LONGNET, options.contexts[0]) if name == LONGNET else (FULL, context)]
+        baseline = times[(LONGNET, options.contexts[0]) if name == LONGNET else (FULL, context)]
+        ratio = statistics.median(x / y for x, y in zip(times[key], baseline, strict=True))
         cells = f"{context:,}", name, f"{sizes[key] / 2**20:.1f}", f"{medians[key]:.2f} ({low:.2f} to {high:.2f})"
         lines.append(f"| {' | '.join(cells)} | {ratio:.2f} |")
     print(*lines, sep="\n")
@@ -187,7 +187,7 @@ def draw(out: Path, mebibytes: dict[tuple[str, int], float], milliseconds: dict[
         panel.set(xlabel="context, tokens", ylabel=label, xscale="log")
         panel.grid(alpha=0.3)
     (context, size), last = max((key[1], x) for key, x in mebibytes.items() if key[0] == FULL), panels[0].get_xlim()[1]
-    panels[0].plot((context, last), (size, size * last / context), ":C1", label="the same, computed")
+    panels[0].plot((context, last), (size, size * last / context), ":C1", label="Llama, its own cache, computed")
     panels[0].set_yscale("log", base=2)
     panels[0].yaxis.set_major_formatter("{x:,.0f}")
     panels[0].legend()
