@@ -190,7 +190,7 @@ def draw(out: Path, mebibytes: dict[tuple[str, int], float], milliseconds: dict[
     panels[0].plot((context, last), (size, size * last / context), ":C1", label="Llama, its own cache, computed")
     panels[0].set_yscale("log", base=2)
     panels[0].yaxis.set_major_formatter("{x:,.0f}")
-    panels[0].legend()
+    panels[0].legend(fontsize=8)
     panels[1].set_ylim(bottom=0)
     figure.savefig(out, dpi=100)
 
