@@ -57,7 +57,7 @@ class DilatedCache:
         self.length = 0
         """The number of tokens seen."""
         self._slots = [num_slots(branch) for branch in pattern.branches]
-        # A head's rows lie together, because kernels read them so: decoding on a CPU is then a quarter faster.
+        # A head's rows lie together, because kernels read them so: a fifth less time for a token on a CPU.
         shape = 2, batch_size, num_kv_heads, sum(self._slots), head_dim
         self.rows = torch.zeros(shape, device=device, dtype=dtype)
         """Keys and values: (2, B, G, slots, D). The slots of the first branch come first."""
