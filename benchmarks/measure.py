@@ -7,25 +7,39 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
+
+Name = TypeVar("Name", str, tuple[str, int])
+
+
+def seconds_in_turns(
+    contestants: Mapping[Name, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
+    """Measure the seconds of each contestant in each round; each should have run once before, as a warmup.
+
+    Contestants take turns, in an order that reverses from round to round, so that a noisy machine is noisy for all.
+    """
+    seconds: dict[Name, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds):
+        for name in sorted(contestants, reverse=turn % 2 == 1):
+            start = clock()
+            contestants[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(clock() - start)
+    return seconds
 
 
 def median_seconds(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu"
 ) -> dict[str, float]:
-    """Measure the median seconds of each contestant; each should have run once before, as a warmup.
-
-    Contestants take turns, in an order that reverses from round to round, so that a noisy machine is noisy for all.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        for name in sorted(contestants, reverse=turn % 2 == 1):
-            start = time.perf_counter()
-            contestants[name]()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    """Measure the median seconds of each contestant; see `seconds_in_turns`."""
+    seconds = seconds_in_turns(contestants, rounds, device)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

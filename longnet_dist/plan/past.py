@@ -115,4 +115,4 @@ def _head_runs(pattern: Pattern, num_kv_heads: int) -> tuple[HeadRuns, ...]:
 
 def _branches(pattern: Pattern, num_kv_heads: int) -> Iterator[tuple[int, Branch, HeadRuns]]:
     for number, runs in enumerate(_head_runs(pattern, num_kv_heads)):
-        yield number, pattern.branches[number], runs
+        yield number, runs.branch, runs
