@@ -22,7 +22,7 @@ import tyro
 
 from longnet_dist import LongNetConfig, Pattern, TrainConfig
 from longnet_dist.cli.options import Count
-from longnet_dist.inference.stream import Progress, Repeated, nats_by_position
+from longnet_dist.inference.stream import Progress, Reading, Repeated, nats_by_position
 from longnet_dist.training.job import load_corpus
 
 LONGEST = 1 << 30
@@ -66,10 +66,8 @@ def main(
     source = np.fromfile(file, np.uint8) if file is not None else corpus_tokens()
     state.parent.mkdir(parents=True, exist_ok=True)
     progress, began = Progress(tokens), time.perf_counter()
-    ranges = nats_by_position(
-        model, Repeated(source, tokens), [1 << i for i in range(10, 31, 2)], state=state, identity=str(file),
-        group=group, part=part, progress=progress if is_first else None,
-    )  # fmt: skip
+    reading = Reading(state, str(file), group=group, part=part, progress=progress if is_first else None)
+    ranges = nats_by_position(model, Repeated(source, tokens), [1 << i for i in range(10, 31, 2)], reading)
     if is_first:
         seconds, cache = time.perf_counter() - began, sum(layer.num_bytes for layer in model.new_cache())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -31,7 +31,7 @@ from longnet_dist.cli.generate import run_generate
 from longnet_dist.cli.options import PathError, check_values, path_registry
 from longnet_dist.cli.plan import run_calibrate, run_plan
 from longnet_dist.cli.report import run_report
-from longnet_dist.cli.score import run_eval, run_score
+from longnet_dist.cli.score import run_embed, run_eval, run_score
 from longnet_dist.cli.slides import run_embed_slides
 from longnet_dist.cli.tokenize import run_tokenize
 from longnet_dist.cli.train import resumed, run_train
@@ -42,6 +42,7 @@ SUBCOMMANDS: dict[str, Callable[..., None]] = {
     "eval": run_eval,
     "score": run_score,
     "generate": run_generate,
+    "embed": run_embed,
     "embed-slides": run_embed_slides,
     "export": run_export,
     "report": run_report,

@@ -41,6 +41,8 @@ def run_doctor(
         bias: Explain it for calls with a position bias (T5 or ALiBi).
         capability: Explain it for a GPU of this compute capability, such as 9.0, which need not be here.
     """
+    if not 1 <= head_dim <= 1 << 20:
+        raise ValueError(f"--head-dim is {head_dim}; it must be at least 1, and at most 2^20")
     if not cluster:
         print(diagnose_machine(device, dtype, head_dim, bias, capability))
         return
@@ -143,8 +145,6 @@ def _explained(
 
     from longnet_dist.attention.kernels import KERNELS, ONLY_BY_NAME, KernelRequest, flash
 
-    if head_dim < 1:
-        raise ValueError(f"head_dim is {head_dim}; it must be at least 1")
     device = device or ("cuda" if capability or torch.cuda.is_available() else "cpu")
     if capability and device == "cpu":
         raise ValueError(f"capability is {capability!r}, and device is 'cpu': only GPUs have a compute capability")

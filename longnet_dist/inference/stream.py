@@ -6,8 +6,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -32,13 +33,18 @@ class Tokens(Protocol):
 class FileBytes:
     """The bytes of a file as tokens; only what is read is in memory.
 
+    Args:
+        file: the file.
+        at_least: the fewest bytes that are of use: 2 if each is predicted from those before it.
+
     Raises:
-        ValueError: for a file of fewer than 2 bytes, of which none is predicted.
+        ValueError: for a file of fewer bytes.
     """
 
-    def __init__(self, file: Path) -> None:
-        if file.stat().st_size < 2:
-            raise ValueError(f"{file} has {file.stat().st_size} tokens; the first is not predicted, so it needs 2")
+    def __init__(self, file: Path, at_least: int = 2) -> None:
+        if (size := file.stat().st_size) < at_least:
+            why = "; the first is not predicted, so it needs 2" if at_least == 2 else ""
+            raise ValueError(f"{file} has {size} tokens{why}")
         self._bytes = np.memmap(file, np.uint8, "r")
 
     def __len__(self) -> int:
@@ -110,26 +116,12 @@ def can_stream(model: LongNet) -> bool:
     return model.config.position != "xpos" and model.config.padding == "none"
 
 
-@torch.no_grad()
-def nats_by_position(
-    model: LongNet,
-    tokens: Tokens,
-    edges: Sequence[int] = (),
-    *,
-    state: Path | None = None,
-    identity: str = "",
-    save_every: float = 60.0,
-    group: ProcessGroup | None = None,
-    part: int = READ_AT_ONCE,
-    progress: Callable[[int], object] | None = None,
-) -> list[tuple[int, int, float]]:
-    """Return the negative log-likelihood of all tokens but the first, in memory that does not depend on their number.
+@dataclass(frozen=True)
+class Reading:
+    """How a stream is read.
 
     Args:
-        model: the model, in eval mode.
-        tokens: one sequence.
-        edges: positions at which one range ends and the next begins, in increasing order; others are dropped.
-        state: a file in which the state is saved now and then, and from which the call goes on if it exists. It is
+        state: a file in which the state is saved now and then, and from which reading goes on if it exists. It is
             removed at the end.
         identity: what the state belongs to, such as the names of the model and the file.
         save_every: seconds between two savings.
@@ -137,6 +129,26 @@ def nats_by_position(
             it.
         part: the number of tokens that are read at once; over ranks, see `dilated_attention` about a cache and a mesh.
         progress: called with the number of tokens that were read, after each part and for what the state had read.
+    """
+
+    state: Path | None = None
+    identity: str = ""
+    save_every: float = 60.0
+    group: ProcessGroup | None = None
+    part: int = READ_AT_ONCE
+    progress: Callable[[int], object] | None = None
+
+
+def nats_by_position(
+    model: LongNet, tokens: Tokens, edges: Sequence[int] = (), reading: Reading = Reading()
+) -> list[tuple[int, int, float]]:
+    """Return the negative log-likelihood of all tokens but the first, in memory that does not depend on their number.
+
+    Args:
+        model: the model, in eval mode.
+        tokens: one sequence.
+        edges: positions at which one range ends and the next begins, in increasing order; others are dropped.
+        reading: how it is read.
 
     Returns:
         (first, last, nats) of each range of positions [first, last): the sum over the tokens that are predicted from
@@ -145,41 +157,101 @@ def nats_by_position(
     Raises:
         ValueError: if the state is that of another model or sequence.
     """
-    count, device = len(tokens) - 1, model.output.weight.device
+    count = len(tokens) - 1
     inner = [edge for edge in edges if 0 < edge < count]
-    sums = torch.zeros(len(inner) + 1, dtype=torch.float64)
-    caches, read = model.new_cache(), 0
+    bounds = torch.tensor(inner, dtype=torch.int64, device=model.output.weight.device)
+
+    def nats(features: Tensor, following: Tensor, first: int) -> Tensor:
+        of_each = linear_token_losses(features, model.output.weight, following)[0].double()
+        positions = torch.arange(first, first + len(of_each), device=of_each.device)
+        return of_each.new_zeros(len(inner) + 1).index_add_(0, torch.bucketize(positions, bounds, right=True), of_each)
+
+    sums = _read(model, tokens, count, nats, len(inner) + 1, f"edges {inner}", reading)
+    return list(zip([0, *inner], [*inner, count], sums.tolist(), strict=True))
+
+
+def embedding_of_stream(
+    model: LongNet, tokens: Tokens, pooling: Literal["mean", "last"] = "mean", reading: Reading = Reading()
+) -> Tensor:
+    """Return the features of a sequence as `embeddings` does, in memory that does not depend on its length.
+
+    Args:
+        model: the model, in eval mode.
+        tokens: one sequence.
+        pooling: "mean" for the mean over all tokens, "last" for the features of the last token.
+        reading: how it is read.
+
+    Returns:
+        (d_model,), float64, the same on every rank.
+
+    Raises:
+        ValueError: if the state is that of another model or sequence, or `pooling` is unknown.
+    """
+    if pooling not in ("mean", "last"):
+        raise ValueError(f"pooling is {pooling!r}; it must be 'mean' or 'last'")
+
+    def pooled(features: Tensor, _: Tensor, first: int) -> Tensor:
+        after = 0 if pooling == "mean" else max(0, len(tokens) - 1 - first)
+        return features[0, after:].double().sum(0)
+
+    sums = _read(model, tokens, len(tokens), pooled, model.config.d_model, f"pooling {pooling}", reading)
+    return sums / (len(tokens) if pooling == "mean" else 1)
+
+
+@torch.no_grad()
+def _read(
+    model: LongNet,
+    tokens: Tokens,
+    count: int,
+    summand: Callable[[Tensor, Tensor, int], Tensor],
+    num_sums: int,
+    purpose: str,
+    reading: Reading,
+) -> Tensor:
+    """Read the first `count` tokens, and return the sums of `summand` over all parts, (num_sums,), float64.
+
+    Args:
+        model, tokens, reading: see `nats_by_position`.
+        count: the number of tokens to read.
+        summand: called with features (1, L, d_model), the tokens that follow each, (1, L), of which the very last may
+            be missing, and the position of the first; returns (num_sums,), float64.
+        num_sums: the number of sums.
+        purpose: what they are, for the identity of the state.
+    """
+    device, group, state = model.output.weight.device, reading.group, reading.state
+    caches, read, identity = model.new_cache(), 0, ""
+    sums = torch.zeros(num_sums, dtype=torch.float64)
     if state is not None:
         weights = sum(p.detach().double().sum().item() for p in model.parameters())
-        identity = f"{identity}; {count + 1} tokens; edges {inner}; {model.config} with weights of sum {weights!r}"
+        identity = (
+            f"{reading.identity}; {len(tokens)} tokens; {purpose}; {model.config} with weights of sum {weights!r}"
+        )
         if state.exists():
             read = _load(state, identity, caches, sums)
-    if progress is not None and read:
-        progress(read)
+    if reading.progress is not None and read:
+        reading.progress(read)
     meshes: dict[int, SequenceMesh] = {}
     saved = time.monotonic()
     while read < count:
-        size = min(part, count - read)
-        ids = torch.from_numpy(tokens.read(read, read + size + 1)).to(device)
+        size = min(reading.part, count - read)
+        ids = torch.from_numpy(tokens.read(read, min(read + size + 1, len(tokens)))).to(device)
         if group is not None and size not in meshes:
             meshes[size] = SequenceMesh(group, model.config.pattern, size)
         mesh = meshes.get(size)
         first, end = (0, size) if mesh is None else (mesh.shard.start, mesh.shard.stop)
         features = model.features(ids[None, first:end], mesh, cache=caches)
-        nats = linear_token_losses(features, model.output.weight, ids[None, first + 1 : end + 1])[0].double()
-        positions = torch.arange(read + first, read + end, device=device)
-        ranges = torch.bucketize(positions, torch.tensor(inner, dtype=torch.int64, device=device), right=True)
-        of_part = torch.zeros(len(sums), dtype=torch.float64, device=device).index_add_(0, ranges, nats)
+        of_part = summand(features, ids[None, first + 1 : end + 1], read + first)
         sums += (of_part if mesh is None else mesh.sum(of_part)).cpu()
         read += size
-        if progress is not None:
-            progress(size)
-        if state is not None and time.monotonic() - saved > save_every and (mesh is None or mesh.rank == 0):
+        if reading.progress is not None:
+            reading.progress(size)
+        is_first = mesh is None or mesh.rank == 0
+        if state is not None and is_first and time.monotonic() - saved > reading.save_every:
             _save(state, {"identity": identity, "read": read, "sums": sums, "caches": [c.state_dict() for c in caches]})
             saved = time.monotonic()
     if state is not None and (group is None or group.rank() == 0):
         state.unlink(missing_ok=True)
-    return list(zip([0, *inner], [*inner, count], sums.tolist(), strict=True))
+    return sums
 
 
 def _save(file: Path, state: dict[str, Any]) -> None:

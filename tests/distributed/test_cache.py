@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import DilatedCache, LongNetConfig, Pattern, SequenceMesh, dense_reference, dilated_attention
-from longnet_dist.inference.stream import Repeated, nats_by_position
+from longnet_dist.inference.stream import Reading, Repeated, embedding_of_stream, nats_by_position
 from longnet_dist.plan.exchange import STRATEGIES
 from tests.cases import Case
 
@@ -79,20 +79,25 @@ CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8
 
 
 def read_and_generate(group):
-    """Return the likelihood of a stream that is read part by part, and a continuation of a prompt."""
+    """Return likelihood and embeddings of a stream that is read part by part, and a continuation of a prompt."""
     torch.manual_seed(0)
     model, tokens = CONFIG.build(dtype=torch.float64).eval(), torch.arange(1000) ** 2 % 251
-    ranges = nats_by_position(model, Repeated(tokens.numpy(), 1000), (100,), group=group, part=64)
+    ranges = nats_by_position(model, Repeated(tokens.numpy(), 1000), (100,), Reading(group=group, part=64))
+    vectors = [
+        embedding_of_stream(model, Repeated(tokens.numpy(), 1000), pooling, Reading(group=group, part=64))
+        for pooling in ("mean", "last")
+    ]
     prompt = tokens[None, :301]
     mesh = None if group is None else SequenceMesh(group, CONFIG.pattern, prompt.shape[1])
-    return ranges, model.generate(prompt, 40, temperature=1.0, seed=5, mesh=mesh).tolist()
+    return ranges, vectors, model.generate(prompt, 40, temperature=1.0, seed=5, mesh=mesh).tolist()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_streams_and_prompts_are_read_over_ranks(pool, world):
     """The same numbers, and with the same seed the same tokens, as on one process."""
-    expected, continued = read_and_generate(None)
-    for ranges, tokens in pool.run(world, read_and_generate):
+    expected, embedded, continued = read_and_generate(None)
+    for ranges, vectors, tokens in pool.run(world, read_and_generate):
         assert tokens == continued
+        assert_close(vectors, embedded)
         for actual, exact in zip(ranges, expected, strict=True):
             assert actual == pytest.approx(exact, abs=1e-9)

@@ -41,6 +41,7 @@ COMMANDS = {
     "plan": ["plan"],
     "eval": ["eval", "run", "--edges", "8"],
     "score": ["score", "text.txt", "--model", "run"],
+    "embed": ["embed", "text.txt", "--model", "run", "--out", "vectors"],
     "generate": ["generate", "run", "--prompt", "a", "--max-new-tokens", "2"],
     "report": ["report", "run"],
     "doctor": ["doctor", "--cluster"],

@@ -6,11 +6,14 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from longnet_dist import LongNet, LongNetConfig
 from longnet_dist.cli import app
+from longnet_dist.inference.embed import embeddings
 
 
 @pytest.fixture
@@ -62,6 +65,42 @@ def test_eval_and_score_read_a_file_as_a_stream(export, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == 299
     assert found["log_likelihood"] == pytest.approx(scores.double().sum().item(), rel=1e-5)
+    assert app.main(["score", "text", "--model", export, "--json", "--state", "state"]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embed_writes_the_embedding_of_each_file(export, pooling, capsys):
+    Path("short").write_bytes(b"a")
+    arguments = ["embed", "text", "short", "--model", export, "--out", "vectors", "--pooling", pooling]
+    assert app.main(arguments) == 0
+    assert capsys.readouterr().out == "vectors/text.npy written\nvectors/short.npy written\n"
+    model = LongNet.from_pretrained(export)
+    for name in ("text", "short"):
+        expected = embeddings(model, torch.tensor(list(Path(name).read_bytes()))[None], pooling=pooling)[0]
+        assert_close(torch.from_numpy(np.load(f"vectors/{name}.npy")), expected)
+    Path("vectors/text.npy").unlink()
+    assert app.main(arguments) == 0
+    assert "vectors/short.npy exists; remove it to embed the file again" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("vectors").iterdir()) == ["short.npy", "text.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "text", "text", "--state", "state"], "--state is for one file, without --tokens"),
+        (["score", "text", "--tokens", "--state", "state"], "--state is for one file, without --tokens"),
+        (["embed", "text", "folder/text", "--out", "vectors"], "would both become text.npy"),
+        (["embed", "missing", "--out", "vectors"], "missing is no file"),
+        (["embed", "empty", "--out", "vectors"], "empty has 0 tokens"),
+    ],
+)
+def test_mistakes_of_score_and_embed_are_one_line(export, arguments, message, capsys):
+    Path("folder").mkdir()
+    Path("folder/text").write_text("other")
+    Path("empty").touch()
+    assert app.main([*arguments, "--model", export]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_stream_is_read_by_the_tokenizer_of_the_model(tmp_path, monkeypatch, capsys):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig
-from longnet_dist.inference.stream import FileBytes, Repeated, nats_by_position
+from longnet_dist.inference.embed import embeddings
+from longnet_dist.inference.stream import FileBytes, Reading, Repeated, embedding_of_stream, nats_by_position
 
 CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32, 512), dilation_rates=(1, 4, 16))
 EDGES = (10, 100, 4000)
@@ -34,7 +38,7 @@ def whole(model, file):
 @pytest.mark.parametrize("part", [1000, 64, 37])
 def test_a_stream_has_the_likelihood_of_the_whole(file, part):
     model, read = build(), []
-    found = nats_by_position(model, FileBytes(file), EDGES, part=part, progress=read.append)
+    found = nats_by_position(model, FileBytes(file), EDGES, Reading(part=part, progress=read.append))
     assert sum(read) == 999
     for (a, b, nats), (first, last, expected) in zip(found, whole(model, file), strict=True):
         assert (a, b) == (first, last)
@@ -54,17 +58,42 @@ def test_a_killed_stream_resumes_to_the_same_number(file, tmp_path):
         if sum(read) == 640:
             raise KilledError
 
-    options = {"part": 64, "state": state, "save_every": 0, "identity": "this"}
+    reading = Reading(state, "this", save_every=0, part=64)
     with pytest.raises(KilledError):
-        nats_by_position(model, FileBytes(file), EDGES, **options, progress=die)
+        nats_by_position(model, FileBytes(file), EDGES, replace(reading, progress=die))
     assert state.exists()
     with pytest.raises(ValueError, match=r"is the state of this; .*, not of that; "):
-        nats_by_position(model, FileBytes(file), EDGES, **(options | {"identity": "that"}))
+        nats_by_position(model, FileBytes(file), EDGES, replace(reading, identity="that"))
     again = []
-    resumed = nats_by_position(model, FileBytes(file), EDGES, **options, progress=again.append)
+    resumed = nats_by_position(model, FileBytes(file), EDGES, replace(reading, progress=again.append))
     assert again == [576, 64, 64, 64, 64, 64, 64, 39]  # The part after the last saving is read again.
-    assert resumed == nats_by_position(model, FileBytes(file), EDGES, part=64)
+    assert resumed == nats_by_position(model, FileBytes(file), EDGES, Reading(part=64))
     assert not state.exists()
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+@pytest.mark.parametrize("part", [1000, 64, 37])
+def test_a_stream_has_the_embedding_of_the_whole(file, part, pooling):
+    model = build()
+    expected = embeddings(model, torch.tensor(list(file.read_bytes()))[None], pooling=pooling)[0]
+    assert_close(embedding_of_stream(model, FileBytes(file), pooling, Reading(part=part)), expected)
+
+
+def test_the_state_of_a_likelihood_is_not_that_of_an_embedding(file, tmp_path):
+    model, state, read = build(), tmp_path / "state", []
+
+    def die(tokens):
+        read.append(tokens)
+        if len(read) == 3:
+            raise KilledError
+
+    reading = Reading(state, save_every=0, part=64)
+    with pytest.raises(KilledError):
+        embedding_of_stream(model, FileBytes(file), "mean", replace(reading, progress=die))
+    with pytest.raises(ValueError, match="is the state of"):
+        nats_by_position(model, FileBytes(file), EDGES, reading)
+    resumed = embedding_of_stream(model, FileBytes(file), "mean", reading)
+    assert_close(resumed, embedding_of_stream(model, FileBytes(file), "mean", Reading(part=64)), rtol=0, atol=0)
 
 
 def test_tokens_can_be_repeated():

@@ -18,6 +18,7 @@ COMMANDS = (
     "eval",
     "score",
     "generate",
+    "embed",
     "embed-slides",
     "export",
     "report",
