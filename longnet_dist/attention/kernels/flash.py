@@ -12,7 +12,7 @@ from torch import Tensor
 from longnet_dist import internals
 from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
 from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, joined, problems
-from longnet_dist.attention.kernels.flash_calls import Calls, Squares, Version2, Version3, Version4
+from longnet_dist.attention.kernels.flash_calls import Calls, Options, Saved, Squares, Version2, Version3, Version4
 
 
 class _Version(NamedTuple):
@@ -50,7 +50,7 @@ def forward(
     results = []
     for part in in_batches(q, k, v):
         q, k, v = aligned(*part)
-        results.append(calls.forward(q, k, v, None, causal, scale))
+        results.append(calls.forward(q, k, v, Options(causal, scale)))
     out, lse = joined(results)
     return out, lse
 
@@ -69,9 +69,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients; see `contract.Kernel.backward`."""
     calls, grads = _calls(q), []
-    for *tensors, lse_of_part in in_batches(dout, q, k, v, out, lse):
-        dout, q, k, v, out = aligned(*tensors)
-        grads.append(calls.backward(dout, q, k, v, out, lse_of_part.contiguous(), None, causal, scale))
+    for part in in_batches(dout, q, k, v, out, lse):
+        grads.append(calls.backward(_saved(*part), Options(causal, scale)))
     dq, dk, dv = joined(grads)
     return dq, dk, dv, None
 
@@ -81,7 +80,7 @@ def forward_packed(
 ) -> tuple[Tensor, Tensor]:
     """Attend squares of different sizes; see `contract.PackedKernel.forward_packed`."""
     q, k, v = aligned(q, k, v)
-    out, lse = _calls(q).forward(q, k, v, Squares(offsets, longest), causal, scale)
+    out, lse = _calls(q).forward(q, k, v, Options(causal, scale, Squares(offsets, longest)))
     return out, lse.t()
 
 
@@ -99,9 +98,13 @@ def backward_packed(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients; see `contract.PackedKernel.backward_packed`."""
+    saved = _saved(dout, q, k, v, out, lse.t())
+    return _calls(q).backward(saved, Options(causal, scale, Squares(offsets, longest)))
+
+
+def _saved(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Saved:
     dout, q, k, v, out = aligned(dout, q, k, v, out)
-    squares = Squares(offsets, longest)
-    return _calls(q).backward(dout, q, k, v, out, lse.t().contiguous(), squares, causal, scale)
+    return Saved(dout, q, k, v, out, lse.contiguous())
 
 
 def _calls(q: Tensor) -> Calls:

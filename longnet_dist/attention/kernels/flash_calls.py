@@ -13,6 +13,9 @@ from torch import Tensor
 
 from longnet_dist import internals
 
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""dq, dk and dv."""
+
 
 class Squares(NamedTuple):
     """Squares of different sizes whose rows are packed one after the other; see `contract.PackedKernel`."""
@@ -21,65 +24,60 @@ class Squares(NamedTuple):
     longest: int
 
 
-class Calls(Protocol):
-    """The calls of one version: with `squares`, of packed rows."""
+class Options(NamedTuple):
+    """What a call has beside tensors; `squares` if its rows are packed."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, squares: Squares | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    causal: bool
+    scale: float
+    squares: Squares | None = None
+
+
+class Saved(NamedTuple):
+    """What a backward takes."""
+
+    dout: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+
+    def new_gradients(self) -> Gradients:
+        """Return memory for the gradients, contiguous whatever the strides of q, k and v."""
+        return self.q.new_empty(self.q.shape), self.k.new_empty(self.k.shape), self.v.new_empty(self.v.shape)
+
+
+class Calls(Protocol):
+    """The calls of one version."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """Return out, and lse of (b, H, I), or of (H, T) for packed rows."""
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        squares: Squares | None,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, saved: Saved, options: Options) -> Gradients:
         """Return (dq, dk, dv)."""
 
 
 class Version2:
     """flash-attn 2."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, squares: Squares | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """See `Calls`."""
         # No dropout, no window, no soft cap, no ALiBi, and no probabilities returned.
-        options = 0.0, scale, causal, -1, -1, 0.0, None, False
-        if squares is None:
-            results = internals.flash_attn(2, "_flash_attn_forward")(q, k, v, *options)
+        last = 0.0, options.scale, options.causal, -1, -1, 0.0, None, False
+        if options.squares is None:
+            results = internals.flash_attn(2, "_flash_attn_forward")(q, k, v, *last)
         else:
-            function = internals.flash_attn(2, "_flash_attn_varlen_forward")
-            results = function(q, k, v, *_twice(squares), *options)
+            results = internals.flash_attn(2, "_flash_attn_varlen_forward")(q, k, v, *_twice(options.squares), *last)
         return results[0], results[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        squares: Squares | None,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, saved: Saved, options: Options) -> Gradients:
         """See `Calls`."""
-        grads = _gradients(q, k, v)
-        options = 0.0, scale, causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled()
-        if squares is None:
-            internals.flash_attn(2, "_flash_attn_backward")(dout, q, k, v, out, lse, *grads, *options)
+        grads = saved.new_gradients()
+        last = 0.0, options.scale, options.causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled()
+        if options.squares is None:
+            internals.flash_attn(2, "_flash_attn_backward")(*saved, *grads, *last)
         else:
-            function = internals.flash_attn(2, "_flash_attn_varlen_backward")
-            function(dout, q, k, v, out, lse, *grads, *_twice(squares), *options)
+            internals.flash_attn(2, "_flash_attn_varlen_backward")(*saved, *grads, *_twice(options.squares), *last)
         return grads
 
 
@@ -89,33 +87,23 @@ class Version3:
     Its parameters are given by position: their names have changed.
     """
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, squares: Squares | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """See `Calls`."""
-        offsets, longest = squares or (None, None)
-        before = None, None, None, None, offsets, offsets, None, None, None, longest, longest
+        offsets, longest = options.squares or (None, None)
+        new_keys_and_out = None, None, None, None
+        sizes = offsets, offsets, None, None, None, longest, longest
         unused = (None,) * 9  # Pages, rotary embeddings, and factors of 8-bit numbers.
-        results = internals.flash_attn(3, "_flash_attn_forward")(q, k, v, *before, *unused, scale, causal)
+        results = internals.flash_attn(3, "_flash_attn_forward")(
+            q, k, v, *new_keys_and_out, *sizes, *unused, options.scale, options.causal
+        )
         return results[0], results[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        squares: Squares | None,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, saved: Saved, options: Options) -> Gradients:
         """See `Calls`."""
-        grads = _gradients(q, k, v)
-        offsets, longest = squares or (None, None)
+        grads = saved.new_gradients()
+        offsets, longest = options.squares or (None, None)
         internals.flash_attn(3, "_flash_attn_backward")(
-            dout, q, k, v, out, lse, offsets, offsets, None, None, longest, longest, *grads, scale, causal,
+            *saved, offsets, offsets, None, None, longest, longest, *grads, options.scale, options.causal,
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
         return grads
@@ -124,38 +112,18 @@ class Version3:
 class Version4:
     """flash-attn-4."""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, squares: Squares | None, causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
         """See `Calls`."""
-        function = internals.flash_attn(4, "_flash_attn_fwd")
-        results = function(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_by_name(squares))
+        results = internals.flash_attn(4, "_flash_attn_fwd")(q, k, v, return_lse=True, **_by_name(options))
         return results[0], results[1]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        squares: Squares | None,
-        causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, saved: Saved, options: Options) -> Gradients:
         """See `Calls`."""
+        dout, q, k, v, out, lse = saved
+        deterministic = torch.are_deterministic_algorithms_enabled()
         function = internals.flash_attn(4, "_flash_attn_bwd")
-        results = function(
-            q, k, v, out, dout, lse, softmax_scale=scale, causal=causal, **_by_name(squares),
-            deterministic=torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
+        results = function(q, k, v, out, dout, lse, deterministic=deterministic, **_by_name(options))
         return results[0], results[1], results[2]
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return memory for (dq, dk, dv), contiguous whatever the strides of q, k and v."""
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
 def _twice(squares: Squares) -> tuple[Tensor, Tensor, int, int]:
@@ -163,7 +131,9 @@ def _twice(squares: Squares) -> tuple[Tensor, Tensor, int, int]:
     return squares.offsets, squares.offsets, squares.longest, squares.longest
 
 
-def _by_name(squares: Squares | None) -> dict[str, Any]:
-    if squares is None:
-        return {}
-    return dict(zip(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"), _twice(squares), strict=True))
+def _by_name(options: Options) -> dict[str, Any]:
+    named: dict[str, Any] = {"softmax_scale": options.scale, "causal": options.causal}
+    if options.squares is not None:
+        names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
+        named |= zip(names, _twice(options.squares), strict=True)
+    return named
