@@ -74,7 +74,7 @@ def stand_in(request, monkeypatch):
     cudnn._extra_sizes.cache_clear()
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases().map(lambda case: Case(case.pattern, case.N, case.H, case.G, case.B, 8, case.causal, seed=case.seed)))
 def test_it_equals_the_oracle(stand_in, case):
     for actual, expected in zip(output_and_gradients(case, kernel="stand-in"), case.oracle(), strict=True):
