@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -108,6 +108,20 @@ def packing(group: BlockGroup, batch: int, device: torch.device) -> Packing:
     indices = torch.cat(rows_of_all)[:, None].expand_as(all_heads), all_heads
     row_table, head_table, cumulative = (x.to(device) for x in (*indices, offsets.to(torch.int32)))
     return Packing(row_table, head_table, cumulative, max(sizes), tuple(parts))
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Return whether Triton's kernels merge and gather the rows of x, (..., D); elsewhere torch does."""
+    return x.is_cuda and _has_triton() and x.shape[-1] <= 256
+
+
+@cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -11,14 +11,17 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import Pattern, SequenceMesh, dilated_attention
+from longnet_dist.attention import exchanges
+from longnet_dist.attention.exchanges import tables
 from longnet_dist.attention.kernels import KERNELS, eager
 from longnet_dist.distributed import collectives
 from longnet_dist.plan.cost import LayerSize, branch_traffic, bytes_received, choose_strategies
 from longnet_dist.plan.exchange import STRATEGIES
 from longnet_dist.plan.shard import Shard
-from tests.cases import Case, output_and_gradients
+from tests.cases import NO_INTERPRETER, Case, output_and_gradients
 from tests.distributed.test_attention import distributed
 from tests.pool import forkserver
+from tests.unit.attention.test_merging import load_interpreted
 
 MISALIGNED = Pattern((16, 24, 56, 200), (1, 3, 5, 4))
 
@@ -234,3 +237,24 @@ def test_auto_chooses_what_moves_least_between_few_and_between_many_ranks():
     layer, chunk = LayerSize(32, 8, 128, 2, causal=True), 16384
     pattern = Pattern((2 * chunk, 64 * chunk), (16, 512))
     assert choose_strategies(pattern, Shard(64 * chunk, chunk, 0, 64), layer) == ("exchange", "all_to_all")
+
+
+@pytest.mark.parametrize(
+    ("batch", "D", "dtype"), [(1, 8, torch.bfloat16), (2, 24, torch.float32), (3, 1, torch.float64)]
+)
+def test_triton_gathers_the_rows_that_torch_gathers(batch, D, dtype, monkeypatch):
+    """Several programs copy rows of heads that come before or after tokens in memory, and rows of a buffer."""
+    if NO_INTERPRETER:
+        pytest.skip(NO_INTERPRETER)
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(batch, 50, 4, D, generator=generator).to(dtype)
+    v = torch.randn(batch, 4, 50, D + 2, generator=generator).to(dtype).transpose(1, 2)[..., :D]
+    rows, heads = (torch.randint(size, (300,), generator=generator) for size in (50, 4))
+    kept, index = tables.KeptRows(rows, heads), torch.randint(300, (3, 40, 2), generator=generator)
+    buffer = kept.pack_both(k, v)
+    expected = [buffer, *tables.unpack_both(buffer, index)]
+    monkeypatch.setattr(exchanges, "triton_rows", load_interpreted("exchanges.triton_rows"), raising=False)
+    monkeypatch.setattr(tables, "uses_triton", lambda x: True)
+    actual = [kept.pack_both(k, v), *tables.unpack_both(buffer, index)]
+    assert_close(actual, expected, rtol=0, atol=0)
+    assert kept.pack_both(k[:0], v[:0]).shape == (300, 2, 0, D)

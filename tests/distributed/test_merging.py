@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from longnet_dist import Pattern
-from longnet_dist.attention import merging
+from longnet_dist.attention import exchanges, merging
+from longnet_dist.attention.exchanges import tables
 from longnet_dist.attention.merging import collected
 from longnet_dist.plan.exchange import STRATEGIES
 from tests.cases import NO_INTERPRETER, Case, drawn, output_and_gradients
@@ -37,16 +38,17 @@ def test_trading_heads_gives_the_bits_of_one_process(pool, world, dtype):
 
 
 def check_interpreted(group, cases_and_options, dtype):
-    merging.triton_kernel, uses_triton = load_interpreted(), collected._uses_triton
-    collected._uses_triton = lambda out: True
+    merging.triton_kernel, exchanges.triton_rows = load_interpreted(), load_interpreted("exchanges.triton_rows")
+    uses_triton = collected.uses_triton
+    collected.uses_triton = tables.uses_triton = lambda x: True
     try:
         check_low_precision(group, cases_and_options, dtype)
     finally:
-        collected._uses_triton = uses_triton
-        del merging.triton_kernel
+        collected.uses_triton = tables.uses_triton = uses_triton
+        del merging.triton_kernel, exchanges.triton_rows
 
 
-def test_the_triton_kernel_merges_what_arrives_by_each_strategy(pool):
+def test_the_triton_kernels_pack_and_merge_what_travels_by_each_strategy(pool):
     if NO_INTERPRETER:
         pytest.skip(NO_INTERPRETER)
     case = Case(UNALIGNED, N=37, H=2, G=2, B=1, D=8, causal=True)

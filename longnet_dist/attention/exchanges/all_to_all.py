@@ -49,7 +49,7 @@ class AllToAll:
         """Pack this rank's kept rows, and begin to send them."""
         kept, segment = kept_rows(self._segment, q.device), self._segment
         self._arriving_q = self._send_queries(kept.pack(q), "sending queries")
-        packed = torch.stack([kept.pack(k), kept.pack(v)], dim=1)
+        packed = kept.pack_both(k, v)
         num_teams = sum(segment.sent_keys) // max(1, len(packed))
         rows = packed.expand(num_teams, *packed.shape).flatten(0, 1)
         sent, received = (segment.key_targets, segment.sent_keys), (segment.key_sources, segment.received_keys)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from longnet_dist.attention.exchanges import Arrival, GradientResult, Result
-from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, positions_and_heads
-from longnet_dist.attention.rows import as_keys, as_queries, rectangle
+from longnet_dist.attention.exchanges.tables import Layout, kept_rows, packed_index, positions_and_heads, unpack_both
+from longnet_dist.attention.rows import as_queries, rectangle
 from longnet_dist.distributed.batch import Batch
 from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.plan.blocks import RemoteBlock, SharedBranch, SharedPart
@@ -89,8 +89,7 @@ class RemoteKeys(ABC):
         """Yield the rectangles of this rank's queries and the keys that arrived."""
         keys = self._keys()
         for number, (part, block) in enumerate(self._blocks):
-            rows = keys[self._index(part, block)]
-            k, v = (as_keys(x.movedim(-2, 0)[:, None]) for x in rows.unbind(-3))
+            k, v = unpack_both(keys, self._index(part, block))
             q, *backward = (
                 as_queries(rectangle(x, block.heads, block.rows)) for x in (self._q, *(self._backward or ()))
             )
@@ -136,8 +135,7 @@ class RemoteKeys(ABC):
                 yield number, own.heads, own.rows, None, dk, dv
 
     def _pack(self, part: SharedPart, k: Tensor, v: Tensor) -> Tensor:
-        kept = kept_rows(part.segment, k.device)
-        return torch.stack([kept.pack(k), kept.pack(v)], dim=1)
+        return kept_rows(part.segment, k.device).pack_both(k, v)
 
     def _keys(self) -> Tensor:
         if self._buffer is None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longnet_dist.attention.rows import as_keys, uses_triton
 from longnet_dist.plan.blocks import Heads, Rows
 from longnet_dist.plan.exchange import SharedSegment
 
@@ -76,6 +77,31 @@ class KeptRows(NamedTuple):
         """Copy the rows of a tensor: (B, L, G, ..., D) -> (n, ..., B, D)."""
         batch_inside = x_BLG.movedim(0, -2)
         return batch_inside[self.rows, self.heads]
+
+    def pack_both(self, k: Tensor, v: Tensor) -> Tensor:
+        """Copy the rows of keys and values: (B, L, G, D) each -> (n, 2, B, D)."""
+        if not uses_triton(k):
+            return torch.stack([self.pack(k), self.pack(v)], dim=1)
+        from longnet_dist.attention.exchanges import triton_rows
+
+        packed = k.new_empty(len(self.rows), 2, len(k), k.shape[-1])
+        triton_rows.gather(packed, k, v, self.rows, self.heads)
+        return packed
+
+
+def unpack_both(buffer: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Copy rectangles of keys and values from a buffer, (n, 2, B, D), by an index, (F, I, M) -> (B F, I, M, D)."""
+    if not uses_triton(buffer):
+        k, v = (as_keys(x.movedim(-2, 0)[:, None]) for x in buffer[index].unbind(-3))
+        return k, v
+    from longnet_dist.attention.exchanges import triton_rows
+
+    batch, dim = buffer.shape[2:]
+    both = buffer.new_empty(2, batch, index.numel(), dim)
+    k, v = (x.movedim(1, 0).unsqueeze(2) for x in buffer.unbind(1))
+    triton_rows.gather(both.permute(2, 0, 1, 3), k, v, index.flatten(), None)
+    k, v = both.unflatten(2, index.shape).flatten(1, 2)
+    return k, v
 
 
 @lru_cache(maxsize=64)

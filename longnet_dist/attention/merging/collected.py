@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from longnet_dist.attention.rows import is_whole, own_memory, rectangle
+from longnet_dist.attention.rows import is_whole, own_memory, rectangle, uses_triton
 from longnet_dist.plan.blocks import Heads, Rows
 
 _CHUNK = 1 << 18
@@ -98,7 +97,7 @@ def combine(pieces: list[Piece], like: Tensor, lse: Tensor | None) -> Tensor:
     if whole is not None and len(pieces) == 1:
         if lse is not None and pieces[0].lse is not None:
             lse.copy_(pieces[0].lse.reshape(lse.shape))
-    elif _uses_triton(out):
+    elif uses_triton(out):
         from longnet_dist.attention.merging import triton_kernel
 
         triton_kernel.combine(pieces, out, lse)
@@ -208,17 +207,3 @@ def _is_result(piece: Piece, like: Tensor) -> bool:
     """Return whether the values of a piece, as they lie in memory, can be those of all rows."""
     values = piece.values
     return is_whole(like, piece.heads, piece.rows) and values.is_contiguous() and own_memory(values) is values
-
-
-@cache
-def _has_triton() -> bool:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
-def _uses_triton(out: Tensor) -> bool:
-    """Return whether the Triton kernel merges into `out`; elsewhere torch code does."""
-    return out.is_cuda and _has_triton() and out.shape[-1] <= 256

@@ -92,11 +92,12 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(collected, "_COLUMNS", 3)
 
 
-def load_interpreted() -> ModuleType:
-    """Return a second copy of the Triton kernel's module, which is interpreted on the CPU."""
+def load_interpreted(name: str = "merging.triton_kernel") -> ModuleType:
+    """Return a second copy of a Triton kernel's module, which is interpreted on the CPU."""
+    importlib.import_module("triton")  # It must not be imported for the interpreter alone.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        spec = importlib.util.find_spec("longnet_dist.attention.merging.triton_kernel")
+        spec = importlib.util.find_spec(f"longnet_dist.attention.{name}")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
@@ -115,7 +116,7 @@ def triton_kernel() -> ModuleType:
 def interpreted(triton_kernel, monkeypatch):
     """Merge by the interpreted Triton kernel on the CPU, as on a GPU."""
     monkeypatch.setattr(merging, "triton_kernel", triton_kernel, raising=False)
-    monkeypatch.setattr(collected, "_uses_triton", lambda out: True)
+    monkeypatch.setattr(collected, "uses_triton", lambda out: True)
     return triton_kernel
 
 
