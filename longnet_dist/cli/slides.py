@@ -17,6 +17,7 @@ def run_embed_slides(
     tile_size: int = 256,
     padding: Literal["torchscale", "none"] = "torchscale",
     device: str | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Embed whole slides with Prov-GigaPath's slide encoder.
 
@@ -32,6 +33,7 @@ def run_embed_slides(
         tile_size: Side of a tile in pixels, in the unit of the coordinates.
         padding: Attention as the weights were trained (torchscale), or exact (none).
         device: Device of torch; by default a GPU if there is one, under torchrun one for each rank.
+        dtype: Dtype in which the model computes; by default that of the weights. Results are in float32.
     """
     if tile_size < 1:
         raise ValueError(f"--tile-size is {tile_size}; it must be at least 1")
@@ -49,6 +51,7 @@ def run_embed_slides(
         model = SlideEncoder.from_pretrained(
             weights,
             device=chosen,
+            dtype=None if dtype is None else getattr(torch, dtype),
             slide_size=1024 * tile_size,
             tile_size=tile_size,
             global_pool=global_pool,

@@ -185,6 +185,7 @@ class SlideEncoder(nn.Module):
         *,
         num_heads: int = _NUM_HEADS,
         device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> SlideEncoder:
         """Load published weights, in eval mode; the sizes are those of the weights.
@@ -196,6 +197,7 @@ class SlideEncoder(nn.Module):
                 that holds it. That needs the package huggingface_hub, and access that the owner grants.
             num_heads: H; the weights do not say it.
             device: device of the parameters; the CPU by default.
+            dtype: dtype of the parameters, in which the model computes; by default that of the weights.
             options: `slide_size`, `tile_size`, `global_pool` and `padding` of the constructor.
 
         Raises:
@@ -220,7 +222,7 @@ class SlideEncoder(nn.Module):
             num_heads,
             ffn_dim=sizes.ffn_dim,
             device=device,
-            dtype=patch.dtype,
+            dtype=dtype or patch.dtype,
             **options,
         )
         load_all(model, _by_our_names(weights, layers, sizes), f"the slide encoder ({path})")

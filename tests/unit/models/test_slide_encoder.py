@@ -131,6 +131,19 @@ def test_a_bad_slide_is_named_and_the_others_are_embedded(tmp_path, weights_file
     assert main(["embed-slides", str(tiles / "a.npz"), *command[2:]]) == 0
 
 
+@pytest.mark.parametrize(("dtype", "error"), [("float32", 1e-4), ("float16", 5e-3), ("bfloat16", 5e-2)])
+def test_slides_are_embedded_in_any_dtype(tmp_path, weights_file, dtype, error):
+    """The weights are in float64, so float32 has an error, too."""
+    features, coords = torch.randn(300, 12), 256 * torch.randint(100, (300, 2))
+    np.savez(tmp_path / "a.npz", features=features.numpy(), coords=coords.numpy())
+    command = ["embed-slides", str(tmp_path / "a.npz"), "--weights", str(weights_file), "--out"]
+    for folder, options in (("exact", []), (dtype, ["--dtype", dtype])):
+        assert main([*command, str(tmp_path / folder), *options]) == 0
+    actual, exact = (np.load(tmp_path / folder / "a.npz")["embedding"] for folder in (dtype, "exact"))
+    assert actual.dtype == np.float32
+    assert 0 < np.abs(actual - exact).max() < error * np.abs(exact).max()
+
+
 @pytest.mark.parametrize(
     ("tiles", "message"), [("nowhere", "nowhere does not exist"), (".", "there is no file that ends in .h5, .pt, .npz")]
 )
