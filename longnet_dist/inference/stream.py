@@ -20,6 +20,13 @@ from longnet_dist.models.decoder import LongNet
 from longnet_dist.models.generation import READ_AT_ONCE
 from longnet_dist.models.loss import linear_token_losses
 
+_REDRAWN_EVERY = 0.5
+"""Seconds between two drawings of a bar on a terminal."""
+_BAR = 30
+"""Characters of a bar."""
+_REST_OF_LINE = "\x1b[K"
+"""What clears the rest of a line of a terminal."""
+
 
 class Tokens(Protocol):
     """Tokens that can be read from any place."""
@@ -75,7 +82,7 @@ class Repeated:
 
 
 class Progress:
-    """Prints now and then how much was read, how fast, and how long the rest will take.
+    """Shows on stderr how much was read, how fast, and how long the rest will take: a bar on a terminal, else lines.
 
     Args:
         total: the number of tokens.
@@ -83,7 +90,8 @@ class Progress:
     """
 
     def __init__(self, total: int, every: float = 10.0) -> None:
-        self._total, self._every, self._done = total, every, 0
+        self._is_terminal = sys.stderr.isatty()
+        self._total, self._every, self._done = total, _REDRAWN_EVERY if self._is_terminal else every, 0
         self._first: tuple[float, int] | None = None
         self._printed = time.monotonic()
 
@@ -100,15 +108,23 @@ class Progress:
         self._done += tokens
         now = time.monotonic()
         self._first = self._first or (now, self._done)
-        if now - self._printed >= self._every and self.speed > 0:
-            self._printed, speed = now, self.speed
-            left = (self._total - self._done) / speed
-            print(
-                f"read {self._done:,} of {self._total:,} tokens ({self._done / self._total:.1%}), {speed:,.0f} a "
-                f"second; {left / 60:,.0f} minutes left",
-                file=sys.stderr,
-                flush=True,
-            )
+        ends = self._is_terminal and self._done >= self._total - 1  # The last token may be left out.
+        if (now - self._printed >= self._every or ends) and self.speed > 0:
+            self._printed = now
+            self._print(ends)
+
+    def _print(self, ends: bool) -> None:
+        speed, done = self.speed, self._done / self._total
+        text = (
+            f"read {self._done:,} of {self._total:,} tokens ({done:.1%}), {speed:,.0f} a second; "
+            f"{(self._total - self._done) / speed / 60:,.0f} minutes left"
+        )
+        if self._is_terminal:
+            bar = "#" * round(_BAR * min(1.0, done))
+            text, end = f"\r[{bar:{_BAR}}] {text}{_REST_OF_LINE}", "\n" if ends else ""
+        else:
+            end = "\n"
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
 def can_stream(model: LongNet) -> bool:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from longnet_dist import LongNetConfig
 from longnet_dist.inference.embed import embeddings
-from longnet_dist.inference.stream import FileBytes, Reading, Repeated, embedding_of_stream, nats_by_position
+from longnet_dist.inference.stream import FileBytes, Progress, Reading, Repeated, embedding_of_stream, nats_by_position
 
 CONFIG = LongNetConfig(d_model=16, num_layers=2, num_heads=2, segment_lengths=(8, 32, 512), dilation_rates=(1, 4, 16))
 EDGES = (10, 100, 4000)
@@ -100,6 +100,19 @@ def test_a_killed_embedding_resumes_to_the_same_numbers(file, tmp_path):
         nats_by_position(model, FileBytes(file), EDGES, reading)
     resumed = embedding_of_stream(model, FileBytes(file), reading=reading)
     assert_close(resumed, embedding_of_stream(model, FileBytes(file), reading=Reading(part=64)), rtol=0, atol=0)
+
+
+def test_a_terminal_shows_a_bar_and_a_file_shows_lines(monkeypatch, capsys):
+    for is_terminal in (True, False):
+        monkeypatch.setattr("sys.stderr.isatty", lambda is_terminal=is_terminal: is_terminal)
+        progress = Progress(101, every=0)
+        for _ in range(10):
+            progress(10)
+        shown = capsys.readouterr().err
+        assert "read 100 of 101 tokens (99.0%)" in shown
+        assert shown.endswith("\n")
+        assert ("\r[##############################]" in shown) == is_terminal
+        assert shown.count("\n") == (1 if is_terminal else 9)  # The first part has no speed yet.
 
 
 def test_tokens_can_be_repeated():
