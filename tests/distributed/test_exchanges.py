@@ -242,6 +242,7 @@ def test_auto_chooses_what_moves_least_between_few_and_between_many_ranks():
 @pytest.mark.parametrize(
     ("batch", "D", "dtype"), [(1, 8, torch.bfloat16), (2, 24, torch.float32), (3, 1, torch.float64)]
 )
+@pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 def test_triton_gathers_the_rows_that_torch_gathers(batch, D, dtype, monkeypatch):
     """Several programs copy rows of heads that come before or after tokens in memory, and rows of a buffer."""
     if NO_INTERPRETER:

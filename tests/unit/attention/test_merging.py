@@ -22,6 +22,8 @@ from longnet_dist.plan.blocks import Heads, Rows, make_plan
 from longnet_dist.plan.shard import Shard
 from tests.cases import NO_INTERPRETER, Case, cases
 
+# The interpreter of Triton below 3.9 warns so with NumPy before 2.4.
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
 LOW = [torch.bfloat16, torch.float16]
 Drawn = list[tuple[int, Heads, Rows, Tensor, Tensor]]
 
