@@ -65,12 +65,14 @@ def test_packed_documents_equal_each_document_alone(pool, world):
         check_packed(None, examples)
 
 
-def test_a_thousand_documents_take_one_call_a_branch():
+@pytest.mark.parametrize("length", [4, 5])
+def test_a_thousand_documents_take_one_call_a_branch(length):
+    """Of 5 rows of a document phase 0 keeps two, and the others one; of 4 each keeps one."""
     case = Case(Pattern((4, 16), (1, 4)), N=4000, H=4, G=4, B=2, D=4, causal=True)
     KERNELS["packed"] = packed = Packed()
     try:
         q, k, v = (x.detach() for x in case.tensors().values())
-        offsets = torch.arange(0, 4001, 5)  # Of a document's rows, phase 0 keeps two, and the others one.
+        offsets = torch.arange(0, 4001, length)
         dilated_attention(q, k, v, case.pattern, causal=True, kernel="packed", cu_seqlens=offsets)
     finally:
         del KERNELS["packed"]

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.torch_version import TorchVersion
 
 import longnet_dist
 from longnet_dist import LongNetConfig, TrainConfig
@@ -90,5 +91,6 @@ def test_bfloat16_learns_as_float32_does(config):
         run = dataclasses.replace(config, steps=20, grad_accumulation=2, dtype=dtype, run_folder=folder)
         losses[dtype] = longnet_dist.train(run).losses
     # Versions of torch below 2.13 draw other weights in bfloat16, whose losses differ by 4 %.
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
+    same_draws = TorchVersion(torch.__version__) >= "2.13"
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02 if same_draws else 0.05)
     assert losses["float32"][-1] < 0.8 * losses["float32"][0]
