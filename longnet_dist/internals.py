@@ -168,6 +168,9 @@ def cudnn_attention_backward(*args: Any, **options: Any) -> Any:
     return torch.ops.aten._cudnn_attention_backward(*args, **options)
 
 
+TRITON_OPTIONS = {"enable_fp_fusion": True}
+"""Triton's default until version 3.9, which warns that the default will change. Seen in Triton 3.9."""
+
 FLASH_ATTN = {
     2: "flash_attn.flash_attn_interface",
     3: "flash_attn_interface",

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longnet_dist.internals import TRITON_OPTIONS
+
 _ELEMENTS = 4096
 """The number of elements of k that a program copies, if its rows are not too few or too many."""
 _FEWEST_ROWS, _MOST_ROWS = 16, 128
-_OPTIONS = {"enable_fp_fusion": True}
-"""Triton's default until version 3.9, which warns that the default will change."""
 
 
 def gather(out: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: Tensor | None) -> None:
@@ -30,7 +30,7 @@ def gather(out: Tensor, k: Tensor, v: Tensor, rows: Tensor, heads: Tensor | None
     with torch.cuda.device_of(out):
         _gather[(triton.cdiv(count, block) * batch,)](
             out, k, v, rows, heads, out.stride()[:3], k.stride()[:3], v.stride()[:3], count, batch,
-            HEADS=heads is not None, D=dim, COLUMNS=columns, ROWS=block, **_OPTIONS,
+            HEADS=heads is not None, D=dim, COLUMNS=columns, ROWS=block, **TRITON_OPTIONS,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ multiple of G. lse is the natural logarithm of the sum of exp(scores), in float3
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,8 +43,8 @@ class KernelRequest:
     capability: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.capability is None and self.device.type == "cuda" and _has_nvidia_gpu():
-            object.__setattr__(self, "capability", torch.cuda.get_device_capability(self.device))
+        if self.capability is None:
+            object.__setattr__(self, "capability", _capability(self.device))
 
     def __str__(self) -> str:
         needs = [name for name in ("bias", "variable_lengths", "accumulates") if getattr(self, name)]
@@ -51,8 +52,12 @@ class KernelRequest:
         return f"{self.dtype} on {self.device.type} with head dim {self.head_dim}{extra}"
 
 
-def _has_nvidia_gpu() -> bool:
-    return torch.version.hip is None and torch.cuda.is_available()
+@cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of a device; None if it is no NVIDIA GPU, or none is here."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 class DistanceTable(NamedTuple):

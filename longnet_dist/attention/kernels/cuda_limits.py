@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,12 @@ def problems(request: KernelRequest, max_head_dim: int = 256) -> list[str]:
     return reasons
 
 
+def has_backward_of_version_2(request: KernelRequest) -> bool:
+    """Return whether FlashAttention 2, torch's own too, can train with this head dim on this GPU."""
+    has_little_shared_memory = request.capability in ((8, 6), (8, 9)) or (request.capability or (0,))[0] == 12
+    return not (has_little_shared_memory and 192 < request.head_dim <= 224)
+
+
 def aligned(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy those tensors, (..., D) on CUDA, whose rows do not begin at multiples of 16 bytes."""
     return tuple(x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format) for x in tensors)
@@ -46,11 +52,10 @@ def _is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % _ALIGNMENT == 0 and not any(stride * x.itemsize % _ALIGNMENT for stride in strides)
 
 
-def in_batches(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Split tensors along their first dimension into parts that one launch can take; usually there is one."""
-    return list(zip(*(x.split(_MAX_BATCH) for x in tensors), strict=True))
+def in_batches(attend: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Call a function on parts of the first dimension that one launch can take, and join its results.
 
-
-def joined(parts: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Join the results of `in_batches`; without a copy if there is one part."""
+    Usually there is one part, and nothing is copied.
+    """
+    parts = [attend(*part) for part in zip(*(x.split(_MAX_BATCH) for x in tensors), strict=True)]
     return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))

@@ -6,7 +6,7 @@ training, where a few shapes come again and again.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from longnet_dist import internals
 from longnet_dist.attention.kernels import eager
 from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
-from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, joined, problems
+from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, problems
 
 _OLDEST = 90_000
 _MAX_HEAD_DIM = 128
@@ -40,7 +40,7 @@ def forward(
     """Attend; see `contract.Kernel.forward`."""
     if k.shape[1] == 1:  # cuDNN takes no single key.
         return eager.forward(q, k, v, causal=causal, scale=scale)
-    out, lse = joined([_forward(part, causal, scale) for part in in_batches(q, k, v)])
+    out, lse = in_batches(partial(_forward, causal=causal, scale=scale), q, k, v)
     return out, lse
 
 
@@ -59,21 +59,22 @@ def backward(
     """Compute the gradients; see `contract.Kernel.backward`."""
     if k.shape[1] == 1:
         return eager.backward(dout, q, k, v, out, lse, causal=causal, scale=scale)
-    dq, dk, dv = joined([_backward(part, causal, scale) for part in in_batches(dout, q, k, v, out, lse)])
+    dq, dk, dv = in_batches(partial(_backward, causal=causal, scale=scale), dout, q, k, v, out, lse)
     return dq, dk, dv, None
 
 
-def _forward(q_k_v: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = (x.transpose(1, 2) for x in aligned(*q_k_v))
+def _forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in aligned(q, k, v))
     out, lse, *_ = internals.cudnn_attention(
         q, k, v, None, None, None, q.shape[2], k.shape[2], True, 0.0, causal, False, scale=scale
     )
     return out.transpose(1, 2), lse.view(q.shape[:-1])
 
 
-def _backward(tensors: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    *others, lse = tensors
-    dout, q, k, v, out = (x.transpose(1, 2) for x in aligned(*others))
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dout, q, k, v, out = (x.transpose(1, 2) for x in aligned(dout, q, k, v, out))
     # They are not read where nothing is dropped.
     seed, offset = q.new_empty((), dtype=torch.int64), q.new_empty((), dtype=torch.int64)
     lse = lse.contiguous().view(*lse.shape, *_extra_sizes(q.device, q.dtype))

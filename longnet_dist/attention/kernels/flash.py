@@ -5,13 +5,14 @@ The version that is taken is the first of `_ORDER` that is installed and serves 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from longnet_dist import internals
 from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
-from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, joined, problems
+from longnet_dist.attention.kernels.cuda_limits import aligned, has_backward_of_version_2, in_batches, problems
 from longnet_dist.attention.kernels.flash_calls import Calls, Options, Saved, Squares, Version2, Version3, Version4
 
 
@@ -46,12 +47,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, bias: RectangleBias | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attend; see `contract.Kernel.forward`."""
-    calls = _calls(q)
-    results = []
-    for part in in_batches(q, k, v):
-        q, k, v = aligned(*part)
-        results.append(calls.forward(q, k, v, Options(causal, scale)))
-    out, lse = joined(results)
+    attend = partial(_calls(q).forward, options=Options(causal, scale))
+    out, lse = in_batches(lambda *part: attend(*aligned(*part)), q, k, v)
     return out, lse
 
 
@@ -68,10 +65,8 @@ def backward(
     bias: RectangleBias | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients; see `contract.Kernel.backward`."""
-    calls, grads = _calls(q), []
-    for part in in_batches(dout, q, k, v, out, lse):
-        grads.append(calls.backward(_saved(*part), Options(causal, scale)))
-    dq, dk, dv = joined(grads)
+    attend = partial(_calls(q).backward, options=Options(causal, scale))
+    dq, dk, dv = in_batches(lambda *part: attend(_saved(*part)), dout, q, k, v, out, lse)
     return dq, dk, dv, None
 
 
@@ -130,7 +125,7 @@ def _version(request: KernelRequest) -> tuple[int | None, list[str]]:
 def _limit(number: int, request: KernelRequest) -> str | None:
     assert request.capability is not None
     head_dim, (major, minor) = request.head_dim, request.capability
-    if number == 2 and (major, minor) in ((8, 6), (8, 9), (12, 0), (12, 1)) and 192 < head_dim <= 224:
+    if number == 2 and not has_backward_of_version_2(request):
         return f"has no backward for head dim {head_dim} on compute capability {major}.{minor}"
     if number == 4 and major > 9 and head_dim > 128 and (head_dim != 256 or major == 12):
         return f"takes head dims up to 128{' and 256' * (major < 12)} on compute capability {major}.{minor}"

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from longnet_dist import internals
 from longnet_dist.attention.kernels.contract import KernelRequest, RectangleBias
-from longnet_dist.attention.kernels.cuda_limits import aligned, in_batches, joined, problems
+from longnet_dist.attention.kernels.cuda_limits import aligned, has_backward_of_version_2, in_batches, problems
 
 _CPU_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported(request: KernelRequest) -> list[str]:
     """Return the reasons why this kernel cannot serve the request; empty if it can."""
-    device, dtype, head_dim, capability = request.device, request.dtype, request.head_dim, request.capability
+    device, dtype = request.device, request.dtype
     if device.type == "cuda":
         reasons = problems(request)
-        if 192 < head_dim <= 224 and (capability in ((8, 6), (8, 9)) or (capability and capability[0] == 12)):
+        if not has_backward_of_version_2(request):
             reasons.append("on GPUs of compute capability 8.6, 8.9 and 12 it has no backward for head dims 193 to 224")
         return reasons
     reasons = []
@@ -39,15 +41,15 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Attend; see `contract.Kernel.forward`."""
     if q.is_cuda:
-        out, lse = joined([_cuda_forward(part, causal, scale) for part in in_batches(q, k, v)])
+        out, lse = in_batches(partial(_cuda_forward, causal=causal, scale=scale), q, k, v)
         return out, lse
     inputs = _transpose_heads(*_as_fast(q, k, v))
     out, lse = internals.cpu_flash_attention(*inputs, 0.0, causal, scale=scale)
     return out.transpose(1, 2).to(q.dtype), lse
 
 
-def _cuda_forward(q_k_v: tuple[Tensor, ...], causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    q, k, v = aligned(*q_k_v)
+def _cuda_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = aligned(q, k, v)
     # The kernel aligns its causal mask to the bottom right, which on a square is the diagonal.
     out, lse, *_ = internals.cuda_flash_attention(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, causal, False, scale=scale
@@ -69,8 +71,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Compute the gradients; see `contract.Kernel.backward`."""
     if q.is_cuda:
-        parts = in_batches(dout, q, k, v, out, lse)
-        dq, dk, dv = joined([_cuda_backward(*part, causal=causal, scale=scale) for part in parts])
+        attend = partial(_cuda_backward, causal=causal, scale=scale)
+        dq, dk, dv = in_batches(attend, dout, q, k, v, out, lse)
         return dq, dk, dv, None
     inputs = _transpose_heads(*_as_fast(dout, q, k, v, out))
     grads = internals.cpu_flash_attention_backward(*inputs, lse, 0.0, causal, scale=scale)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longnet_dist.attention.merging.collected import Piece
+from longnet_dist.internals import TRITON_OPTIONS
 from longnet_dist.plan.blocks import Heads, Rows
 
 _TILE = 128
@@ -36,8 +37,6 @@ _ADDRESSES = 16
 """The number of addresses that are written at once."""
 _MANY = 256
 """The number of addresses above which one copy from the host is faster; only documents have as many."""
-_OPTIONS = {"enable_fp_fusion": True}
-"""Triton's default until version 3.9, which warns that the default will change."""
 
 
 def combine(pieces: Sequence[Piece], out: Tensor, lse: Tensor | None) -> None:
@@ -61,7 +60,7 @@ def combine(pieces: Sequence[Piece], out: Tensor, lse: Tensor | None) -> None:
             out, out if lse is None else lse, _addresses(pieces, out.device), *geometry, len(pieces),
             num_rows, num_kv_heads, shared_by,
             WEIGHTED=lse is not None, ALIGNED=all(_is_aligned(piece.values) for piece in pieces),
-            DIM=dim, COLUMNS=columns, ROWS=rows, TILE=_TILE, **_OPTIONS,
+            DIM=dim, COLUMNS=columns, ROWS=rows, TILE=_TILE, **TRITON_OPTIONS,
         )  # fmt: skip
 
 
@@ -199,7 +198,7 @@ def _addresses(pieces: Sequence[Piece], device: torch.device) -> Tensor:
         addresses = [x.data_ptr() for x in tensors[first : first + _ADDRESSES]]
         # The last one is repeated, because Triton would compile another kernel for small numbers.
         addresses += addresses[-1:] * (_ADDRESSES - len(addresses))
-        _write[(1,)](table[first:], *addresses, **_OPTIONS)
+        _write[(1,)](table[first:], *addresses, **TRITON_OPTIONS)
     return table
 
 

@@ -17,9 +17,8 @@ from longnet_dist.attention.kernels.triton.bias_gradient import bias_gradient
 from longnet_dist.attention.kernels.triton.key_gradients import key_gradients
 from longnet_dist.attention.kernels.triton.query_gradient import query_gradient
 from longnet_dist.attention.kernels.triton.tuning import SIZES
+from longnet_dist.internals import TRITON_OPTIONS
 
-_OPTIONS = {"enable_fp_fusion": True}
-"""Triton's default until version 3.9, which warns that the default will change."""
 _DIAGONAL_BLOCK = 32
 """The size of the tiles in which the gradient of a bias is summed."""
 _NO_BIAS: tuple[None, tuple[int, int, int], tuple[int, int]] = (None, (0, 0, 0), (1, 0))
@@ -80,7 +79,7 @@ class Sizes:
         """Return what kernels are compiled for."""
         size = min(max(triton.next_power_of_2(max(self.I, self.J)), SIZES[0]), SIZES[1])
         flags = {"CAUSAL": causal, "BIASED": bias is not None, "PACKED": self.packed_rows > 0}
-        return {**flags, "SIZE": size, **self.dim(), **_OPTIONS}
+        return {**flags, "SIZE": size, **self.dim(), **TRITON_OPTIONS}
 
     def diagonals(self, causal: bool) -> int:
         """Return the number of diagonals of tiles that have scores."""
@@ -191,7 +190,7 @@ def backward(
             bias_gradient[(sums[..., 0].numel(),)](
                 dout, q, *keys, lse, delta, sums, n.rectangles, *strides, n.I, run.J, n.H, n.R, scores_scale,
                 *_arguments(DistanceTable(table.values, ((0, index - first),))), CAUSAL=causal, BLOCK=_DIAGONAL_BLOCK,
-                num_warps=4, num_stages=1, **n.dim(), **_OPTIONS,
+                num_warps=4, num_stages=1, **n.dim(), **TRITON_OPTIONS,
             )  # fmt: skip
             _add_diagonals(grad_values, sums, index - first, run, causal)
     return dq, dk, dv, bias.gradient_of_distances(grad_values)
