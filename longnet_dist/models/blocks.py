@@ -24,7 +24,6 @@ def build_blocks(
     config: LongNetConfig,
     *,
     causal: bool,
-    multiway: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.ModuleList:
@@ -33,18 +32,15 @@ def build_blocks(
     Args:
         config: the architecture.
         causal: whether a token sees only itself and earlier tokens.
-        multiway: whether tokens of a second kind have weights of their own; see `Multiway`.
         device, dtype: device and dtype of the parameters.
 
     Raises:
         ValueError: if the sizes do not fit each other.
     """
-    return nn.ModuleList(_block(config, causal, multiway, device, dtype) for _ in range(config.num_layers))
+    return nn.ModuleList(_block(config, causal, device, dtype) for _ in range(config.num_layers))
 
 
-def _block(
-    config: LongNetConfig, causal: bool, multiway: bool, device: torch.device | str | None, dtype: torch.dtype | None
-) -> Block:
+def _block(config: LongNetConfig, causal: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> Block:
     stretched = config.yarn_factor > 1
     attention = DilatedAttention.from_pattern(
         config.d_model,
@@ -61,7 +57,7 @@ def _block(
         num_kv_heads=config.num_kv_heads,
         qk_norm=config.qk_norm,
         inner_norm=config.sub_layernorm,
-        multiway=multiway,
+        multiway=config.multiway,
         kernel=config.kernel,
         padding=config.padding,
         device=device,

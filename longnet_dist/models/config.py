@@ -73,6 +73,12 @@ class LongNetConfig:
     """Normalisation of the queries and keys of each head: none, by their RMS, or LayerNorm (layer)."""
     sub_layernorm: bool = True
     """Whether attention and feed-forward networks have Magneto's sub-LayerNorm before their last projection."""
+    multiway: bool = False
+    """Whether tokens of a second kind, such as patches of images, have projections, norms and feed-forward networks of
+    their own."""
+    multiway_first_id: int | None = None
+    """The first token id of the second kind, if ids tell kinds: those from it on, for example the codes of images
+    behind a text's vocabulary. A training needs it; a call of the model can give token_types."""
     dropout: float = 0.0
     """Dropout probability of the outputs of attention and feed-forward networks."""
     tie_embeddings: bool = True
@@ -104,6 +110,8 @@ class LongNetConfig:
 
             _check_choice("kernel", self.kernel, ("auto", *KERNELS))
         _check_rope(self)
+        if (first := self.multiway_first_id) is not None and not (self.multiway and 1 <= first <= MAX_SIZE):
+            raise ValueError(f"multiway_first_id is {first}; it needs multiway, and must be at least 1")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be a probability below 1")
         # JSON has lists in place of tuples.

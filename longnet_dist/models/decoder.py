@@ -17,6 +17,7 @@ from longnet_dist.models.generation import Sampling, continue_sequences, stream_
 from longnet_dist.models.loss import check_targets, linear_token_loss, log_likelihoods, within_documents
 from longnet_dist.models.pretrained import copy_weights, read_weights, save_model
 from longnet_dist.nn.block import Block
+from longnet_dist.nn.multiway import Multiway, apply_to_rows, kinds_by_id
 
 
 class LongNet(nn.Module):
@@ -45,7 +46,8 @@ class LongNet(nn.Module):
         E = config.d_model
         self.embedding = nn.Embedding(config.vocab_size, E, device=device, dtype=dtype)
         self.blocks = build_blocks(config, causal=True, device=device, dtype=dtype)
-        self.norm = nn.LayerNorm(E, device=device, dtype=dtype)
+        norm = nn.LayerNorm(E, device=device, dtype=dtype)
+        self.norm = Multiway(norm) if config.multiway else norm
         self.output = nn.Linear(E, config.vocab_size, bias=False, device=device, dtype=dtype)
         if config.tie_embeddings:
             self.output.weight = self.embedding.weight
@@ -69,6 +71,7 @@ class LongNet(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         cache: Sequence[DilatedCache] | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Compute the logits of the next token, or the loss if there are targets.
 
@@ -80,6 +83,8 @@ class LongNet(nn.Module):
             cu_seqlens, lengths: the documents in each sequence, or the number of its tokens; see `dilated_attention`.
                 Positions begin anew with each document, and no token is predicted from another document or padding.
             cache: the past of the sequences, from `new_cache`, for inference: `tokens` come after it, and are added.
+            token_types: (B, N or L), bool: true for tokens of the second kind, if the model is multiway; by default ids
+                from `multiway_first_id` on.
 
         Returns:
             Logits, (B, N or L, vocab_size). With `targets`, the mean loss of `token_loss`; the logits then never exist
@@ -90,9 +95,9 @@ class LongNet(nn.Module):
                 ranks of a mesh have different sequences.
         """
         if targets is None:
-            return self.output(self.features(tokens, mesh, cu_seqlens, lengths, cache))
+            return self.output(self.features(tokens, mesh, cu_seqlens, lengths, cache, token_types))
         check_targets(tokens, targets, mesh)
-        features = self.features(tokens, mesh, cu_seqlens, lengths, cache)
+        features = self.features(tokens, mesh, cu_seqlens, lengths, cache, token_types)
         if cu_seqlens is not None or lengths is not None:
             targets = within_documents(targets, mesh, cu_seqlens, lengths)
         return linear_token_loss(features, self.output.weight, targets, mesh)
@@ -104,13 +109,14 @@ class LongNet(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         cache: Sequence[DilatedCache] | None = None,
+        token_types: Tensor | None = None,
     ) -> Tensor:
         """Compute the features that the output projection takes.
 
         Args:
             tokens: (B, N), int64; with a mesh (B, L), this rank's rows.
             mesh: the ranks that hold the sequence; the call is then collective over the mesh's group.
-            cu_seqlens, lengths, cache: see `forward`.
+            cu_seqlens, lengths, cache, token_types: see `forward`.
 
         Returns:
             The features after the final norm, (B, N or L, d_model).
@@ -121,8 +127,9 @@ class LongNet(nn.Module):
         if tokens.dim() != 2:
             refuse(f"tokens is {tuple(tokens.shape)}; it must be (B, N)", mesh)
         x = self.embedding(tokens) * self.config.d_model**0.5
-        x = run_blocks(self.blocks, x, self.config, mesh, cu_seqlens, lengths, cache=cache)
-        return self.norm(x)
+        token_types = kinds_by_id(tokens, self.config.multiway_first_id, token_types)
+        x = run_blocks(self.blocks, x, self.config, mesh, cu_seqlens, lengths, token_types, cache)
+        return apply_to_rows(self.norm, x, token_types)
 
     def new_cache(self, batch_size: int = 1) -> tuple[DilatedCache, ...]:
         """Return an empty cache for each layer, in the dtype in which attention is computed now.

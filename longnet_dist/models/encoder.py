@@ -16,7 +16,7 @@ from longnet_dist.models.config import LongNetConfig, read_exported_config
 from longnet_dist.models.loss import linear_token_loss
 from longnet_dist.models.pretrained import copy_weights, read_weights, save_model
 from longnet_dist.nn.block import Block
-from longnet_dist.nn.multiway import Multiway, apply_to_rows
+from longnet_dist.nn.multiway import Multiway, apply_to_rows, kinds_by_id
 
 Pooling = Literal["class", "mean"] | None
 
@@ -29,8 +29,6 @@ class LongNetEncoder(nn.Module):
         input_dim: the width of inputs that are feature vectors, which a linear layer projects; None for token ids.
         class_token: whether a learned token stands before the inputs. It is row 0 of N + 1.
         final_norm: whether a LayerNorm follows the last block.
-        multiway: whether all layers have second weights, for inputs of a second kind; see `Multiway`. The class token
-            is of the first kind.
         device, dtype: device and dtype of the parameters.
 
     Raises:
@@ -50,7 +48,6 @@ class LongNetEncoder(nn.Module):
         input_dim: int | None = None,
         class_token: bool = False,
         final_norm: bool = True,
-        multiway: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -67,9 +64,9 @@ class LongNetEncoder(nn.Module):
             else nn.Linear(input_dim, E, device=device, dtype=dtype)
         )
         self.class_token = nn.Parameter(torch.empty(E, device=device, dtype=dtype)) if class_token else None
-        self.blocks = build_blocks(config, causal=False, multiway=multiway, device=device, dtype=dtype)
+        self.blocks = build_blocks(config, causal=False, device=device, dtype=dtype)
         self.norm: nn.Module = nn.LayerNorm(E, device=device, dtype=dtype) if final_norm else nn.Identity()
-        if multiway and final_norm:
+        if config.multiway and final_norm:
             self.norm = Multiway(self.norm)
         self.reset_parameters()
 
@@ -110,8 +107,9 @@ class LongNetEncoder(nn.Module):
             lengths: (B,), the number of inputs of each sequence, without the class token; those after it are padding.
             positions: position embeddings that are added to the embedded inputs, of shape (B or 1, N, d_model). With a
                 mesh, this rank's, as `inputs`.
-            token_types: (B, N), bool: true for inputs of the second kind, if the encoder is multiway. With a mesh, this
-                rank's, as `inputs`.
+            token_types: (B, N), bool: true for inputs of the second kind, if the encoder is multiway; by default token
+                ids from `multiway_first_id` on. The class token is of the first kind. With a mesh, this rank's, as
+                `inputs`.
             pooling: "class" for the features of the class token, "mean" for the mean over the inputs that are not
                 padding (0 if there is none), None for the features of each row, the class token's first.
             observe: a function that is called with the embedded inputs and the output of each block, before the final
@@ -134,6 +132,8 @@ class LongNetEncoder(nn.Module):
         if cu_seqlens is not None and self.class_token is not None:
             refuse("cu_seqlens is for an encoder without class token, which belongs to no document", mesh)
         x = self._embed(inputs, mesh, positions)
+        if self.input_dim is None:
+            token_types = kinds_by_id(inputs, self.config.multiway_first_id, token_types)
         if observe is not None:
             observe(x)
         num_rows = lengths
@@ -245,7 +245,7 @@ class LongNetEncoder(nn.Module):
         """
         expected = LongNetEncoder(self.config, device="meta").state_dict().keys()
         if expected != self.state_dict().keys() or self.input_dim is not None:
-            raise ValueError("only an encoder of token ids without class token and multiway can be saved so")
+            raise ValueError("only an encoder of token ids without class token can be saved so")
         save_model(self, self.config, folder, tokenizer or self.tokenizer_file, "mlm")
 
     @classmethod

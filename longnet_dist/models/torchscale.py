@@ -64,7 +64,6 @@ def encoder_from_state_dict(
         config if embedding is None else replace(config, vocab_size=len(embedding)),
         input_dim=config.d_model if embedding is None else None,
         final_norm=any(name.startswith("layer_norm.") for name in weights),
-        multiway=is_multiway(weights),
         dtype=_dtype(weights),
     )
     given = rename_weights(weights, config, scale_embedding)
@@ -86,7 +85,8 @@ def decoder_from_state_dict(
 ) -> LongNet:
     """Build the language model of torchscale's `LongNetDecoder` weights, in eval mode.
 
-    Positions are those of xPos if the weights have its scales, and otherwise none.
+    Positions are those of xPos if the weights have its scales, and otherwise none. Of multiway weights torchscale's
+    decoders have norms and feed-forward networks only once, which become those of both kinds of tokens.
 
     Args:
         state_dict, num_heads, segment_lengths, dilation_rates, padding, scale_embedding: see
@@ -96,12 +96,15 @@ def decoder_from_state_dict(
         ValueError: if weights are missing, unexpected, or of a wrong shape; the message lists all of them.
     """
     weights = dict(state_dict)
-    if is_multiway(weights):
-        raise ValueError("these are multiway weights, of two kinds of tokens, which only an encoder has here")
     config = read_config(weights, num_heads, segment_lengths, dilation_rates, padding)
     vocab_size = len(weights["embed_tokens.weight"]) if "embed_tokens.weight" in weights else config.vocab_size
     model = LongNet(replace(config, vocab_size=vocab_size, tie_embeddings=False), dtype=_dtype(weights))
-    load_all(model, rename_weights(weights, config, scale_embedding), "torchscale's decoder")
+    given = rename_weights(weights, config, scale_embedding)
+    if config.multiway:
+        names = {name: name.replace(".A.", ".").replace(".B.", ".") for name, _ in model.named_parameters()}
+        shared = {name: given[once] for name, once in names.items() if name not in given and once in given}
+        given = {name: x for name, x in given.items() if name not in {names[other] for other in shared}} | shared
+    load_all(model, given, "torchscale's decoder")
     return model.eval()
 
 
@@ -185,12 +188,8 @@ def read_config(
         padding=padding,
         position="xpos" if any(name.endswith(_XPOS) for name in weights) else "none",
         sub_layernorm=any("inner_attn_ln" in name or "ffn_layernorm" in name for name in weights),
+        multiway=any(_KINDS & set(name.split(".")) for name in weights),
     )
-
-
-def is_multiway(weights: Mapping[str, Tensor]) -> bool:
-    """Return whether torchscale's weights are of two kinds of tokens, A and B; see `Multiway`."""
-    return any(_KINDS & set(name.split(".")) for name in weights)
 
 
 def _first_matrix(weights: Mapping[str, Tensor]) -> Tensor | None:

@@ -39,10 +39,23 @@ class Multiway(nn.Module):
         """
         if token_types is None:
             return self.A(x)
+        if torch.compiler.is_compiling():  # Compiled code needs shapes that do not depend on values.
+            return torch.where(token_types[..., None], self.B(x), self.A(x))
         first_rows, second_rows = self.A(x[~token_types][None])[0], self.B(x[token_types][None])[0]
         out = torch.empty(*x.shape[:-1], first_rows.shape[-1], dtype=first_rows.dtype, device=x.device)
         out[~token_types], out[token_types] = first_rows, second_rows
         return out
+
+
+def kinds_by_id(tokens: Tensor, first_id: int | None, token_types: Tensor | None = None) -> Tensor | None:
+    """Return the kinds of tokens: those that are given, or else by their ids; None if nothing says them.
+
+    Args:
+        tokens: (B, L), the ids.
+        first_id: the first id of the second kind; see `LongNetConfig.multiway_first_id`.
+        token_types: the kinds that the caller gives, or None.
+    """
+    return tokens >= first_id if token_types is None and first_id is not None else token_types
 
 
 def apply_to_rows(module: nn.Module, x: Tensor, token_types: Tensor | None) -> Tensor:

@@ -157,6 +157,8 @@ class TrainConfig:
             raise ValueError(f"objective is {self.objective!r}; it must be causal or mlm")
         if self.objective == "mlm" and not self.model.tie_embeddings:
             raise ValueError("the objective mlm has no output projection of its own: leave tie_embeddings on")
+        if self.model.multiway and self.model.multiway_first_id is None:
+            raise ValueError("a training with multiway needs model.multiway_first_id, to know each token's kind")
         if self.documents not in ("joined", "separate"):
             raise ValueError(f"documents is {self.documents!r}; it must be joined or separate")
         if self.dtype not in ("float32", "float64", "bfloat16"):

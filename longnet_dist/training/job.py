@@ -234,7 +234,7 @@ _FREE_OPTIONS = {
 """Options that may change between starts of one run without a message."""
 _PARAMETER_OPTIONS = (
     *("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "ffn_dim"),
-    *("tie_embeddings", "qk_norm", "sub_layernorm"),
+    *("tie_embeddings", "qk_norm", "sub_layernorm", "multiway"),
 )
 """Options of the model that decide the shapes of its parameters, and position, if it is t5."""
 
@@ -285,6 +285,11 @@ def _describe_misfit(corpus: Corpus, config: TrainConfig) -> str | None:
         return (
             f"vocab_size is {config.model.vocab_size}, and the data's tokens ({corpus.index.tokenizer})"
             f"{' and the mask' * (config.objective == 'mlm')} need {required}: --model.vocab-size {required}"
+        )
+    if (config.model.multiway_first_id or 0) >= corpus.index.vocab_size:
+        return (
+            f"multiway_first_id is {config.model.multiway_first_id}, and the data's tokens ({corpus.index.tokenizer}) "
+            f"have {corpus.index.vocab_size} ids: none would be of the second kind"
         )
     for name, stream in (("training", corpus.train), ("held-out", corpus.validation)):
         if stream.num_windows(seq_len) == 0:

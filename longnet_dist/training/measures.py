@@ -67,13 +67,13 @@ def step_flops(config: TrainConfig, model: LongNet | LongNetEncoder) -> float:
     """Count the model's floating-point operations in a step, over all ranks, without recomputation.
 
     They are 6 per parameter and token, and 3.5 times the forward of attention. An input embedding that is not also the
-    output projection counts none.
+    output projection counts none, and of two weights for two kinds of tokens each token uses one.
 
     Args:
         config: the run's options.
         model: the model, before or after sharding.
     """
-    matrices = sum(p.numel() for p in model.parameters())
+    matrices = sum(p.numel() for name, p in model.named_parameters() if ".B." not in name)
     if isinstance(model, LongNet) and not config.model.tie_embeddings:
         matrices -= model.embedding.weight.numel()
     heads, causal = config.model.num_heads, isinstance(model, LongNet)

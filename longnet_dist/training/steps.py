@@ -22,6 +22,7 @@ from longnet_dist.distributed.mesh import SequenceMesh
 from longnet_dist.models.decoder import LongNet
 from longnet_dist.models.encoder import LongNetEncoder
 from longnet_dist.models.masking import mask_tokens
+from longnet_dist.nn.multiway import kinds_by_id
 from longnet_dist.training.config import TrainConfig
 from longnet_dist.training.measures import StepCost
 from longnet_dist.training.state import MasterWeights
@@ -178,17 +179,27 @@ class StepRunner:
         shard = self.mesh.shard
         began = time.perf_counter()
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
+        kinds = kinds_by_id(torch.stack([x for x, _ in rows]), self.config.model.multiway_first_id)
         if self.config.objective == "mlm":
             rows = [self._hide(tokens, stream, number) for (tokens, _), number in zip(rows, numbers, strict=True)]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
+        kinds = None if kinds is None else kinds.to(self.device)
         self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
             if self.config.documents == "joined":
-                return self.model(tokens, mesh=self.mesh, targets=labels)
+                return self.model(tokens, mesh=self.mesh, targets=labels, token_types=kinds)
             # Sequences have other documents, so each is a call of its own.
             documents = [stream.documents(window, self.config.seq_len) for window in windows]
-            sequences = zip(tokens.split(1), labels.split(1), documents, strict=True)
-            losses = [self.model(x, mesh=self.mesh, targets=y, cu_seqlens=offsets) for x, y, offsets in sequences]
+            losses = [
+                self.model(
+                    tokens[i, None],
+                    mesh=self.mesh,
+                    targets=labels[i, None],
+                    cu_seqlens=documents[i],
+                    token_types=None if kinds is None else kinds[i, None],
+                )
+                for i in range(len(windows))
+            ]
             return torch.stack(losses).mean()
 
     def _hide(self, tokens: Tensor, stream: TokenStream, number: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,9 @@ from tests.unit.models.test_slide_encoder import published_weights
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
 
 
+MULTIWAY = ("--model.multiway", "--model.multiway-first-id", 100)
+
+
 @pytest.mark.parametrize(
     ("ranks", "seq_len", "options"),
     [
@@ -28,7 +31,7 @@ pytestmark = [pytest.mark.launch, pytest.mark.timeout(250)]
                 ("--model.activation-checkpointing", "selective"),
                 ("--model.activation-checkpointing", "full", "--model.offload-activations"),
                 ("--strategy", "exchange", "--model.num-kv-heads", 1),
-                ("--objective", "mlm", "--model.position", "alibi", "--grad-accumulation", 2),
+                ("--objective", "mlm", "--model.position", "alibi", "--grad-accumulation", 2, *MULTIWAY),
             )
         ),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
@@ -120,7 +122,7 @@ def test_a_multiway_encoder_has_two_encoders_weights():
     """Inputs of one kind are those of an encoder with that kind's weights."""
     torch.manual_seed(0)
     config = LongNetConfig(d_model=16, num_layers=2, segment_lengths=(8, 32), dilation_rates=(1, 4))
-    both = LongNetEncoder(config, class_token=True, multiway=True, dtype=F64)
+    both = LongNetEncoder(replace(config, multiway=True), class_token=True, dtype=F64)
     one = LongNetEncoder(config, class_token=True, dtype=F64)
     weights = both.state_dict()
     assert any(not torch.equal(x, weights[n.replace(".A.", ".B.")]) for n, x in weights.items() if "proj.A.weight" in n)
@@ -132,6 +134,37 @@ def test_a_multiway_encoder_has_two_encoders_weights():
     changed = both(tokens, token_types=kinds)
     assert (changed[:, 0] - one(tokens)[:, 0]).abs().max() > 1e-3
     assert sum(isinstance(m, Multiway) for m in both.modules()) == 1 + 2 * 8
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it.
+def test_ids_tell_the_kinds_of_tokens():
+    """In a model, its caches, its loss and its compiled blocks, as given kinds do."""
+    torch.manual_seed(0)
+    config = LongNetConfig(d_model=16, num_layers=2, vocab_size=20, segment_lengths=(8, 32), dilation_rates=(1, 4))
+    model = replace(config, multiway=True, multiway_first_id=12).build(dtype=F64).eval()
+    told = replace(config, multiway=True).build(dtype=F64).eval()
+    told.load_state_dict(model.state_dict())
+    tokens = torch.randint(20, (2, 40))
+    expected = told(tokens, token_types=tokens >= 12)
+    assert (expected - told(tokens)).abs().max() > 1e-3
+    assert_close(model(tokens), expected, rtol=0, atol=1e-12)
+    losses = (
+        model(tokens, targets=tokens.roll(-1, 1)),
+        told(tokens, targets=tokens.roll(-1, 1), token_types=tokens > 11),
+    )
+    assert_close(*losses, rtol=0, atol=1e-12)
+    cache = model.new_cache(2)
+    with torch.no_grad():
+        parts = [model(part, cache=cache) for part in tokens.split(13, dim=1)]
+    assert_close(torch.cat(parts, dim=1), expected, rtol=0, atol=1e-12)
+    expected_grads = torch.autograd.grad(expected.square().sum(), list(told.parameters()))
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    actual = model(tokens)
+    assert_close(actual, expected, rtol=0, atol=1e-12)
+    grads = torch.autograd.grad(actual.square().sum(), list(model.parameters()))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected_grad, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

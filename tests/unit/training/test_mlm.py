@@ -112,6 +112,40 @@ def test_training_and_validation_hide_other_tokens(config, monkeypatch):
     assert seeds == [(0, 0, 0), (0, 1, 0)]
 
 
+@pytest.mark.parametrize("documents", ["joined", "separate"])
+def test_hidden_tokens_keep_their_kind(config, monkeypatch, tmp_path, documents):
+    """A multiway encoder sees the kinds of the true tokens, not of the mask; its run is exported with both weights."""
+    hidden, seen = [], []
+    forward = LongNetEncoder.forward
+
+    def record(tokens, *arguments, **options):
+        hidden.append(tokens)
+        return mask_tokens(tokens, *arguments, **options)
+
+    def observe(self, inputs, *arguments, token_types, **options):
+        seen.extend(token_types)
+        return forward(self, inputs, *arguments, token_types=token_types, **options)
+
+    monkeypatch.setattr(longnet_dist.training.steps, "mask_tokens", record)
+    monkeypatch.setattr(LongNetEncoder, "forward", observe)
+    model = dataclasses.replace(config.model, multiway=True, multiway_first_id=100)
+    longnet_dist.train(dataclasses.replace(config, objective="mlm", documents=documents, steps=1, model=model))
+    assert len(seen) == len(hidden) > 1
+    for tokens, kinds in zip(hidden, seen, strict=True):
+        assert torch.equal(kinds, tokens >= 100)
+    monkeypatch.undo()
+    assert main(["export", str(config.run_folder), str(tmp_path / "out")]) == 0
+    exported, trained = LongNetEncoder.from_pretrained(tmp_path / "out"), load_model(config.run_folder).eval()
+    tokens = torch.randint(257, (1, 50))
+    assert_close(exported(tokens), trained(tokens), rtol=0, atol=0)
+    assert (exported(tokens) - exported(tokens, token_types=tokens < 0)).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"is of another model: .*multiway True there, False here"):
+        longnet_dist.train(dataclasses.replace(config, objective="mlm", documents=documents, steps=2))
+    first = dataclasses.replace(model, multiway_first_id=257)
+    with pytest.raises(ValueError, match="none would be of the second kind"):
+        longnet_dist.train(dataclasses.replace(config, objective="mlm", run_folder=tmp_path / "other", model=first))
+
+
 def test_a_decoder_is_no_encoder(tmp_path):
     longnet_dist.LongNetConfig(d_model=16, num_layers=1).build().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"holds a decoder, for LongNet\.from_pretrained"):
@@ -125,6 +159,7 @@ def test_a_decoder_is_no_encoder(tmp_path):
     [
         ({"objective": "bert"}, "it must be causal or mlm"),
         ({"objective": "mlm", "model": longnet_dist.LongNetConfig(tie_embeddings=False)}, "leave tie_embeddings on"),
+        ({"model": longnet_dist.LongNetConfig(multiway=True)}, "needs model.multiway_first_id"),
     ],
 )
 def test_options_that_do_not_fit(options, message):
