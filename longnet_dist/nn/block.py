@@ -14,7 +14,7 @@ from longnet_dist.nn.attention import DilatedAttention
 from longnet_dist.nn.multiway import Multiway, apply_to_rows
 from longnet_dist.nn.rotary import Rotation
 
-_PART = 1 << 15
+_PART = 1 << 13
 """Rows that a feed-forward network transforms at a time, without gradients."""
 
 
