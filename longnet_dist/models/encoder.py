@@ -158,11 +158,12 @@ class LongNetEncoder(nn.Module):
         lengths: Tensor | None = None,
         *,
         positions: Tensor | None = None,
+        token_types: Tensor | None = None,
     ) -> list[Tensor]:
         """Compute the embedded inputs and the output of every block, before the final norm.
 
         Args:
-            inputs, mesh, lengths, positions: see `forward`.
+            inputs, mesh, lengths, positions, token_types: see `forward`.
 
         Returns:
             num_layers + 1 tensors, each (B, rows, d_model).
@@ -171,7 +172,7 @@ class LongNetEncoder(nn.Module):
             ValueError: as `forward` does.
         """
         states: list[Tensor] = []
-        self(inputs, mesh, lengths, positions=positions, observe=states.append)
+        self(inputs, mesh, lengths, positions=positions, token_types=token_types, observe=states.append)
         return states
 
     def pool(

@@ -134,6 +134,8 @@ def test_a_multiway_encoder_has_two_encoders_weights():
     changed = both(tokens, token_types=kinds)
     assert (changed[:, 0] - one(tokens)[:, 0]).abs().max() > 1e-3
     assert sum(isinstance(m, Multiway) for m in both.modules()) == 1 + 2 * 8
+    states = both.hidden_states(tokens, token_types=kinds)
+    assert_close(both.norm(states[-1])[:, :7], changed[:, :7], rtol=0, atol=1e-12)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # Dynamo looks at it.
