@@ -100,10 +100,10 @@ def decoder_from_state_dict(
     vocab_size = len(weights["embed_tokens.weight"]) if "embed_tokens.weight" in weights else config.vocab_size
     model = LongNet(replace(config, vocab_size=vocab_size, tie_embeddings=False), dtype=_dtype(weights))
     given = rename_weights(weights, config, scale_embedding)
-    if config.multiway:
-        names = {name: name.replace(".A.", ".").replace(".B.", ".") for name, _ in model.named_parameters()}
-        shared = {name: given[once] for name, once in names.items() if name not in given and once in given}
-        given = {name: x for name, x in given.items() if name not in {names[other] for other in shared}} | shared
+    for first in [name for name, _ in model.named_parameters() if ".A." in name]:
+        second, once = first.replace(".A.", ".B."), first.replace(".A.", ".")
+        if once in given and given.keys().isdisjoint({first, second}):
+            given[first] = given[second] = given.pop(once)
     load_all(model, given, "torchscale's decoder")
     return model.eval()
 

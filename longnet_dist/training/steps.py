@@ -179,26 +179,22 @@ class StepRunner:
         shard = self.mesh.shard
         began = time.perf_counter()
         rows = [stream.read(window, self.config.seq_len, shard.start, shard.stop) for window in windows]
-        kinds = kinds_by_id(torch.stack([x for x, _ in rows]), self.config.model.multiway_first_id)
+        kinds = None  # The model knows them by the tokens' ids, unless these are hidden.
         if self.config.objective == "mlm":
+            kinds = kinds_by_id(torch.stack([x for x, _ in rows]).to(self.device), self.config.model.multiway_first_id)
             rows = [self._hide(tokens, stream, number) for (tokens, _), number in zip(rows, numbers, strict=True)]
         tokens, labels = (torch.stack(part).to(self.device) for part in zip(*rows, strict=True))
-        kinds = None if kinds is None else kinds.to(self.device)
         self.cost.data_seconds += time.perf_counter() - began
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.config.autocast)):
             if self.config.documents == "joined":
                 return self.model(tokens, mesh=self.mesh, targets=labels, token_types=kinds)
             # Sequences have other documents, so each is a call of its own.
             documents = [stream.documents(window, self.config.seq_len) for window in windows]
+            all_kinds = [None] * len(windows) if kinds is None else kinds.split(1)
+            sequences = zip(tokens.split(1), labels.split(1), documents, all_kinds, strict=True)
             losses = [
-                self.model(
-                    tokens[i, None],
-                    mesh=self.mesh,
-                    targets=labels[i, None],
-                    cu_seqlens=documents[i],
-                    token_types=None if kinds is None else kinds[i, None],
-                )
-                for i in range(len(windows))
+                self.model(x, mesh=self.mesh, targets=y, cu_seqlens=offsets, token_types=types)
+                for x, y, offsets, types in sequences
             ]
             return torch.stack(losses).mean()
 

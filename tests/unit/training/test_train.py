@@ -271,6 +271,10 @@ def test_operations_of_a_step_are_counted():
     parameters = sum(p.numel() for p in model.build().parameters())
     attention = 4 * 8 * 16 * 17 / 2  # 4 D per head and visible pair, causal
     assert step_flops(config, model.build()) == 10 * (6 * parameters * 16 + 3.5 * 3 * attention)
+    two_kinds = dataclasses.replace(model, multiway=True, multiway_first_id=100)  # Each token uses one of both weights.
+    assert step_flops(dataclasses.replace(config, model=two_kinds), two_kinds.build()) == step_flops(
+        config, model.build()
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
